@@ -1,0 +1,166 @@
+"""The ops in plain torch, block by block: ``backend="torch"``, for CPU and whatever has no kernels.
+
+Beyond inputs and outputs they hold one block of scores and a copy of the codebook, so the extra
+memory is O(N + K·D), never O(N·K).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
+
+# Scores held at a time: 8 MiB in float32, about what stays in a cache between two passes.
+BLOCK_SCORES = 1 << 21
+# Codes whose scores are reduced together: `amax` over a strided axis is vectorised, `argmax` is not.
+GROUP = 8
+# Pairs of a row and a code whose float64 distances are evaluated at a time.
+BLOCK_PAIRS = 1 << 16
+# Rows that are converted to another dtype at a time.
+BLOCK_ROWS = 1 << 14
+
+
+def nearest_code(x: Tensor, codebook: Tensor, precision: str) -> Tensor:
+    """x [N, D], codebook [K, D] -> [N] int64."""
+    num_rows, dim = x.shape
+    size = codebook.shape[0]
+    dtype = screen_dtype(x, codebook)
+    prepared = prepare_codebook(codebook, dtype)
+    bound = error_bound(dim, dtype, _matmul_input_roundoff(x.device, dtype))
+
+    # padding to whole groups: a code with an infinite norm has the score -inf
+    num_groups = -(-size // GROUP)
+    padding = num_groups * GROUP - size
+    codes = torch.nn.functional.pad(prepared.codes, (0, 0, 0, padding)).T
+    bias = -torch.nn.functional.pad(prepared.half_sqnorm, (0, padding), value=torch.inf)
+
+    indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
+    block = max(16, min(BLOCK_SCORES // bias.numel(), BLOCK_ROWS))
+    scores = torch.empty(min(block, num_rows), bias.numel(), dtype=dtype, device=x.device)
+    first_equal = None
+    for start in range(0, num_rows, block):
+        rows = x[start : start + block]
+        y = (rows.to(dtype) - prepared.mean) * prepared.scale
+        is_finite = rows.isfinite().all(1)
+        y = y.where(is_finite[:, None], 0)
+        block_scores = torch.addmm(bias, y, codes, out=scores[: rows.shape[0]])
+
+        by_group = block_scores.view(-1, GROUP, num_groups)
+        group_best = by_group.amax(1)
+        best = group_best.amax(1)
+        norm = torch.linalg.vector_norm(y, dim=1)
+        error = (
+            bound.products * prepared.max_norm * (norm + prepared.max_norm / 2)
+            + bound.distances * norm.square()
+            + bound.tiny
+        )
+        threshold = best - 2 * error if precision == "exact" else best
+        # `not below`, so that a NaN from overflow leaves the code in the race
+        row, group = (~(group_best < threshold[:, None]) & is_finite[:, None]).nonzero().unbind(1)
+        pair, member = (~(by_group[row, :, group] < threshold[row, None])).nonzero().unbind(1)
+        row, code = row[pair], member * num_groups + group[pair]
+        row, code = row[code < size], code[code < size]
+
+        out = indices[start : start + block]
+        if precision == "exact":
+            if first_equal is None and row.numel() > 2 * rows.shape[0]:
+                first_equal = _first_equal(codebook)
+            if first_equal is not None:
+                is_first = first_equal[code] == code
+                row, code = row[is_first], code[is_first]
+            row, code = _resolve(rows, codebook, row, code)
+        # what is left of a row's codes are ties; rows without a finite distance keep index 0
+        out.fill_(size).scatter_reduce_(0, row, code, "amin")
+        out[out == size] = 0
+    return indices
+
+
+def _resolve(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the candidate codes of each row, keep those at the least float64 distance.
+
+    Rows with one candidate keep it unseen.
+    """
+    candidates = torch.bincount(row, minlength=x.shape[0])
+    is_contested = candidates[row] > 1
+    settled = ~is_contested
+    contested_row, contested_code = row[is_contested], code[is_contested]
+    distances = torch.empty(contested_row.shape, dtype=torch.float64, device=x.device)
+    for start in range(0, distances.numel(), BLOCK_PAIRS):
+        pairs = slice(start, start + BLOCK_PAIRS)
+        distances[pairs] = _squared_distances(
+            x[contested_row[pairs]], codebook[contested_code[pairs]]
+        )
+    # a NaN ranks as +inf
+    distances = distances.where(distances < torch.inf, torch.inf)
+    least = torch.full_like(candidates, torch.inf, dtype=torch.float64)
+    least.scatter_reduce_(0, contested_row, distances, "amin")
+    is_least = (distances == least[contested_row]) & (distances < torch.inf)
+    return (
+        torch.cat([row[settled], contested_row[is_least]]),
+        torch.cat([code[settled], contested_code[is_least]]),
+    )
+
+
+def _squared_distances(x: Tensor, codes: Tensor) -> Tensor:
+    """Row by row, in the order of operations that `vqtriton.reference` lays down."""
+    # a copy with the dimensions first, so that each step reads contiguous memory
+    x, codes = x.T.double().contiguous(), codes.T.double().contiguous()
+    distances = x.new_zeros(x.shape[1])
+    for d in range(x.shape[0]):
+        difference = x[d] - codes[d]
+        distances += difference.mul_(difference)
+    return distances
+
+
+def _first_equal(codebook: Tensor) -> Tensor:
+    """[K] the lowest index of a code with the same values."""
+    _, group = torch.unique(codebook, dim=0, return_inverse=True)
+    index = torch.arange(codebook.shape[0], device=codebook.device)
+    first = torch.full_like(index, codebook.shape[0]).scatter_reduce_(0, group, index, "amin")
+    return first[group]
+
+
+def _matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
+    """What the process-wide settings allow a float32 matmul to do to its inputs."""
+    if dtype != torch.float32:
+        return 0.0
+    if torch.get_float32_matmul_precision() != "highest":
+        return 2.0**-9
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", "ieee")
+    return 0.0 if setting in ("ieee", "none") else 2.0**-9
+
+
+def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, D], indices [N] -> codebook[indices] in x's dtype, row sums of squared differences."""
+    dtype = screen_dtype(x, codebook)
+    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sq_error = torch.empty(x.shape[0], dtype=dtype, device=x.device)
+    for start in range(0, x.shape[0], BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        is_masked = indices[block] < 0
+        rows = x[block].to(dtype)
+        codes = codebook[indices[block].clamp(min=0)].to(dtype)
+        quantized[block] = codes.masked_fill(is_masked[:, None], 0)
+        # inf - inf: an infinite x gives NaN, as a NaN does
+        error = (rows - codes).square().sum(1) + (rows - rows).sum(1)
+        sq_error[block] = error.masked_fill_(is_masked, 0)
+    return quantized, sq_error
+
+
+def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """x [N, D], indices [N] -> sums [K, D], counts [K], summed in float64."""
+    # rows that are left out go to an extra code, so that no shape depends on the data
+    sums = torch.zeros(codebook_size + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    counts = torch.zeros(codebook_size + 1, dtype=torch.int64, device=x.device)
+    for start in range(0, x.shape[0], BLOCK_ROWS):
+        rows = x[start : start + BLOCK_ROWS]
+        index = indices[start : start + BLOCK_ROWS]
+        keep = (index >= 0) & (index < codebook_size) & rows.isfinite().all(1)
+        index = index.where(keep, codebook_size)
+        # index_put_ with accumulate is deterministic on every device, index_add_ is not
+        sums.index_put_((index,), rows.double(), accumulate=True)
+        counts.index_put_((index,), torch.ones_like(index), accumulate=True)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return sums[:codebook_size].to(dtype), counts[:codebook_size]

@@ -1,0 +1,303 @@
+"""Differentiable functions of tensors, with all checks of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqtriton import ops
+from vqtriton.reference import Quantized
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def nearest_code(
+    x: Tensor, codebook: Tensor, *, precision: str = "exact", backend: str = "auto"
+) -> Tensor:
+    """Index of the nearest code by squared L2 distance.
+
+    Equivalent to ``torch.cdist(x.double(), codebook.double()).argmin(-1)`` without the [N, K]
+    matrix, and without the rounding of its square root.
+
+    Args:
+        x: vectors, [..., D], float32 / float16 / bfloat16 (float64 with the torch backend).
+        codebook: [K, D], same device, K >= 1. The dtype may differ from that of ``x``.
+        precision: "exact" gives the argmin of the float64 distances of the values as given, so
+            the indices depend neither on the device nor on the batch. "fast" skips the step that
+            makes sure; close calls may fall either way.
+        backend: "triton" runs the kernels (GPU), "torch" blocked torch code (any device), "auto"
+            the first of them that ``x``'s device can run.
+
+    Returns:
+        indices, [...], int64 in [0, K); the lowest index on ties. A distance that is not finite
+        ranks as +inf; a row with no finite distance gets index 0.
+
+    Raises:
+        ValueError: the last dim of ``x`` is not D, K == 0, D == 0, or an unknown option.
+        TypeError: not a tensor, or a dtype that is not a float.
+
+    Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 1.
+    """
+    _check_x(x)
+    _check_codebook(codebook, x)
+    _check_options(precision, backend, x, codebook)
+    return _nearest_code(x, codebook, precision, backend).reshape(x.shape[:-1])
+
+
+def vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    commitment_weight: float = 0.25,
+    codebook_weight: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    precision: str = "exact",
+    backend: str = "auto",
+) -> Quantized:
+    """Replace each vector by its nearest code, with the straight-through estimator and the loss.
+
+    Equivalent to::
+
+        indices = torch.cdist(x.double(), codebook.double()).argmin(-1)
+        codes = codebook[indices]
+        quantized = x + (codes - x).detach()
+        loss = (codebook_weight * (x.detach() - codes).square().mean()
+                + commitment_weight * (x - codes.detach()).square().mean())
+
+    Args:
+        x: vectors, [..., D].
+        codebook: [K, D]. Gets a gradient from the codebook term only.
+        commitment_weight: β of the paper.
+        codebook_weight: 0 where the codebook learns by moving averages.
+        reduction: "mean" over the elements of the rows that are not masked, "sum" over them, or
+            "none": the sum of each row, [...].
+        mask: [...] bool, True for the rows that count. The others get index -1 and zeros, and add
+            nothing to the loss or to a gradient.
+        precision: see `nearest_code`.
+        backend: see `nearest_code`.
+
+    Returns:
+        ``(quantized, indices, loss)``: [..., D] in the dtype of ``x``; [...] int64; float32 []
+        (float64 for float64). A row that is not finite has index 0 and a NaN loss, and adds
+        nothing to the codebook's gradient. With every row masked the loss is 0.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit.
+        TypeError: not a tensor, or a dtype that is not a float.
+
+    Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 3.
+    """
+    _check_x(x)
+    _check_codebook(codebook, x)
+    _check_options(precision, backend, x, codebook)
+    _check_mask(mask, x)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+    indices = _nearest_code(x, codebook, precision, backend)
+    if mask is not None:
+        indices = indices.where(mask.reshape(-1), -1)
+    quantized, loss = _VectorQuantize.apply(
+        x.reshape(-1, x.shape[-1]),
+        codebook,
+        indices,
+        float(commitment_weight),
+        float(codebook_weight),
+        backend,
+    )
+    indices = indices.reshape(x.shape[:-1])
+    if reduction == "none":
+        loss = loss.reshape(x.shape[:-1])
+    else:
+        # float64, so that a sum over millions of rows keeps the digits of float32
+        total = loss.sum(dtype=torch.float64)
+        if reduction == "mean":
+            total = total / _num_elements(x, indices, mask)
+        loss = total.to(loss.dtype)
+    return Quantized(quantized.reshape(x.shape), indices, loss)
+
+
+def code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Sum of the vectors, and their number, per code.
+
+    Equivalent to ``one_hot(indices, K).T @ x`` and ``bincount(indices, minlength=K)`` without the
+    [N, K] matrix. Bitwise repeatable. Differentiable with respect to ``x``.
+
+    Args:
+        x: vectors, [..., D].
+        indices: [...] int64. Rows with an index outside [0, K), and rows of ``x`` that are not
+            finite, are left out.
+        codebook_size: K >= 1.
+        backend: see `nearest_code`.
+
+    Returns:
+        sums, [K, D] float32 (float64 for float64); counts, [K] int64.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit.
+        TypeError: not a tensor, ``x`` is not a float, ``indices`` is not int64.
+    """
+    _check_x(x)
+    _check_options("exact", backend, x)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices is {_kind(indices)}; it must be an int64 tensor")
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(
+            f"indices has shape {_shape(indices)}; with x of shape {_shape(x)} "
+            f"it must be {tuple(x.shape[:-1])}"
+        )
+    if indices.device != x.device:
+        raise ValueError(f"indices is on {indices.device} but x is on {x.device}")
+    if isinstance(codebook_size, bool) or not isinstance(codebook_size, int | torch.SymInt):
+        raise TypeError(f"codebook_size is {codebook_size!r}; it must be an int")
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size is {codebook_size}; it must be at least 1")
+    return _CodeSums.apply(x.reshape(-1, x.shape[-1]), indices.reshape(-1), codebook_size, backend)
+
+
+def gather(codebook: Tensor, indices: Tensor) -> Tensor:
+    """codebook[indices], [..., D]; zeros where the index is -1."""
+    return codebook[indices.clamp(min=0)].masked_fill((indices < 0)[..., None], 0)
+
+
+def _nearest_code(x: Tensor, codebook: Tensor, precision: str, backend: str) -> Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return ops.nearest_code(flat, codebook.detach(), precision, backend)
+
+
+class _CodeSums(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, indices: Tensor, codebook_size: int, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        return ops.code_sums(x, indices, codebook_size, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, indices, _, _ = inputs
+        ctx.save_for_backward(indices)
+        ctx.mark_non_differentiable(output[1])
+        ctx.dtype = x.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple:
+        (indices,) = ctx.saved_tensors
+        return gather(grad_sums, indices).to(ctx.dtype), None, None, None
+
+
+class _VectorQuantize(torch.autograd.Function):
+    """(x, codebook, indices) -> (quantized, loss of each row).
+
+    Backward is made of differentiable operations, with the stop-gradients of the paper where they
+    belong, so that it can be differentiated again.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        codebook: Tensor,
+        indices: Tensor,
+        commitment_weight: float,
+        codebook_weight: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        quantized, sq_error = ops.gather_codes(x, codebook, indices, backend)
+        return quantized, (commitment_weight + codebook_weight) * sq_error
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, codebook, indices, ctx.commitment_weight, ctx.codebook_weight, ctx.backend = inputs
+        ctx.save_for_backward(x, codebook, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor) -> tuple:
+        x, codebook, indices = ctx.saved_tensors
+        codes = gather(codebook, indices)
+        is_masked = (indices < 0)[:, None]
+        grad_x = grad_codebook = None
+        if ctx.needs_input_grad[0]:
+            weight = (2 * ctx.commitment_weight * grad_loss)[:, None]
+            commitment = (weight * (x - codes.detach())).to(x.dtype)
+            grad_x = (grad_quantized + commitment).masked_fill(is_masked, 0)
+        if ctx.needs_input_grad[1]:
+            residual = codes - x.detach()
+            is_left_out = is_masked | ~x.isfinite().all(1, keepdim=True)
+            weight = (2 * ctx.codebook_weight * grad_loss)[:, None]
+            sums, _ = _CodeSums.apply(
+                (weight * residual).masked_fill(is_left_out, 0),
+                indices,
+                codebook.shape[0],
+                ctx.backend,
+            )
+            grad_codebook = sums.to(codebook.dtype)
+        return grad_x, grad_codebook, None, None, None, None
+
+
+def _num_elements(x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Elements of the rows that count; 1 if there are none, so that their mean is 0."""
+    if mask is None:
+        return max(x.numel(), 1)
+    return ((indices >= 0).sum() * x.shape[-1]).clamp(min=1)
+
+
+def _kind(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _check_x(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"x is {_kind(x)}; it must be a float16, bfloat16 or float32 tensor")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {_shape(x)}; it must be [..., D] with D >= 1")
+
+
+def _check_codebook(codebook: Tensor, x: Tensor) -> None:
+    if not isinstance(codebook, Tensor) or codebook.dtype not in FLOATS:
+        raise TypeError(
+            f"codebook is {_kind(codebook)}; it must be a float16, bfloat16 or float32 tensor"
+        )
+    if codebook.ndim != 2 or codebook.shape[0] == 0:
+        raise ValueError(f"codebook has shape {_shape(codebook)}; it must be [K, D] with K >= 1")
+    if codebook.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"codebook has {codebook.shape[1]} columns but x has {x.shape[-1]} in its last dim"
+        )
+    if codebook.device != x.device:
+        raise ValueError(f"codebook is on {codebook.device} but x is on {x.device}")
+
+
+def _check_options(precision: str, backend: str, *tensors: Tensor) -> None:
+    if precision not in ops.PRECISIONS:
+        raise ValueError(
+            f"precision is {precision!r}; it must be one of {', '.join(ops.PRECISIONS)}"
+        )
+    resolved = ops.resolve_backend(backend, tensors[0].device)
+    if resolved == "triton" and any(t.dtype == torch.float64 for t in tensors):
+        raise TypeError("the kernels take no float64 tensors; use backend='torch'")
+
+
+def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask is {_kind(mask)}; it must be a bool tensor")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"mask has shape {_shape(mask)}; with x of shape {_shape(x)} "
+            f"it must be {tuple(x.shape[:-1])}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device} but x is on {x.device}")

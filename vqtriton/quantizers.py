@@ -1,0 +1,314 @@
+"""The quantizer as a module: state, and how it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqtriton import clustering, distributed, ops
+from vqtriton.functional import code_sums, gather, vector_quantize
+from vqtriton.reference import Quantized
+
+CODEBOOK_UPDATES = ("ema", "gradient")
+
+
+class VectorQuantize(nn.Module):
+    """Replaces vectors by the nearest of K learned codes.
+
+    Defaults are those of the VQ-VAE paper. Where vector-quantize-pytorch's differ it is said below.
+
+    Args:
+        dim: D, size of a vector.
+        codebook_size: K, number of codes.
+        codebook_update: "ema": codes are moving averages of the vectors that chose them (appendix
+            A.1 of the paper). "gradient": codes are parameters, pulled by the codebook term of the
+            loss (vector-quantize-pytorch: ``learnable_codebook=True, ema_update=False``).
+        decay: of the moving averages, in [0, 1] (vector-quantize-pytorch: 0.8).
+        eps: Laplace smoothing of the cluster sizes, in rows.
+        commitment_weight: β (vector-quantize-pytorch: 1.0).
+        codebook_weight: weight of the codebook term; of no effect with "ema".
+        kmeans_init: start from k-means of the first batch that is trained on, over all ranks.
+            Otherwise codes start uniform in ±1/K.
+        kmeans_iters: iterations of that.
+        threshold_ema_dead_code: replace a code by a random vector of the batch when the moving
+            average of the rows that choose it, per step over all ranks, falls below this; 0 is
+            never. It starts anew with the mean cluster size.
+        channel_last: vectors along the last dim, [..., D]; else along the second, [B, D, ...].
+        accept_image_fmap: x is [B, D, H, W], the indices [B, H, W].
+        sync_codebook: add up the statistics of all ranks when `torch.distributed` is in use.
+        precision: see `vqtriton.nearest_code`.
+        backend: see `vqtriton.nearest_code`.
+
+    Attributes:
+        codebook: [K, D] float32. It and the statistics stay float32 whatever the module is cast
+            to, since a moving average stalls in half precision.
+        cluster_size: [K] float32, moving average of the rows per code.
+        embed_sum: [K, D] float32, moving average of their sums ("ema" only).
+
+    Reference: van den Oord et al. 2017, arXiv:1711.00937.
+    """
+
+    codebook: Tensor
+    cluster_size: Tensor
+    embed_sum: Tensor
+    is_initialized: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        codebook_update: str = "ema",
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        commitment_weight: float = 0.25,
+        codebook_weight: float = 1.0,
+        kmeans_init: bool = False,
+        kmeans_iters: int = 10,
+        threshold_ema_dead_code: float = 0,
+        channel_last: bool = True,
+        accept_image_fmap: bool = False,
+        sync_codebook: bool = True,
+        precision: str = "exact",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("codebook_size", codebook_size)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} is {size!r}; it must be an int")
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        for name, option, known in (
+            ("codebook_update", codebook_update, CODEBOOK_UPDATES),
+            ("precision", precision, ops.PRECISIONS),
+            ("backend", backend, ops.BACKENDS),
+        ):
+            if option not in known:
+                raise ValueError(f"{name} is {option!r}; it must be one of {', '.join(known)}")
+        for name, number in (
+            ("eps", eps),
+            ("commitment_weight", commitment_weight),
+            ("codebook_weight", codebook_weight),
+            ("kmeans_iters", kmeans_iters),
+            ("threshold_ema_dead_code", threshold_ema_dead_code),
+        ):
+            if not number >= 0:
+                raise ValueError(f"{name} is {number}; it must be at least 0")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay is {decay}; it must be in [0, 1]")
+
+        self.dim = dim
+        self.codebook_size = codebook_size
+        self.codebook_update = codebook_update
+        self.decay = decay
+        self.eps = eps
+        self.commitment_weight = commitment_weight
+        self.codebook_weight = codebook_weight
+        self.kmeans_init = kmeans_init
+        self.kmeans_iters = kmeans_iters
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.channel_last = channel_last
+        self.accept_image_fmap = accept_image_fmap
+        self.sync_codebook = sync_codebook
+        self.precision = precision
+        self.backend = backend
+
+        codebook = torch.empty(codebook_size, dim, dtype=torch.float32)
+        codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
+        if codebook_update == "gradient":
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("embed_sum", codebook.clone())
+        # one row each: the averages and the codebook agree from the first step
+        self.register_buffer("cluster_size", torch.ones(codebook_size, dtype=torch.float32))
+        self.register_buffer("is_initialized", torch.tensor(not kmeans_init))
+        # what `is_initialized` was found to be, so that steps need not wait for the device
+        self._known_initialized = not kmeans_init
+        self._is_broadcast = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keyword arguments that build this module."""
+        return {
+            "dim": self.dim,
+            "codebook_size": self.codebook_size,
+            "codebook_update": self.codebook_update,
+            "decay": self.decay,
+            "eps": self.eps,
+            "commitment_weight": self.commitment_weight,
+            "codebook_weight": self.codebook_weight,
+            "kmeans_init": self.kmeans_init,
+            "kmeans_iters": self.kmeans_iters,
+            "threshold_ema_dead_code": self.threshold_ema_dead_code,
+            "channel_last": self.channel_last,
+            "accept_image_fmap": self.accept_image_fmap,
+            "sync_codebook": self.sync_codebook,
+            "precision": self.precision,
+            "backend": self.backend,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool = False
+    ) -> Quantized:
+        """Quantizes; in training mode the codebook learns as well.
+
+        Args:
+            x: [..., D], or [B, D, ...], or [B, D, H, W]: see ``channel_last`` and
+                ``accept_image_fmap``.
+            mask: shape of the indices, bool, True for the vectors that count.
+            freeze_codebook: leave codebook and statistics as they are.
+
+        Returns:
+            ``(quantized, indices, loss)`` as of `vqtriton.vector_quantize`; ``quantized`` in the
+            layout of ``x``. With "ema", loss is the weighted commitment term alone.
+
+        Raises:
+            ValueError, TypeError: see `vqtriton.vector_quantize`.
+        """
+        vectors = self._channels_last(x)
+        learns = self.training and not freeze_codebook
+        is_gradient = self.codebook_update == "gradient"
+        if learns:
+            self._prepare(vectors, mask)
+        codebook = self.codebook
+        if freeze_codebook:
+            codebook = codebook.detach()
+        elif learns and (not is_gradient or self.threshold_ema_dead_code > 0):
+            # backward needs the codes that were chosen from, not what the update makes of them
+            codebook = codebook.clone()
+        quantized, indices, loss = vector_quantize(
+            vectors,
+            codebook,
+            commitment_weight=self.commitment_weight,
+            codebook_weight=self.codebook_weight if is_gradient and not freeze_codebook else 0.0,
+            mask=mask,
+            precision=self.precision,
+            backend=self.backend,
+        )
+        if learns and (not is_gradient or self.threshold_ema_dead_code > 0):
+            self._update(vectors.detach().reshape(-1, self.dim), indices.reshape(-1))
+        return Quantized(self._channels_back(quantized), indices, loss)
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """[...] int64 -> [..., D] float32; zeros where the index is -1.
+
+        Raises:
+            TypeError: ``indices`` is not an integer tensor.
+            IndexError: an index outside [-1, K) (on a GPU a device-side assertion).
+        """
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+            kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"indices is {kind}; it must be an int64 tensor")
+        if indices.device.type == "cpu" and indices.numel() > 0:
+            low, high = indices.aminmax()
+            if low < -1 or high >= self.codebook_size:
+                raise IndexError(
+                    f"indices has values from {low} to {high}; they must be in "
+                    f"[0, {self.codebook_size}), or -1 for a masked vector"
+                )
+        return gather(self.codebook, indices)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes in the layout of the module's output: what ``forward`` gave as quantized."""
+        return self._channels_back(self.get_codes_from_indices(indices))
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}; it must be a tensor")
+        layout = "[..., D]"
+        if self.accept_image_fmap:
+            layout = "[B, D, H, W]"
+            if x.ndim == 4 and x.shape[1] == self.dim:
+                return rearrange(x, "b d h w -> b h w d")
+        elif not self.channel_last:
+            layout = "[B, D, ...]"
+            if x.ndim >= 2 and x.shape[1] == self.dim:
+                return rearrange(x, "b d ... -> b ... d")
+        elif x.ndim >= 1 and x.shape[-1] == self.dim:
+            return x
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be {layout} with D = {self.dim}")
+
+    def _channels_back(self, x: Tensor) -> Tensor:
+        if self.accept_image_fmap or not self.channel_last:
+            return rearrange(x, "b ... d -> b d ...")
+        return x
+
+    def _prepare(self, vectors: Tensor, mask: Tensor | None) -> None:
+        """Before the first step: the same codebook on every rank, from data if asked for."""
+        if self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1:
+            with torch.no_grad():
+                distributed.broadcast_(list(self.state_dict(keep_vars=True).values()))
+            self._is_broadcast = True
+            self._known_initialized = bool(self.is_initialized)
+        if not self._known_initialized:
+            self._init_from_data(vectors.detach(), mask)
+
+    @torch.no_grad()
+    def _init_from_data(self, vectors: Tensor, mask: Tensor | None) -> None:
+        rows = vectors.reshape(-1, self.dim) if mask is None else vectors[mask]
+        codebook, counts = clustering.lloyd(
+            rows[rows.isfinite().all(1)],
+            self.codebook_size,
+            self.kmeans_iters,
+            sync=self.sync_codebook,
+            backend=self.backend,
+        )
+        if self.kmeans_iters > 0 and not counts.any():
+            # no row on any rank: the next batch may have some
+            return
+        self.codebook.copy_(codebook)
+        if self.codebook_update == "ema":
+            self.cluster_size.copy_(counts.clamp(min=1))
+            self.embed_sum.copy_(codebook * self.cluster_size[:, None])
+        self.is_initialized.fill_(True)
+        self._known_initialized = True
+
+    @torch.no_grad()
+    def _update(self, rows: Tensor, indices: Tensor) -> None:
+        """One step of the statistics, and of what follows from them."""
+        is_ema = self.codebook_update == "ema"
+        revives = self.threshold_ema_dead_code > 0
+        local = list(code_sums(rows, indices, self.codebook_size, backend=self.backend))
+        if revives:
+            keep = (indices >= 0) & rows.isfinite().all(1)
+            local += distributed.sample_rows(
+                rows, self.codebook_size, keep=keep, sync=self.sync_codebook
+            )
+        sums, counts, *drawn = distributed.all_reduce(local, sync=self.sync_codebook)
+
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        if is_ema:
+            self.embed_sum.lerp_(sums, 1 - self.decay)
+            total = self.cluster_size.sum()
+            smoothed = (
+                (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
+            )
+            self.codebook.copy_(self.embed_sum / smoothed[:, None])
+        if revives:
+            is_dead = self.cluster_size < self.threshold_ema_dead_code
+            samples, is_dead = distributed.take_filled(*drawn, is_dead)
+            size = self.cluster_size.mean().clamp(min=self.threshold_ema_dead_code)
+            self.codebook.copy_(samples.where(is_dead[:, None], self.codebook))
+            self.cluster_size.copy_(size.where(is_dead, self.cluster_size))
+            if is_ema:
+                self.embed_sum.copy_((samples * size).where(is_dead[:, None], self.embed_sum))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantize:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known_initialized = bool(self.is_initialized)

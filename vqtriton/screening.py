@@ -1,0 +1,86 @@
+"""The arithmetic that makes a cheap search exact: a prepared codebook and an error bound.
+
+With y = scale·(x − mean) and e_k = scale·(c_k − mean), the nearest code maximises the score
+s_k = y·e_k − ‖e_k‖²/2. A screen evaluates the scores in low precision. A code whose score is more
+than twice the error bound below the best cannot be the nearest; whatever is left is decided by the
+float64 distance of `vqtriton.reference.squared_distances`. docs/design.md derives the bound.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Unit roundoff of the canonical distance.
+U64 = 2.0**-53
+# Factor over the first-order bound: second-order terms and the rounding of the bound itself.
+SLACK = 1.05
+# Underflow: each of some 3·D roundings can lose the smallest normal number, D < 2¹².
+TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
+
+
+class PreparedCodebook(NamedTuple):
+    """A codebook in the form that the screens read."""
+
+    codes: Tensor  # [K, D] screen dtype, e_k; zeros where a code is not finite
+    half_sqnorm: Tensor  # [K] screen dtype, ‖e_k‖²/2; +inf where a code is not finite
+    mean: Tensor  # [D] screen dtype
+    scale: Tensor  # [] screen dtype, a power of two
+    max_norm: Tensor  # [] screen dtype, max ‖e_k‖
+
+
+class Bound(NamedTuple):
+    """|score error| ≤ products·(‖y‖·E + E²/2) + distances·‖y‖² + tiny, with E = max ‖e_k‖."""
+
+    products: float
+    distances: float
+    tiny: float
+
+
+def screen_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
+    is_double = torch.float64 in (x.dtype, codebook.dtype)
+    return torch.float64 if is_double else torch.float32
+
+
+def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> PreparedCodebook:
+    """Centre on the mean and scale by a power of two, so that max |e_kd| is in [1/2, 1).
+
+    Both change no decision. Centring keeps the scores small beside their differences when the data
+    is far from the origin; scaling keeps the products away from overflow and underflow. In float64
+    there is no scale: there the screen must overflow and underflow where the distances do.
+    """
+    codes = codebook.double()
+    is_finite = codes.isfinite().all(1)
+    codes = codes.where(is_finite[:, None], 0)
+    # an average of values below the largest double cannot overflow, their sum can
+    mean = (codes / is_finite.sum().clamp(min=1)).sum(0).to(dtype)
+    codes = (codes - mean.double()).where(is_finite[:, None], 0)
+    scale = torch.ones_like(codes[0, 0])
+    if dtype == torch.float32:
+        exponent = torch.frexp(codes.abs().amax()).exponent
+        scale = torch.ldexp(scale, -exponent.clamp(-120, 120))
+    codes = (codes * scale).to(dtype)
+    sqnorm = codes.double().square().sum(1)
+    half_sqnorm = (sqnorm / 2).where(is_finite, torch.inf).to(dtype)
+    return PreparedCodebook(
+        codes, half_sqnorm, mean, scale.to(dtype), sqnorm.amax().sqrt().to(dtype)
+    )
+
+
+def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> Bound:
+    """Bound on the error of a score summed in ``dtype``, in any order.
+
+    Args:
+        dim: D.
+        dtype: of the products and of their sum.
+        input_roundoff: unit roundoff of what the matmul does to its inputs first
+            (2⁻⁹ for bfloat16), 0 if it takes them as they are.
+    """
+    roundoff = torch.finfo(dtype).eps / 2
+    return Bound(
+        products=SLACK * ((dim + 8) * roundoff / (1 - (dim + 8) * roundoff) + 3 * input_roundoff),
+        distances=SLACK * (dim + 4) * U64,
+        tiny=TINY[dtype],
+    )
