@@ -13,7 +13,7 @@ from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
 
 # Scores held at a time: 8 MiB in float32, about what stays in a cache between two passes.
 BLOCK_SCORES = 1 << 21
-# Codes whose scores are reduced together: `amax` over a strided axis is vectorised, `argmax` is not.
+# Codes whose scores are reduced together: strided `amax` is vectorised, `argmax` is not.
 GROUP = 8
 # Pairs of a row and a code whose float64 distances are evaluated at a time.
 BLOCK_PAIRS = 1 << 16

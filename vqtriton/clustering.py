@@ -63,7 +63,8 @@ def lloyd(
     everywhere = torch.ones(codebook_size, dtype=torch.bool, device=rows.device)
     keep = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
     drawn = distributed.sample_rows(rows, codebook_size, keep=keep, generator=generator, sync=sync)
-    codebook, _ = distributed.take_filled(*distributed.all_reduce(drawn, sync=sync), everywhere)
+    samples, is_filled = distributed.all_reduce(drawn, sync=sync)
+    codebook, _ = distributed.take_filled(samples, is_filled, everywhere)
     counts = torch.zeros(codebook_size, device=rows.device)
     for _ in range(iters):
         indices = nearest_code(rows, codebook, backend=backend)

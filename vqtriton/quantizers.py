@@ -294,7 +294,7 @@ class VectorQuantize(nn.Module):
             self.codebook.copy_(self.embed_sum / smoothed[:, None])
         if revives:
             is_dead = self.cluster_size < self.threshold_ema_dead_code
-            samples, is_dead = distributed.take_filled(*drawn, is_dead)
+            samples, is_dead = distributed.take_filled(drawn[0], drawn[1], is_dead)
             size = self.cluster_size.mean().clamp(min=self.threshold_ema_dead_code)
             self.codebook.copy_(samples.where(is_dead[:, None], self.codebook))
             self.cluster_size.copy_(size.where(is_dead, self.cluster_size))

@@ -1,0 +1,47 @@
+# `make train` and `make test` set up what they need on a machine with Python >= 3.11 and make.
+VENV := .venv
+# the interpreter that runs everything, e.g. `make test PYTHON=python3` on a machine that has all of it
+PYTHON := $(VENV)/bin/python
+READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
+BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
+INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
+
+.PHONY: help venv train test lint format bench clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(VENV)/.ready ## virtual environment with the project and its tools
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	# torch by itself and first: nothing that follows may choose another one
+	$(INSTALL) torch
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench-ready: $(VENV)/.ready
+	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/
+	$(PYTHON) examples/train_mnist.py --out runs/mnist
+
+test: $(READY) ## all tests, then the kernels in Triton's interpreter
+	$(PYTHON) -m pytest
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m kernel
+
+lint: $(READY) ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(READY) ## what ruff can mend by itself
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: $(BENCH_READY) ## time and memory beside vector-quantize-pytorch
+	$(PYTHON) -m bench
+
+clean: ## remove the environment and what was built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
