@@ -15,8 +15,8 @@ from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
 BLOCK_SCORES = 1 << 21
 # Codes whose scores are reduced together: strided `amax` is vectorised, `argmax` is not.
 GROUP = 8
-# Pairs of a row and a code whose float64 distances are evaluated at a time.
-BLOCK_PAIRS = 1 << 16
+# Elements of the vectors whose float64 distances are evaluated at a time: more leave the cache.
+BLOCK_PAIRS_ELEMENTS = 1 << 17
 # Rows that are converted to another dtype at a time.
 BLOCK_ROWS = 1 << 14
 
@@ -60,7 +60,9 @@ def nearest_code(x: Tensor, codebook: Tensor, precision: str) -> Tensor:
         row, group = (~(group_best < threshold[:, None]) & is_finite[:, None]).nonzero().unbind(1)
         pair, member = (~(by_group[row, :, group] < threshold[row, None])).nonzero().unbind(1)
         row, code = row[pair], member * num_groups + group[pair]
-        row, code = row[code < size], code[code < size]
+        # padding and codes that are not finite are no candidates
+        is_code = bias[code] > -torch.inf
+        row, code = row[is_code], code[is_code]
 
         out = indices[start : start + block]
         if precision == "exact":
@@ -86,8 +88,9 @@ def _resolve(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> tuple[Te
     settled = ~is_contested
     contested_row, contested_code = row[is_contested], code[is_contested]
     distances = torch.empty(contested_row.shape, dtype=torch.float64, device=x.device)
-    for start in range(0, distances.numel(), BLOCK_PAIRS):
-        pairs = slice(start, start + BLOCK_PAIRS)
+    block = max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1])
+    for start in range(0, distances.numel(), block):
+        pairs = slice(start, start + block)
         distances[pairs] = _squared_distances(
             x[contested_row[pairs]], codebook[contested_code[pairs]]
         )
@@ -107,8 +110,8 @@ def _squared_distances(x: Tensor, codes: Tensor) -> Tensor:
     # a copy with the dimensions first, so that each step reads contiguous memory
     x, codes = x.T.double().contiguous(), codes.T.double().contiguous()
     distances = x.new_zeros(x.shape[1])
-    for d in range(x.shape[0]):
-        difference = x[d] - codes[d]
+    for x_column, code_column in zip(x, codes, strict=True):
+        difference = x_column.sub_(code_column)
         distances += difference.mul_(difference)
     return distances
 

@@ -24,7 +24,7 @@ TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
 class PreparedCodebook(NamedTuple):
     """A codebook in the form that the screens read."""
 
-    codes: Tensor  # [K, D] screen dtype, e_k; zeros where a code is not finite
+    codes: Tensor  # [K, D] screen dtype, contiguous, e_k; zeros where a code is not finite
     half_sqnorm: Tensor  # [K] screen dtype, ‖e_k‖²/2; +inf where a code is not finite
     mean: Tensor  # [D] screen dtype
     scale: Tensor  # [] screen dtype, a power of two
@@ -61,7 +61,7 @@ def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> PreparedCodebook:
     if dtype == torch.float32:
         exponent = torch.frexp(codes.abs().amax()).exponent
         scale = torch.ldexp(scale, -exponent.clamp(-120, 120))
-    codes = (codes * scale).to(dtype)
+    codes = (codes * scale).to(dtype).contiguous()
     sqnorm = codes.double().square().sum(1)
     half_sqnorm = (sqnorm / 2).where(is_finite, torch.inf).to(dtype)
     return PreparedCodebook(

@@ -1,0 +1,52 @@
+"""One suite, three ways: blocked torch code, the kernels on a GPU, the kernels interpreted.
+
+The tests marked ``kernel`` run on every backend that the process has. Triton decides at import
+whether its kernels are interpreted, so that is a process of its own: ``TRITON_INTERPRET=1 pytest
+-m kernel``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# the tensors are small: threads that wait for one another on a busy machine cost more than they give
+torch.set_num_threads(1)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+settings.register_profile(
+    "default",
+    # the same examples on every run: a failure can be repeated, a pass means the same everywhere
+    derandomize=True,
+    deadline=None,
+    max_examples=15 if INTERPRETED else 60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        # numpy remarks on the NaNs and infinities that the kernels are given on purpose
+        config.addinivalue_line("filterwarnings", "ignore:.*encountered in:RuntimeWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """In this mode `torch.empty` is filled with NaN: whatever is left unwritten shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

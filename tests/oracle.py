@@ -1,0 +1,36 @@
+"""What is right, in numpy and float64, independent of the package."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def distances(x: Tensor, codebook: Tensor) -> np.ndarray:
+    """[N, K] sums of squared differences, added up in the order of the dimensions."""
+    x, codebook = x.detach().cpu().double().numpy(), codebook.detach().cpu().double().numpy()
+    total = np.zeros((x.shape[0], codebook.shape[0]))
+    with np.errstate(all="ignore"):
+        for x_column, code_column in zip(x.T, codebook.T, strict=True):
+            total += (x_column[:, None] - code_column[None, :]) ** 2
+    return np.where(np.isfinite(total), total, np.inf)
+
+
+def nearest_code(x: Tensor, codebook: Tensor, block: int = 512) -> Tensor:
+    """[N] int64; `argmin` returns the first of equal minima."""
+    flat = x.reshape(-1, x.shape[-1])
+    parts = [distances(rows, codebook).argmin(1) for rows in flat.split(block)]
+    indices = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return torch.from_numpy(indices).reshape(x.shape[:-1])
+
+
+def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """float64 sums [K, D] and counts [K]."""
+    sums = np.zeros((codebook_size, x.shape[1]))
+    counts = np.zeros(codebook_size, dtype=np.int64)
+    for row, index in zip(x.detach().cpu().double().numpy(), indices.tolist(), strict=True):
+        if 0 <= index < codebook_size and np.isfinite(row).all():
+            sums[index] += row
+            counts[index] += 1
+    return torch.from_numpy(sums), torch.from_numpy(counts)

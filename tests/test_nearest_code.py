@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import data
+import oracle
+import pytest
+import torch
+from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend
+from conftest import INTERPRETED
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vqtriton
+
+pytestmark = pytest.mark.kernel
+
+# either side of the edges of every block
+SIZES = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 129])
+DIMS = st.sampled_from([1, 2, 3, 8, 15, 16, 17, 33, 64, 65])
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def nearest(x: torch.Tensor, codebook: torch.Tensor, backend: Backend, **kwargs) -> torch.Tensor:
+    x, codebook = x.to(backend.device), codebook.to(backend.device)
+    return vqtriton.nearest_code(x, codebook, backend=backend.name, **kwargs).cpu()
+
+
+@on_every_backend
+@pytest.mark.parametrize("case", data.HARD)
+@pytest.mark.parametrize("dim", [1, 3, 33])
+def test_equals_the_oracle_on_hard_data(backend: Backend, case: str, dim: int) -> None:
+    n, k = (70, 70) if backend.device == "cpu" and INTERPRETED else (3000, 700)
+    x, codebook = data.HARD[case](n, k, dim)
+    assert torch.equal(nearest(x, codebook, backend), oracle.nearest_code(x, codebook))
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize("codebook_dtype", EXACT_DTYPES)
+def test_equals_the_oracle_in_every_pair_of_dtypes(backend: Backend, dtype, codebook_dtype) -> None:
+    x, codebook = torch.randn(130, 33).to(dtype), torch.randn(70, 33).to(codebook_dtype)
+    assert torch.equal(nearest(x, codebook, backend), oracle.nearest_code(x, codebook))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@given(
+    n=SIZES,
+    k=SIZES,
+    d=DIMS,
+    case=st.sampled_from(sorted(data.HARD)),
+    dtype=st.sampled_from(EXACT_DTYPES),
+    layouts=st.tuples(st.sampled_from(data.LAYOUTS), st.sampled_from(data.LAYOUTS)),
+    seed=SEEDS,
+)
+def test_equals_the_oracle(backend: Backend, n, k, d, case, dtype, layouts, seed) -> None:
+    torch.manual_seed(seed)
+    x, codebook = (t.to(dtype) for t in data.HARD[case](n, k, d))
+    want = oracle.nearest_code(x, codebook)
+    got = nearest(data.with_layout(x, layouts[0]), data.with_layout(codebook, layouts[1]), backend)
+    assert torch.equal(got, want)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dim", [100, 256, 1024])
+def test_equals_the_oracle_in_many_dimensions(backend: Backend, dim: int) -> None:
+    x, codebook = torch.randn(65, dim), torch.randn(65, dim)
+    assert torch.equal(nearest(x, codebook, backend), oracle.nearest_code(x, codebook))
+
+
+@on_every_backend
+def test_shape_of_the_batch_is_kept(backend: Backend) -> None:
+    x, codebook = torch.randn(2, 3, 5, 8), torch.randn(7, 8)
+    want = oracle.nearest_code(x, codebook)
+    assert torch.equal(nearest(x, codebook, backend), want)
+    assert torch.equal(nearest(x[0, 0, 0], codebook, backend), want[0, 0, 0])
+    # a map with the channels first, seen with the channels last
+    fmap = x.movedim(-1, 1).contiguous().movedim(1, -1)
+    assert torch.equal(nearest(fmap, codebook, backend), want)
+
+
+@on_every_backend
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
+def test_empty_batch(backend: Backend, shape: tuple[int, ...]) -> None:
+    indices = nearest(torch.randn(shape), torch.randn(5, 8), backend)
+    assert indices.shape == shape[:-1]
+    assert indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@given(n=SIZES, k=SIZES, d=DIMS, case=st.sampled_from(sorted(data.HARD)), seed=SEEDS)
+def test_does_not_depend_on_the_batch(backend: Backend, n, k, d, case, seed) -> None:
+    torch.manual_seed(seed)
+    x, codebook = data.HARD[case](n, k, d)
+    together = nearest(x, codebook, backend)
+    cut = int(torch.randint(n + 1, ()))
+    apart = [nearest(part, codebook, backend) for part in (x[:cut], x[cut:])]
+    assert torch.equal(torch.cat(apart), together)
+    order = torch.randperm(n)
+    assert torch.equal(nearest(x[order], codebook, backend), together[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@given(n=SIZES, k=SIZES, d=DIMS, seed=SEEDS)
+def test_permuting_codes_permutes_indices(backend: Backend, n, k, d, seed) -> None:
+    torch.manual_seed(seed)
+    x, codebook = data.gaussian(n, k, d)
+    order = torch.randperm(k)
+    assert torch.equal(order[nearest(x, codebook[order], backend)], nearest(x, codebook, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@given(n=SIZES, k=SIZES, d=DIMS, seed=SEEDS, shift=st.integers(-1000, 1000))
+def test_shifting_both_changes_nothing(backend: Backend, n, k, d, seed, shift) -> None:
+    torch.manual_seed(seed)
+    # multiples of 1/64: the shift rounds nothing, and there are ties
+    x, codebook = torch.randint(-128, 128, (n, d)) / 64, torch.randint(-128, 128, (k, d)) / 64
+    shifted = nearest(x + shift, codebook + shift, backend)
+    assert torch.equal(shifted, nearest(x, codebook, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@given(k=SIZES, d=DIMS, case=st.sampled_from(["gaussian", "duplicates", "ulp_codes"]), seed=SEEDS)
+def test_a_code_maps_to_its_first_equal(backend: Backend, k, d, case, seed) -> None:
+    torch.manual_seed(seed)
+    _, codebook = data.HARD[case](1, k, d)
+    equal = (codebook[:, None] == codebook[None]).all(-1)
+    assert torch.equal(nearest(codebook, codebook, backend), equal.int().argmax(1))
+
+
+@on_every_backend
+def test_one_bad_row_is_one_bad_row(backend: Backend) -> None:
+    x, codebook = torch.randn(128, 16), torch.randn(65, 16)
+    want = nearest(x, codebook, backend)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoiled = x.clone()
+        spoiled[17, 3] = bad
+        got = nearest(spoiled, codebook, backend)
+        assert got[17] == 0
+        got[17] = want[17]
+        assert torch.equal(got, want)
+
+
+@on_every_backend
+def test_repeats_bit_for_bit(backend: Backend) -> None:
+    x, codebook = data.lattice(70, 70, 5)
+    first = nearest(x, codebook, backend)
+    assert all(torch.equal(nearest(x, codebook, backend), first) for _ in range(5))
+
+
+@on_every_backend
+def test_fast_is_close_and_in_range(backend: Backend) -> None:
+    x, codebook = data.gaussian(130, 70, 16)
+    indices = nearest(x, codebook, backend, precision="fast")
+    distances = torch.from_numpy(oracle.distances(x, codebook))
+    excess = distances.gather(1, indices[:, None])[:, 0] - distances.amin(1)
+    # twice the error of two float32 scores of D products
+    assert (excess <= 4 * (16 + 8) * 2**-24 * distances.amax(1)).all()
+
+
+@on_every_backend
+def test_inputs_are_left_alone(backend: Backend) -> None:
+    x, codebook = data.not_finite(33, 17, 5)
+    before = x.clone(), codebook.clone()
+    nearest(x, codebook, backend)
+    torch.testing.assert_close((x, codebook), before, rtol=0, atol=0, equal_nan=True)
+
+
+X, CODEBOOK = torch.zeros(4, 3), torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "codebook", "options", "error", "message"),
+    [
+        (X[:, :2], CODEBOOK, {}, ValueError, "codebook has 3 columns but x has 2"),
+        (X, CODEBOOK[:0], {}, ValueError, r"codebook has shape \(0, 3\)"),
+        (X[:, :0], CODEBOOK[:, :0], {}, ValueError, r"x has shape \(4, 0\)"),
+        (X[0, 0], CODEBOOK, {}, ValueError, r"x has shape \(\)"),
+        (X, CODEBOOK[0], {}, ValueError, r"codebook has shape \(3,\)"),
+        (X.int(), CODEBOOK, {}, TypeError, "x is a torch.int32 tensor"),
+        (X, CODEBOOK.to(torch.complex64), {}, TypeError, "codebook is a torch.complex64 tensor"),
+        (X.tolist(), CODEBOOK, {}, TypeError, "x is a list"),
+        (X, None, {}, TypeError, "codebook is a NoneType"),
+        (X, CODEBOOK.to("meta"), {}, ValueError, "codebook is on meta but x is on cpu"),
+        (X, CODEBOOK, {"precision": "exakt"}, ValueError, "precision is 'exakt'"),
+        (X, CODEBOOK, {"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+    ],
+)
+def test_bad_input_is_named(x, codebook, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        vqtriton.nearest_code(x, codebook, **options)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the kernels on the CPU")
+def test_kernels_refuse_cpu_tensors() -> None:
+    with pytest.raises(ValueError, match="backend='triton' cannot run on cpu tensors"):
+        vqtriton.nearest_code(X, CODEBOOK, backend="triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="where kernels can run")
+def test_kernels_refuse_float64() -> None:
+    with pytest.raises(TypeError, match="float64"):
+        vqtriton.nearest_code(X.double(), CODEBOOK, backend="triton")
