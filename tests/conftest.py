@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# the tensors are small: threads that wait for one another on a busy machine cost more than they give
+# the tensors are small: on a busy machine threads cost more than they give
 torch.set_num_threads(1)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -229,15 +229,13 @@ class _VectorQuantize(torch.autograd.Function):
             commitment = (weight * (x - codes.detach())).to(x.dtype)
             grad_x = (grad_quantized + commitment).masked_fill(is_masked, 0)
         if ctx.needs_input_grad[1]:
-            residual = codes - x.detach()
             is_left_out = is_masked | ~x.isfinite().all(1, keepdim=True)
             weight = (2 * ctx.codebook_weight * grad_loss)[:, None]
-            sums, _ = _CodeSums.apply(
-                (weight * residual).masked_fill(is_left_out, 0),
-                indices,
-                codebook.shape[0],
-                ctx.backend,
-            )
+            pull = (weight * (codes - x.detach())).masked_fill(is_left_out, 0)
+            sums, _ = _CodeSums.apply(pull, indices, codebook.shape[0], ctx.backend)
+            # rows of x that are not finite are left out, but a gradient that overflowed must show:
+            # 0 when all is well, else NaN
+            sums = sums + 0 * pull.sum()
             grad_codebook = sums.to(codebook.dtype)
         return grad_x, grad_codebook, None, None, None, None
 

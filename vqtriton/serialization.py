@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +25,8 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: ``vq`` is not a `VectorQuantize`.
-        ValueError: a tensor holds NaN or infinity: `load` would refuse it.
+        ValueError: a tensor holds NaN or infinity, or an argument is not of its type: `load`
+            would refuse it.
     """
     if not isinstance(vq, VectorQuantize):
         raise TypeError(f"vq is a {type(vq).__name__}; it must be a VectorQuantize")
@@ -31,6 +34,7 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"vq.{name} holds NaN or infinity; the file would be of no use")
+    _check_types(vq.config)
     metadata = {"format": FORMAT, "version": __version__, "config": json.dumps(vq.config)}
     target = Path(path)
     # in the same folder, so that the rename cannot cross file systems
@@ -79,9 +83,11 @@ def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> VectorQ
     """A module of the configuration, once the tensors are known to fit it."""
     try:
         arguments = json.loads(config)
+        _check_types(arguments)
         # on the meta device a lie about the size costs no memory
         with torch.device("meta"):
             skeleton = VectorQuantize(**arguments)
+    # RuntimeError: sizes beyond any memory, JSON nested beyond the stack
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} has a configuration that builds no module: {error}") from error
     expected = skeleton.state_dict()
@@ -97,3 +103,22 @@ def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> VectorQ
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
     return VectorQuantize(**arguments)
+
+
+def _check_types(arguments: Any) -> None:
+    """The constructor checks what it can compare; "no" for a bool or 2.5 for an int gets past it.
+
+    Raises:
+        ValueError: an argument is not of its type, or not finite.
+    """
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{arguments!r:.80} are no arguments")
+    for name, kind in get_type_hints(VectorQuantize.__init__).items():
+        if name not in arguments:
+            continue
+        value = arguments[name]
+        fits = isinstance(value, int | float if kind is float else kind)
+        if not fits or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{name} is {value!r:.80}; it must be a {kind.__name__}")
+        if kind is float and not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name} is {value!r:.80}; it must be finite")

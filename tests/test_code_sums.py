@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import data
+import oracle
+import pytest
+import torch
+from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend
+from conftest import INTERPRETED
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vqtriton
+
+pytestmark = pytest.mark.kernel
+
+
+def code_sums(x, indices, size, backend: Backend):
+    sums, counts = vqtriton.code_sums(
+        x.to(backend.device), indices.to(backend.device), size, backend=backend.name
+    )
+    return sums.cpu(), counts.cpu()
+
+
+def skewed(skew: str, n: int, k: int) -> torch.Tensor:
+    if skew == "one code":
+        return torch.full((n,), k - 1)
+    if skew == "zipf":
+        weights = 1 / torch.arange(1, k + 1)
+        return torch.multinomial(weights, n, replacement=True) if n else torch.zeros(0).long()
+    if skew == "one row each":
+        return torch.arange(n) % k
+    # everything that means "leave it out" as well
+    return torch.randint(-1, k + 1, (n,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@given(
+    n=st.sampled_from([0, 1, 15, 17, 64, 255, 256, 257, 600]),
+    k=st.sampled_from([1, 2, 17, 64, 300]),
+    d=st.sampled_from([1, 3, 16, 65, 130]),
+    dtype=st.sampled_from(EXACT_DTYPES),
+    layout=st.sampled_from(data.LAYOUTS),
+    skew=st.sampled_from(["uniform", "zipf", "one code", "one row each"]),
+    is_bad=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equals_the_oracle(backend: Backend, n, k, d, dtype, layout, skew, is_bad, seed) -> None:
+    torch.manual_seed(seed)
+    x, indices = torch.randn(n, d).to(dtype), skewed(skew, n, k)
+    if is_bad:
+        x[::5, 0] = torch.nan
+        x[1::7, -1] = torch.inf
+    sums, counts = code_sums(data.with_layout(x, layout), indices, k, backend)
+    want_sums, want_counts = oracle.code_sums(x, indices, k)
+    assert torch.equal(counts, want_counts)
+    assert sums.dtype == torch.float32
+    magnitude, _ = oracle.code_sums(x.abs(), indices, k)
+    # rounding once an addition would be n·2⁻²⁴; sums in pairs or in float64 stay far below
+    assert ((sums - want_sums).abs() <= 16 * 2**-24 * magnitude).all()
+
+
+@on_every_backend
+def test_a_long_sum_does_not_drift(backend: Backend) -> None:
+    n = 3_000 if INTERPRETED else 1_000_000
+    x = torch.full((n, 1), 1.0001)
+    sums, counts = code_sums(x, torch.zeros(n, dtype=torch.int64), 1, backend)
+    assert counts.item() == n
+    assert abs(sums.item() / (n * x[0, 0].double().item()) - 1) <= 2**-22
+
+
+@on_every_backend
+def test_repeats_bit_for_bit(backend: Backend) -> None:
+    x, indices = torch.randn(600, 17), torch.randint(7, (600,))
+    first, _ = code_sums(x, indices, 7, backend)
+    assert all(torch.equal(code_sums(x, indices, 7, backend)[0], first) for _ in range(5))
+
+
+@on_every_backend
+def test_gradient_is_a_gather(backend: Backend) -> None:
+    x = torch.randn(4, 5, 3, requires_grad=True)
+    indices = torch.randint(-1, 7, (4, 5))
+    sums, _ = code_sums(x, indices, 7, backend)
+    weights = torch.randn(7, 3)
+    (grad,) = torch.autograd.grad((sums * weights).sum(), x)
+    want = weights[indices.clamp(min=0)] * (indices >= 0)[..., None]
+    assert torch.equal(grad, want)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.parametrize(
+    ("indices", "size", "error", "message"),
+    [
+        (torch.zeros(3).long(), 2, ValueError, r"indices has shape \(3,\)"),
+        (torch.zeros(4), 2, TypeError, "indices is a torch.float32 tensor"),
+        (torch.zeros(4).int(), 2, TypeError, "indices is a torch.int32 tensor"),
+        ([0, 1, 2, 3], 2, TypeError, "indices is a list"),
+        (torch.zeros(4).long(), 0, ValueError, "codebook_size is 0"),
+        (torch.zeros(4).long(), 2.0, TypeError, "codebook_size is 2.0"),
+    ],
+)
+def test_bad_input_is_named(indices, size, error, message) -> None:
+    with pytest.raises(error, match=message):
+        vqtriton.code_sums(torch.zeros(4, 3), indices, size)
