@@ -22,6 +22,7 @@ def test_opcheck(backend: Backend) -> None:
         (ops.gather_codes, (x, codebook, indices, backend.name)),
         (ops.gather_codes, (x.T.contiguous().T.bfloat16(), codebook, indices, backend.name)),
         (ops.code_sums, (x, indices, 4, backend.name)),
+        (ops.snapshot, (codebook.T,)),
     ):
         torch.library.opcheck(op, args)
 

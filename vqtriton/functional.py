@@ -165,9 +165,34 @@ def gather(codebook: Tensor, indices: Tensor) -> Tensor:
     return codebook[indices.clamp(min=0)].masked_fill((indices < 0)[..., None], 0)
 
 
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy that stays as it is when ``tensor`` is then changed in place.
+
+    As `torch.clone`, which `torch.compile` may put off until backward, after the change: the
+    gradient is then silently wrong (pytorch/pytorch#197039). It does not put off an op of ours.
+    """
+    return _Snapshot.apply(tensor)
+
+
 def _nearest_code(x: Tensor, codebook: Tensor, precision: str, backend: str) -> Tensor:
     flat = x.detach().reshape(-1, x.shape[-1])
     return ops.nearest_code(flat, codebook.detach(), precision, backend)
+
+
+class _Snapshot(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return ops.snapshot(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _CodeSums(torch.autograd.Function):

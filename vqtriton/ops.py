@@ -26,6 +26,7 @@ _library.define(
 _library.define(
     "code_sums(Tensor x, Tensor indices, SymInt codebook_size, str backend) -> (Tensor, Tensor)"
 )
+_library.define("snapshot(Tensor tensor) -> Tensor")
 
 
 def triton_is_installed() -> bool:
@@ -98,6 +99,14 @@ def _code_sums(
     return kernel.code_sums(x, indices, codebook_size)
 
 
+def _snapshot(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _snapshot_fake(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def _nearest_code_fake(x: Tensor, codebook: Tensor, precision: str, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
@@ -122,6 +131,7 @@ for _name, _implementation, _fake in (
     ("nearest_code", _nearest_code, _nearest_code_fake),
     ("gather_codes", _gather_codes, _gather_codes_fake),
     ("code_sums", _code_sums, _code_sums_fake),
+    ("snapshot", _snapshot, _snapshot_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
@@ -129,3 +139,4 @@ for _name, _implementation, _fake in (
 nearest_code = torch.ops.vqtriton.nearest_code.default
 gather_codes = torch.ops.vqtriton.gather_codes.default
 code_sums = torch.ops.vqtriton.code_sums.default
+snapshot = torch.ops.vqtriton.snapshot.default

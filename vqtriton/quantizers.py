@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqtriton import clustering, distributed, ops
-from vqtriton.functional import code_sums, gather, vector_quantize
+from vqtriton.functional import code_sums, gather, snapshot, vector_quantize
 from vqtriton.reference import Quantized
 
 CODEBOOK_UPDATES = ("ema", "gradient")
@@ -183,7 +183,7 @@ class VectorQuantize(nn.Module):
             codebook = codebook.detach()
         elif learns and (not is_gradient or self.threshold_ema_dead_code > 0):
             # backward needs the codes that were chosen from, not what the update makes of them
-            codebook = codebook.clone()
+            codebook = snapshot(codebook)
         quantized, indices, loss = vector_quantize(
             vectors,
             codebook,

@@ -119,6 +119,6 @@ def _check_types(arguments: Any) -> None:
         value = arguments[name]
         fits = isinstance(value, int | float if kind is float else kind)
         if not fits or isinstance(value, bool) != (kind is bool):
-            raise ValueError(f"{name} is {value!r:.80}; it must be a {kind.__name__}")
+            raise ValueError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
         if kind is float and not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name} is {value!r:.80}; it must be finite")
