@@ -1,0 +1,181 @@
+"""Two ranks, gloo: the same codebook on both, whatever each of them gets to see."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from torch import Tensor
+
+from vqtriton import VectorQuantize
+
+DIM, SIZE = 5, 16
+
+
+def batch(step: int, rows: int = 48) -> Tensor:
+    return torch.randn(rows, DIM, generator=torch.Generator().manual_seed(step)) + 1
+
+
+def shares(x: Tensor, world_size: int, uneven: bool) -> list[Tensor]:
+    """How the ranks divide a batch: evenly, or all to the last with nothing for the first."""
+    if not uneven:
+        return list(x.chunk(world_size))
+    return [x[:0]] * (world_size - 1) + [x]
+
+
+def state(vq: VectorQuantize) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in vq.state_dict().items()}
+
+
+def steps(vq: VectorQuantize, rank: int, world_size: int, uneven: bool) -> dict[str, Tensor]:
+    for step in range(6):
+        x = shares(batch(step), world_size, uneven and step % 2 == 1)[rank].requires_grad_()
+        vq(x).loss.backward()
+        if vq.codebook.requires_grad:
+            torch.distributed.all_reduce(vq.codebook.grad)
+            with torch.no_grad():
+                vq.codebook -= 0.1 * vq.codebook.grad
+            vq.codebook.grad = None
+    return state(vq)
+
+
+def assert_equal(results: list[dict[str, Tensor]]) -> None:
+    for result in results[1:]:
+        for name, value in result.items():
+            assert torch.equal(value, results[0][name]), name
+
+
+OPTIONS = {
+    "ema": {},
+    "gradient": {"codebook_update": "gradient"},
+    "kmeans": {"kmeans_init": True},
+    "revival": {"threshold_ema_dead_code": 2, "decay": 0.5},
+    "gradient, revival": {
+        "codebook_update": "gradient",
+        "threshold_ema_dead_code": 2,
+        "decay": 0.5,
+        "kmeans_init": True,
+    },
+}
+
+
+def train_all(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    # each rank with a seed of its own, and built before there is a process group
+    torch.manual_seed(rank)
+    modules = {
+        (name, uneven): VectorQuantize(DIM, SIZE, **options)
+        for name, options in OPTIONS.items()
+        for uneven in (False, True)
+    }
+    ranks.join(rank, world_size, meeting_point)
+    return {
+        f"{name}{', an empty rank' if uneven else ''}: {tensor}": value
+        for (name, uneven), vq in modules.items()
+        for tensor, value in steps(vq, rank, world_size, uneven).items()
+    }
+
+
+def test_codebooks_are_equal(tmp_path: Path) -> None:
+    results = ranks.run(train_all, tmp_path)
+    assert_equal(results)
+    assert all(value.isfinite().all() for value in results[0].values())
+    # what two ranks learn is what one does
+    torch.manual_seed(0)
+    alone = steps(VectorQuantize(DIM, SIZE), 0, 1, uneven=False)
+    for name, value in alone.items():
+        torch.testing.assert_close(results[0][f"ema: {name}"], value, rtol=1e-5, atol=1e-6)
+
+
+def masked_rank(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    vq = VectorQuantize(DIM, SIZE, kmeans_init=True, threshold_ema_dead_code=1)
+    for step in range(4):
+        x = batch(step)
+        mask = torch.full((48,), rank == 1)
+        if rank == 0:
+            x = x * torch.nan
+        assert vq(x, mask=mask).loss.isfinite()
+    return state(vq)
+
+
+def test_a_masked_rank_takes_part(tmp_path: Path) -> None:
+    results = ranks.run(masked_rank, tmp_path)
+    assert_equal(results)
+    assert results[0]["codebook"].isfinite().all()
+    assert results[0]["codebook"].std() > 0.3
+
+
+def resumed(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    # only rank 0 has read the checkpoint, as is common with DDP
+    torch.manual_seed(rank)
+    vq = VectorQuantize(DIM, SIZE, kmeans_init=True)
+    if rank == 0:
+        trained = VectorQuantize(DIM, SIZE, kmeans_init=True)
+        trained(batch(0))
+        vq.load_state_dict(trained.state_dict())
+    ranks.join(rank, world_size, meeting_point)
+    vq(batch(1).chunk(world_size)[rank])
+    return state(vq)
+
+
+def test_a_checkpoint_read_by_one_rank_reaches_all(tmp_path: Path) -> None:
+    assert_equal(ranks.run(resumed, tmp_path))
+
+
+def data_parallel(rank: int, world_size: int, meeting_point: str, update: str) -> dict[str, Tensor]:
+    torch.manual_seed(rank)
+    ranks.join(rank, world_size, meeting_point)
+    vq = VectorQuantize(DIM, SIZE, codebook_update=update, threshold_ema_dead_code=0.1)
+    model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), vq)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(4):
+        out = ddp(batch(step).chunk(world_size)[rank])
+        optimizer.zero_grad()
+        (out.loss + out.quantized.square().mean()).backward()
+        optimizer.step()
+    return state(vq) | {"encoder": model[0].weight.detach()}
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_distributed_data_parallel(tmp_path: Path, update: str) -> None:
+    assert_equal(ranks.run(functools.partial(data_parallel, update=update), tmp_path))
+
+
+def one_rank_apart(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    vq = VectorQuantize(DIM, SIZE, sync_codebook=False)
+    ranks.join(rank, world_size, meeting_point)
+    # no collective: only one rank trains, and does not wait for the other
+    if rank == 1:
+        vq(batch(0))
+    return state(vq)
+
+
+def test_synchronisation_can_be_turned_off(tmp_path: Path) -> None:
+    results = ranks.run(one_rank_apart, tmp_path)
+    assert not torch.equal(results[0]["codebook"], results[1]["codebook"])
+
+
+def count_collectives(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    vq = VectorQuantize(DIM, SIZE, threshold_ema_dead_code=1)
+    vq(batch(0))
+    calls = 0
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    vq(batch(1))
+    return {"calls": torch.tensor(calls)}
+
+
+def test_one_collective_a_step(tmp_path: Path) -> None:
+    assert [result["calls"].item() for result in ranks.run(count_collectives, tmp_path)] == [1, 1]
