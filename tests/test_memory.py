@@ -1,0 +1,54 @@
+"""No tensor of N×K elements, and nothing else that grows with N·K."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import Backend, on_every_backend
+from conftest import INTERPRETED
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vqtriton import blocked, ops, reference
+
+pytestmark = pytest.mark.kernel
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def largest(function, *args) -> int:
+    with LargestTensor() as mode:
+        function(*args)
+    return mode.numel
+
+
+@on_every_backend
+def test_nothing_is_as_large_as_n_times_k(backend: Backend) -> None:
+    n, k, d = (400, 300, 4) if INTERPRETED else (20_000, 5_000, 4)
+    x = torch.randn(n, d, device=backend.device)
+    codebook = torch.randn(k, d, device=backend.device)
+    indices = torch.randint(k, (n,), device=backend.device)
+    # a few copies of the inputs, or a block of scores
+    limit = max(4 * (n + k) * d, 0 if backend.name == "triton" else blocked.BLOCK_SCORES)
+    assert limit < n * k / 10
+    # the implementations, since the ops that call them are one operation each
+    assert largest(ops._nearest_code, x, codebook, "exact", backend.name) <= limit
+    assert largest(ops._gather_codes, x, codebook, indices, backend.name) <= limit
+    assert largest(ops._code_sums, x, indices, k, backend.name) <= limit
+
+
+@pytest.mark.skipif(INTERPRETED, reason="once is enough")
+def test_the_measure_sees_what_is_large() -> None:
+    x, codebook = torch.randn(50, 4), torch.randn(40, 4)
+    assert largest(reference.squared_distances, x, codebook) == 50 * 40
