@@ -157,6 +157,28 @@ def test_fast_is_close_and_in_range(backend: Backend) -> None:
 
 
 @on_every_backend
+def test_fast_gives_ties_to_the_lowest_index(backend: Backend) -> None:
+    x, codebook = data.collapsed(65, 130, 8)
+    assert (nearest(x, codebook, backend, precision="fast") == 0).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels do not use torch's matmul")
+def test_exact_where_matmuls_round_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what torch may do with float32_matmul_precision="medium" on hardware that has bfloat16
+    addmm = torch.addmm
+
+    def rounded(bias, y, codes, *, out):
+        return addmm(bias, y.bfloat16().float(), codes.bfloat16().float(), out=out)
+
+    x, codebook = data.gaussian(2000, 500, 16)
+    want = oracle.nearest_code(x, codebook)
+    monkeypatch.setattr(torch, "addmm", rounded)
+    assert not torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
+
+
+@on_every_backend
 def test_inputs_are_left_alone(backend: Backend) -> None:
     x, codebook = data.not_finite(33, 17, 5)
     before = x.clone(), codebook.clone()

@@ -44,6 +44,7 @@ def nearest_code(x: Tensor, codebook: Tensor, precision: str) -> Tensor:
         y = (rows.to(dtype) - prepared.mean) * prepared.scale
         is_finite = rows.isfinite().all(1)
         y = y.where(is_finite[:, None], 0)
+        # with `out`, autocast leaves it alone
         block_scores = torch.addmm(bias, y, codes, out=scores[: rows.shape[0]])
 
         by_group = block_scores.view(-1, GROUP, num_groups)

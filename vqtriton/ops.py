@@ -66,17 +66,15 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def _nearest_code(x: Tensor, codebook: Tensor, precision: str, backend: str) -> Tensor:
-    # autocast would turn the matmuls of the implementation into half precision ones
-    with torch.autocast(x.device.type, enabled=False):
-        if x.shape[0] == 0:
-            return torch.empty(0, dtype=torch.int64, device=x.device)
-        if resolve_backend(backend, x.device) == "torch":
-            return blocked.nearest_code(x, codebook, precision)
-        from vqtriton.kernels import nearest_code as kernel
+    if x.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    if resolve_backend(backend, x.device) == "torch":
+        return blocked.nearest_code(x, codebook, precision)
+    from vqtriton.kernels import nearest_code as kernel
 
-        prepared = prepare_codebook(codebook, torch.float32)
-        bound = error_bound(x.shape[1], torch.float32)
-        return kernel.nearest_code(x, codebook, prepared, bound, exact=precision == "exact")
+    prepared = prepare_codebook(codebook, torch.float32)
+    bound = error_bound(x.shape[1], torch.float32)
+    return kernel.nearest_code(x, codebook, prepared, bound, exact=precision == "exact")
 
 
 def _gather_codes(
