@@ -308,6 +308,10 @@ def test_a_training_step_compiles_as_one_graph(
         ({"commitment_weight": -1}, ValueError, "commitment_weight is -1"),
         ({"precision": "half"}, ValueError, "precision is 'half'"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu'"),
+        ({"eps": float("inf")}, ValueError, "eps is inf"),
+        ({"kmeans_iters": 2.5}, TypeError, "kmeans_iters is 2.5"),
+        ({"kmeans_init": "no"}, TypeError, "kmeans_init is 'no'"),
+        ({"sync_codebook": 1}, TypeError, "sync_codebook is 1"),
     ],
 )
 def test_bad_options_are_named(options, error, message) -> None:

@@ -17,7 +17,7 @@ def perplexity(counts: Tensor) -> Tensor:
     """
     counts = counts.double()
     total = counts.sum(-1, keepdim=True)
-    entropy = torch.special.entr(counts / total.clamp(min=torch.finfo(torch.float64).tiny)).sum(-1)
+    entropy = torch.special.entr(counts / total).sum(-1)
     return entropy.exp().where(total.squeeze(-1) > 0, 0)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from einops import rearrange
@@ -14,6 +16,37 @@ from vqtriton.functional import code_sums, gather, snapshot, vector_quantize
 from vqtriton.reference import Quantized
 
 CODEBOOK_UPDATES = ("ema", "gradient")
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Whether the keyword arguments can build a `VectorQuantize`.
+
+    Raises:
+        TypeError: an argument is not of its type.
+        ValueError: an argument is out of its range.
+    """
+    for name, kind in get_type_hints(VectorQuantize.__init__).items():
+        if name == "return":
+            continue
+        value = config[name]
+        # True is an int to Python, 1 a float to everybody
+        fits = isinstance(value, int | float if kind is float else kind)
+        if not fits or isinstance(value, bool) != (kind is bool):
+            raise TypeError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
+        least = 1 if name in ("dim", "codebook_size") else 0
+        if kind in (int, float) and not least <= value <= sys.float_info.max:
+            raise ValueError(f"{name} is {value!r:.80}; it must be finite and at least {least}")
+    if config["decay"] > 1:
+        raise ValueError(f"decay is {config['decay']}; it must be in [0, 1]")
+    for name, known in (
+        ("codebook_update", CODEBOOK_UPDATES),
+        ("precision", ops.PRECISIONS),
+        ("backend", ops.BACKENDS),
+    ):
+        if config[name] not in known:
+            raise ValueError(
+                f"{name} is {config[name]!r:.80}; it must be one of {', '.join(known)}"
+            )
 
 
 class VectorQuantize(nn.Module):
@@ -77,30 +110,6 @@ class VectorQuantize(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("codebook_size", codebook_size)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} is {size!r}; it must be an int")
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        for name, option, known in (
-            ("codebook_update", codebook_update, CODEBOOK_UPDATES),
-            ("precision", precision, ops.PRECISIONS),
-            ("backend", backend, ops.BACKENDS),
-        ):
-            if option not in known:
-                raise ValueError(f"{name} is {option!r}; it must be one of {', '.join(known)}")
-        for name, number in (
-            ("eps", eps),
-            ("commitment_weight", commitment_weight),
-            ("codebook_weight", codebook_weight),
-            ("kmeans_iters", kmeans_iters),
-            ("threshold_ema_dead_code", threshold_ema_dead_code),
-        ):
-            if not number >= 0:
-                raise ValueError(f"{name} is {number}; it must be at least 0")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay is {decay}; it must be in [0, 1]")
-
         self.dim = dim
         self.codebook_size = codebook_size
         self.codebook_update = codebook_update
@@ -116,6 +125,8 @@ class VectorQuantize(nn.Module):
         self.sync_codebook = sync_codebook
         self.precision = precision
         self.backend = backend
+
+        check_config(self.config)
 
         codebook = torch.empty(codebook_size, dim, dtype=torch.float32)
         codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
@@ -134,23 +145,7 @@ class VectorQuantize(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The keyword arguments that build this module."""
-        return {
-            "dim": self.dim,
-            "codebook_size": self.codebook_size,
-            "codebook_update": self.codebook_update,
-            "decay": self.decay,
-            "eps": self.eps,
-            "commitment_weight": self.commitment_weight,
-            "codebook_weight": self.codebook_weight,
-            "kmeans_init": self.kmeans_init,
-            "kmeans_iters": self.kmeans_iters,
-            "threshold_ema_dead_code": self.threshold_ema_dead_code,
-            "channel_last": self.channel_last,
-            "accept_image_fmap": self.accept_image_fmap,
-            "sync_codebook": self.sync_codebook,
-            "precision": self.precision,
-            "backend": self.backend,
-        }
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())

@@ -1,0 +1,1 @@
+"""``python -m bench``: a training step timed and weighed beside vector-quantize-pytorch's."""

@@ -1,0 +1,458 @@
+"""save and load: what comes back is what was there, and a file that lies is found out."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import vqtriton
+from vqtriton import VectorQuantize, serialization
+
+DIM, SIZE = 6, 10
+# a value other than the default for each argument that has one
+OPTIONS = {
+    "codebook_update": "gradient",
+    "decay": 0.5,
+    "eps": 1e-3,
+    "commitment_weight": 0.75,
+    "codebook_weight": 2.0,
+    "kmeans_init": True,
+    "kmeans_iters": 3,
+    "threshold_ema_dead_code": 0.125,
+    "channel_last": False,
+    "accept_image_fmap": True,
+    "sync_codebook": False,
+    "precision": "fast",
+    "backend": "torch",
+}
+NAMES = ("cluster_size", "codebook", "embed_sum", "is_initialized")
+
+
+def trained(**options) -> VectorQuantize:
+    """A quantizer whose every tensor has left its initial value."""
+    vq = VectorQuantize(DIM, SIZE, **options)
+    for _ in range(3):
+        vq(torch.randn(50, DIM, requires_grad=True))
+    return vq
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "vq.safetensors"
+    vqtriton.save(trained(), path)
+    return path
+
+
+def parts(path: Path) -> tuple[dict, bytes]:
+    """Header and body of a safetensors file."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write(path: Path, header: dict | bytes, body: bytes) -> None:
+    packed = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(packed)) + packed + body)
+
+
+def rewrite(path: Path, change) -> None:
+    """Saves the tensors and the metadata again after ``change(tensors, metadata)``."""
+    with serialization.safe_open(path, framework="pt") as opened:
+        metadata, tensors = opened.metadata(), {n: opened.get_tensor(n).clone() for n in NAMES}
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def configure(path: Path, config) -> None:
+    """Replaces the configuration: by a text, or by what is no text as JSON."""
+    text = config if isinstance(config, str) else json.dumps(config)
+    rewrite(path, lambda tensors, metadata: metadata.update(config=text))
+
+
+def refused(path: Path, *words: str) -> str:
+    """The message of the ValueError that loading must give; it names the file and the words."""
+    with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
+        vqtriton.load(path)
+    # a subclass would be one that escaped from somewhere
+    assert raised.type is ValueError
+    message = str(raised.value)
+    for word in words:
+        assert word in message
+    return message
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_round_trip(update, as_text, tmp_path):
+    vq = trained(codebook_update=update, threshold_ema_dead_code=0.5)
+    path = tmp_path / "vq.safetensors"
+    vqtriton.save(vq, str(path) if as_text else path)
+    loaded = vqtriton.load(str(path) if as_text else path)
+    assert type(loaded) is VectorQuantize
+    assert loaded.training
+    assert loaded.config == vq.config
+    state = vq.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(tensor, state[name]), name
+    assert isinstance(loaded.codebook, torch.nn.Parameter) == (update == "gradient")
+
+    # as one goes on to train, so does the other
+    x = torch.randn(40, DIM)
+    for module in (vq, loaded):
+        torch.manual_seed(1)
+        module.result = module(x)
+    for ours, theirs in zip(loaded.result, vq.result, strict=True):
+        assert torch.equal(ours, theirs)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, vq.state_dict()[name]), name
+
+
+def test_every_option_is_tried():
+    parameters = inspect.signature(VectorQuantize).parameters
+    assert set(OPTIONS) == set(parameters) - {"dim", "codebook_size"}
+    assert not [name for name, value in OPTIONS.items() if parameters[name].default == value]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_survives(name, tmp_path):
+    vq = VectorQuantize(DIM, SIZE, **{name: OPTIONS[name]})
+    vqtriton.save(vq, tmp_path / "vq")
+    loaded = vqtriton.load(tmp_path / "vq")
+    assert getattr(loaded, name) == OPTIONS[name]
+    assert type(getattr(loaded, name)) is type(OPTIONS[name])
+    assert loaded.config == vq.config
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_kmeans_init_is_done_once(is_trained, tmp_path):
+    """Loaded after it, the codebook stays; loaded before it, the first batch still makes it."""
+    vq = VectorQuantize(DIM, SIZE, kmeans_init=True, decay=1.0)
+    if is_trained:
+        vq(torch.randn(50, DIM))
+    vqtriton.save(vq, tmp_path / "vq")
+    loaded = vqtriton.load(tmp_path / "vq")
+    loaded(torch.randn(50, DIM) + 100)
+    # with decay 1 nothing else moves it
+    assert (loaded.codebook.mean() > 50) == (not is_trained)
+
+
+def test_file_is_float32_and_on_the_cpu(tmp_path):
+    vqtriton.save(trained().half(), tmp_path / "vq")
+    loaded = vqtriton.load(tmp_path / "vq", device=torch.device("cpu"))
+    assert loaded.codebook.dtype == torch.float32
+    assert loaded.codebook.device.type == "cpu"
+
+
+def test_loads_without_the_file(file):
+    """Nothing is left mapped: the file may change or go."""
+    loaded = vqtriton.load(file)
+    before = loaded.codebook.clone()
+    file.write_bytes(b"\0" * file.stat().st_size)
+    assert torch.equal(loaded.codebook, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of posix")
+def test_file_has_the_usual_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        vqtriton.save(trained(), tmp_path / "vq")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "vq").stat().st_mode & 0o777 == 0o640
+
+
+class Failure(BaseException):
+    """As abrupt as an interrupt."""
+
+
+@pytest.mark.parametrize("when", ["writing", "renaming"])
+def test_failed_save_leaves_the_old_file(when, file, monkeypatch):
+    old = file.read_bytes()
+
+    def fail(*args):
+        if when == "writing":
+            Path(args[1]).write_bytes(b"half a fi")
+        raise Failure
+
+    if when == "writing":
+        monkeypatch.setattr(serialization, "save_file", fail)
+    else:
+        monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(Failure):
+        vqtriton.save(trained(), file)
+    monkeypatch.undo()
+    assert file.read_bytes() == old
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_save_replaces_in_one_step(file):
+    """A reader that has the old file open goes on reading the old file."""
+    old = file.read_bytes()
+    with file.open("rb") as reader:
+        vqtriton.save(VectorQuantize(DIM, SIZE), file)
+        assert reader.read() == old
+    assert file.read_bytes() != old
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["codebook", "embed_sum", "cluster_size"])
+def test_save_refuses_what_is_not_finite(name, bad, file):
+    old = file.read_bytes()
+    vq = trained()
+    getattr(vq, name).view(-1)[3] = bad
+    with pytest.raises(ValueError, match=rf"vq\.{name} holds NaN or infinity"):
+        vqtriton.save(vq, file)
+    assert file.read_bytes() == old
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_save_refuses_another_module(tmp_path):
+    for thing in (torch.nn.Linear(2, 2), trained().state_dict(), None):
+        with pytest.raises(TypeError, match="it must be a VectorQuantize"):
+            vqtriton.save(thing, tmp_path / "vq")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_what_load_would_refuse(tmp_path):
+    for name, value in (("eps", float("inf")), ("kmeans_init", 1), ("eps", torch.tensor(1e-5))):
+        vq = VectorQuantize(DIM, SIZE)
+        setattr(vq, name, value)
+        with pytest.raises((TypeError, ValueError), match=name):
+            vqtriton.save(vq, tmp_path / "vq")
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_draws_no_random_numbers(file):
+    torch.manual_seed(0)
+    want = torch.rand(1)
+    torch.manual_seed(0)
+    vqtriton.load(file)
+    assert torch.equal(torch.rand(1), want)
+
+
+def test_save_where_there_is_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        vqtriton.save(trained(), tmp_path / "nowhere" / "vq")
+
+
+def test_save_over_a_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        vqtriton.save(trained(), tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*nothing"):
+        vqtriton.load(tmp_path / "nothing")
+
+
+def test_folder(tmp_path):
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        vqtriton.load(tmp_path)
+
+
+def test_truncated_anywhere(file):
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    ends = {0, 1, 7, 8, 9, 8 + length // 2, 7 + length, 8 + length, 9 + length, len(whole) - 1}
+    for end in ends | set(range(0, len(whole), 97)):
+        file.write_bytes(whole[:end])
+        refused(file, "is not a whole safetensors file")
+    file.write_bytes(whole + b"\0")
+    refused(file, "is not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"PK\x03\x04" + bytes(500), id="zip, as torch.save writes"),
+        pytest.param(b"\xff" * 500, id="header of 16 EiB"),
+        pytest.param(b"# a text\n" * 50, id="text"),
+        pytest.param(struct.pack("<Q", 40) + b"\xff\xfe" * 20, id="header not UTF-8"),
+        pytest.param(struct.pack("<Q", 2) + b"[]", id="header a list"),
+    ],
+)
+def test_no_safetensors(content, file):
+    file.write_bytes(content)
+    refused(file, "is not a whole safetensors file")
+
+
+def test_pickle_is_not_run(tmp_path):
+    path = tmp_path / "vq.pt"
+    torch.save(trained().state_dict(), path)
+    refused(path, "is not a whole safetensors file")
+
+
+def test_foreign_safetensors(tmp_path):
+    path = tmp_path / "foreign"
+    for metadata in (None, {}, {"format": "pt"}, {"config": "{}"}):
+        save_file({"weight": torch.zeros(2)}, path, metadata)
+        refused(path, "was not written by vqtriton.save")
+    write(path, {}, b"")
+    refused(path, "was not written by vqtriton.save")
+
+
+def test_own_tensors_without_metadata(file):
+    header, body = parts(file)
+    del header["__metadata__"]
+    write(file, header, body)
+    refused(file, "was not written by vqtriton.save")
+
+
+def test_no_configuration(file):
+    rewrite(file, lambda tensors, metadata: metadata.pop("config"))
+    refused(file, "configuration")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("", "{", "no JSON", "[]", "[1, 2]", "3", "null", '"text"', "true", "{}"),
+        # nested beyond the stack; a number that Python refuses to read
+        *("[" * 100_000, "9" * 5000),
+    ],
+    ids=lambda config: config[:12] or "empty",
+)
+def test_configuration_is_no_set_of_arguments(config, file):
+    configure(file, config)
+    refused(file, "has a configuration that builds no module")
+
+
+def test_configuration_with_an_unknown_argument(file):
+    for name in ("heads", "self", "return", ""):
+        configure(file, trained().config | {name: 1})
+        refused(file, "has a configuration that builds no module", name)
+
+
+def test_configuration_without_a_needed_argument(file):
+    for name in ("dim", "codebook_size"):
+        config = trained().config
+        del config[name]
+        configure(file, config)
+        refused(file, "has a configuration that builds no module", name)
+
+
+def test_configuration_with_defaults_left_out(file):
+    configure(file, {"dim": DIM, "codebook_size": SIZE})
+    assert vqtriton.load(file).config == VectorQuantize(DIM, SIZE).config
+
+
+WRONG = [None, [1], {"a": 1}, "6"]
+WRONG_VALUES = {
+    "dim": [*WRONG, 6.0, True, 0, -6, 10**30],
+    "codebook_size": [*WRONG, 10.0, True, 0, -10, 2**63],
+    "codebook_update": [None, ["ema"], 1, "EMA", ""],
+    "decay": [*WRONG, True, -0.1, 1.1, float("nan"), float("inf"), 10**400],
+    "eps": [*WRONG, True, -1e-5, float("nan"), float("inf"), 10**400],
+    "commitment_weight": [*WRONG, True, -1, float("inf")],
+    "codebook_weight": [*WRONG, True, -1, float("inf")],
+    "kmeans_init": [*WRONG, "false", 0, 1.0],
+    "kmeans_iters": [*WRONG, 2.5, True, -1, float("inf")],
+    "threshold_ema_dead_code": [*WRONG, True, -1, float("inf")],
+    "channel_last": [*WRONG, "no", 0],
+    "accept_image_fmap": [*WRONG, "no", 0],
+    "sync_codebook": [*WRONG, "no", 0],
+    "precision": [None, ["exact"], 1, "exactly"],
+    "backend": [None, ["auto"], 1, "cuda"],
+}
+
+
+def test_every_argument_is_lied_about():
+    assert set(WRONG_VALUES) == set(inspect.signature(VectorQuantize).parameters)
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_configuration_with_a_wrong_value(name, file):
+    for value in WRONG_VALUES[name]:
+        configure(file, trained().config | {name: value})
+        message = refused(file, "has a configuration that builds no module")
+        # what is too large for an int64 is torch's to complain of
+        assert name in message or (isinstance(value, int) and value >= 2**63), value
+
+
+@pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 10**12, 2**55])
+@pytest.mark.parametrize("name", ["dim", "codebook_size"])
+def test_sizes_do_not_match(name, size, file):
+    """And however large, no memory is asked for."""
+    configure(file, trained().config | {name: size})
+    refused(file, "configuration says")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shape_of_a_tensor(name, file):
+    def change(tensors, metadata):
+        tensors[name] = tensors[name][None].clone()
+
+    rewrite(file, change)
+    refused(file, f"{name} is (1,", "its configuration says")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("name", NAMES)
+def test_dtype_of_a_tensor(name, dtype, file):
+    def change(tensors, metadata):
+        tensors[name] = tensors[name].to(dtype)
+
+    rewrite(file, change)
+    refused(file, f"{name} is ", f"{dtype}", "its configuration says")
+
+
+# dtypes that safetensors names, with their bits; torch may not have them, or have no isfinite
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("F4", 4), ("F6_E2M3", 6), ("F8_E8M0", 8), ("F8_E4M3", 8), ("C64", 64), ("U16", 16)],
+)
+def test_exotic_dtype(dtype, bits, file):
+    header, body = parts(file)
+    entry = header["embed_sum"]
+    # the last of the tensors, so that the others stay where they are
+    others = {n: t for n, t in header.items() if n not in ("__metadata__", "embed_sum")}
+    packed, end = b"", 0
+    for tensor in others.values():
+        start, stop = tensor["data_offsets"]
+        packed += body[start:stop]
+        tensor["data_offsets"] = [end, len(packed)]
+        end = len(packed)
+    size = DIM * SIZE * bits // 8
+    entry |= {"dtype": dtype, "data_offsets": [end, end + size]}
+    write(file, header, packed + bytes(size))
+    refused(file, dtype if "6_" in dtype else "embed_sum is ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_tensor(name, file):
+    rewrite(file, lambda tensors, metadata: tensors.pop(name))
+    refused(file, "expected", name)
+
+
+def test_extra_tensor(file):
+    rewrite(file, lambda tensors, metadata: tensors.update(stowaway=torch.zeros(2)))
+    refused(file, "stowaway")
+
+
+def test_tensors_of_the_other_kind(file):
+    configure(file, trained().config | {"codebook_update": "gradient"})
+    refused(file, "embed_sum")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["codebook", "embed_sum", "cluster_size"])
+def test_value_that_is_not_finite(name, bad, file):
+    def change(tensors, metadata):
+        tensors[name].view(-1)[-1] = bad
+
+    rewrite(file, change)
+    refused(file, f"{name} holds NaN or infinity")
