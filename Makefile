@@ -6,6 +6,9 @@ READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
+# OpenMP threads that spin while they wait starve one another on a busy machine
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help venv train test lint format bench clean
 
 help: ## what can be made
