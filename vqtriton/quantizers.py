@@ -69,7 +69,8 @@ class VectorQuantize(nn.Module):
         kmeans_iters: iterations of that.
         threshold_ema_dead_code: replace a code by a random vector of the batch when the moving
             average of the rows that choose it, per step over all ranks, falls below this; 0 is
-            never. It starts anew with the mean cluster size.
+            never. It starts anew with the mean cluster size. Keep it well below that mean (rows a
+            step / K): above it every code is dead at every step, and none learns.
         channel_last: vectors along the last dim, [..., D]; else along the second, [B, D, ...].
         accept_image_fmap: x is [B, D, H, W], the indices [B, H, W].
         sync_codebook: add up the statistics of all ranks when `torch.distributed` is in use.

@@ -34,7 +34,8 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"vq.{name} holds NaN or infinity; the file would be of no use")
     # an attribute may have been set since it was built
     check_config(vq.config)
-    metadata = {"format": FORMAT, "version": __version__, "config": json.dumps(vq.config)}
+    # a single entry: safetensors writes several in any order, and equal modules give equal files
+    metadata = {FORMAT: json.dumps({"version": __version__, **vq.config})}
     target = Path(path)
     # in the same folder, so that the rename cannot cross file systems
     handle, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -70,12 +71,11 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ve
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise ValueError(
-            f"{path} was not written by vqtriton.save: its metadata has format "
-            f"{metadata.get('format')!r}, not {FORMAT!r}"
+            f"{path} was not written by vqtriton.save: its metadata has no entry {FORMAT!r}"
         )
-    vq = _build(path, metadata.get("config", ""), tensors)
+    vq = _build(path, metadata[FORMAT], tensors)
     vq.load_state_dict(tensors)
     return vq.to(device)
 
@@ -84,6 +84,9 @@ def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> VectorQ
     """A module of the configuration, once the tensors are known to fit it."""
     try:
         arguments = json.loads(config)
+        if not isinstance(arguments, dict):
+            raise TypeError(f"{arguments!r:.80} are no arguments")
+        arguments.pop("version", None)
         # on the meta device a lie about the size costs no memory
         with torch.device("meta"):
             skeleton = VectorQuantize(**arguments)
