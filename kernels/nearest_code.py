@@ -197,6 +197,7 @@ def nearest_code(
     indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     rows = torch.empty(num_rows if exact else 0, dtype=torch.int64, device=x.device)
     num_doubtful = torch.zeros((), dtype=torch.int64, device=x.device)
+    limits = {} if torch.version.hip else {"maxnreg": config.max_registers}
     with torch.cuda.device_of(x):
         screen_kernel[(triton.cdiv(num_rows, config.block_n),)](
             x,
@@ -220,7 +221,7 @@ def nearest_code(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
-            **({} if torch.version.hip else {"maxnreg": config.max_registers}),
+            **limits,
         )
         if exact:
             programs = min(triton.cdiv(num_rows, config.resolve_block_n), config.resolve_programs)
@@ -239,5 +240,6 @@ def nearest_code(
                 num_warps=config.resolve_num_warps,
                 # a fused multiply-add rounds once where the definition rounds twice
                 enable_fp_fusion=False,
+                **limits,
             )
     return indices
