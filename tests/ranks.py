@@ -28,6 +28,8 @@ def _main(function, rank: int, world_size: int, meeting_point: str, results) -> 
     torch.set_num_threads(1)
     try:
         result = function(rank, world_size, meeting_point)
+        # a rank that leaves while another still connects to it ends that one as well
+        dist.barrier()
         # by value: a tensor in shared memory dies with its process
         results.put((rank, {name: t.numpy().copy() for name, t in result.items()}, None))
     except BaseException as error:
