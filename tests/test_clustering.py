@@ -71,8 +71,12 @@ def test_shape_of_the_batch_does_not_matter() -> None:
         (torch.full((3, 4), torch.nan), {}, "no finite row"),
         (torch.zeros(3, 4), {"codebook_size": 0}, "codebook_size is 0"),
         (torch.zeros(3, 4), {"iters": -1}, "iters is -1"),
+        (torch.zeros(3, 4), {"iters": 1.5}, "iters is 1.5"),
+        (torch.zeros(3, 4), {"codebook_size": 2.5}, "codebook_size is 2.5"),
+        ([[1.0]], {}, "x is a list"),
+        (torch.zeros(3, 0), {}, r"x has shape \(3, 0\)"),
     ],
 )
 def test_bad_input_is_named(x, options, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         vqtriton.kmeans(x, **{"codebook_size": 2, **options})

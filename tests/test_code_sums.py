@@ -77,13 +77,18 @@ def test_repeats_bit_for_bit(backend: Backend) -> None:
 
 @on_every_backend
 def test_gradient_is_a_gather(backend: Backend) -> None:
-    x = torch.randn(4, 5, 3, requires_grad=True)
-    indices = torch.randint(-1, 7, (4, 5))
+    x = torch.randn(4, 5, 3)
+    x[0, 0, 1] = torch.nan
+    x.requires_grad_()
+    # one to the left and one to the right of what counts
+    indices = torch.randint(-1, 8, (4, 5))
     sums, _ = code_sums(x, indices, 7, backend)
     weights = torch.randn(7, 3)
     (grad,) = torch.autograd.grad((sums * weights).sum(), x)
-    want = weights[indices.clamp(min=0)] * (indices >= 0)[..., None]
-    assert torch.equal(grad, want)
+    counts = (indices >= 0) & (indices < 7) & x.isfinite().all(-1)
+    assert torch.equal(grad, weights[indices.clamp(0, 6)] * counts[..., None])
+    reference_sums, _ = vqtriton.reference.code_sums(x, indices, 7)
+    torch.testing.assert_close(sums, reference_sums)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")

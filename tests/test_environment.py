@@ -56,7 +56,7 @@ def test_names_versions_and_backends(tmp_path):
     assert lines["cpu threads"] == "1"
     assert lines["triton interpreter"] == "off"
     assert lines["backend on cpu"] == "torch (auto); no kernels"
-    assert lines["float32 matmul"] == "highest"
+    assert lines["float32 matmul"] == "float32"
     assert "tables" in lines
     if torch.cuda.is_available():
         automatic = "torch" if lines["triton"] == "not installed" else "triton"

@@ -174,7 +174,29 @@ def test_exact_where_matmuls_round_their_inputs(monkeypatch: pytest.MonkeyPatch)
     want = oracle.nearest_code(x, codebook)
     monkeypatch.setattr(torch, "addmm", rounded)
     assert not torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        got = vqtriton.nearest_code(x, codebook, backend="torch")
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels take no float64")
+@pytest.mark.parametrize(
+    ("x", "codebook"),
+    [
+        ([[1e200]], [[-1e200], [1e200]]),
+        ([[1.0]], [[5.0], [1.0], [1e160]]),
+        ([[1e308]], [[-1e308], [1e307]]),
+        ([[1e-200]], [[1e-180], [2e-200], [1e-200]]),
+    ],
+)
+def test_float64_beyond_the_range_of_its_squares(x, codebook) -> None:
+    x = torch.tensor(x, dtype=torch.float64)
+    codebook = torch.tensor(codebook, dtype=torch.float64)
+    want = oracle.nearest_code(x, codebook)
     assert torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
 
 
@@ -217,7 +239,7 @@ def test_kernels_refuse_cpu_tensors() -> None:
         vqtriton.nearest_code(X, CODEBOOK, backend="triton")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="where kernels can run")
+@pytest.mark.skipif(not INTERPRETED, reason="kernels cannot run here at all")
 def test_kernels_refuse_float64() -> None:
     with pytest.raises(TypeError, match="float64"):
         vqtriton.nearest_code(X.double(), CODEBOOK, backend="triton")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from backends import Backend, on_every_backend
@@ -58,7 +60,7 @@ def test_batch_sizes_do_not_recompile(backend: Backend) -> None:
 
 
 @on_every_backend
-def test_exports(backend: Backend) -> None:
+def test_exports(backend: Backend, tmp_path: Path) -> None:
     class Tokenizer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -74,6 +76,9 @@ def test_exports(backend: Backend) -> None:
     for n in (6, 3):
         x = torch.randn(n, 7, 5, device=backend.device)
         torch.testing.assert_close(tuple(program.module()(x)), tuple(model(x)))
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    torch.testing.assert_close(tuple(loaded(x)), tuple(model(x)))
 
 
 @on_every_backend

@@ -108,15 +108,29 @@ def test_masked_rows_do_not_count(backend: Backend) -> None:
 
 @on_every_backend
 @pytest.mark.parametrize("shape", [(0, 6), (8, 6)])
-def test_a_batch_without_rows_only_decays(backend: Backend, shape: tuple[int, int]) -> None:
-    vq = VectorQuantize(6, 10, threshold_ema_dead_code=2, backend=backend.name)
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+def test_a_batch_without_rows_is_no_step(
+    backend: Backend, shape: tuple[int, int], decay: float
+) -> None:
+    vq = VectorQuantize(6, 10, decay=decay, threshold_ema_dead_code=2, backend=backend.name)
     vq.to(backend.device)
-    codebook = vq.codebook.clone()
+    vq(torch.randn(50, 6, device=backend.device))
+    before = copy.deepcopy(vq.state_dict())
     mask = torch.zeros(shape[0], dtype=torch.bool, device=backend.device)
-    out = vq(torch.randn(shape, device=backend.device), mask=mask)
-    assert out.loss == 0
-    assert torch.equal(vq.cluster_size, torch.full_like(vq.cluster_size, 0.99))
-    torch.testing.assert_close(vq.codebook, codebook, rtol=1e-4, atol=0)
+    for _ in range(3):
+        out = vq(torch.randn(shape, device=backend.device), mask=mask)
+        assert out.loss == 0
+    for name, value in vq.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-6, atol=0)
+
+
+@on_every_backend
+def test_without_smoothing_an_unused_code_stays(backend: Backend) -> None:
+    vq = VectorQuantize(6, 10, decay=0.0, eps=0.0, backend=backend.name).to(backend.device)
+    before = vq.codebook.clone()
+    out = vq(torch.randn(1, 6, device=backend.device))
+    unused = torch.arange(10, device=backend.device) != out.indices
+    assert torch.equal(vq.codebook[unused], before[unused])
 
 
 @on_every_backend
@@ -317,6 +331,43 @@ def test_a_training_step_compiles_as_one_graph(
 def test_bad_options_are_named(options, error, message) -> None:
     with pytest.raises(error, match=message):
         VectorQuantize(**{"dim": 4, "codebook_size": 8, **options})
+
+
+@on_every_backend
+@pytest.mark.parametrize("iters", [0, 3])
+def test_kmeans_init_waits_for_rows(backend: Backend, iters: int) -> None:
+    vq = VectorQuantize(6, 10, kmeans_init=True, kmeans_iters=iters, backend=backend.name)
+    vq.to(backend.device)
+    vq(torch.full((5, 6), torch.nan, device=backend.device))
+    assert not vq.is_initialized
+    x = torch.randn(40, 6, device=backend.device)
+    vq(x)
+    assert vq.is_initialized
+    assert (vq.codebook - x.mean(0)).abs().max() > 0.5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.parametrize("mask", [torch.zeros(30).long(), torch.ones(29) > 0])
+def test_a_refused_call_changes_nothing(mask) -> None:
+    vq = VectorQuantize(4, 8, kmeans_init=True)
+    before = copy.deepcopy(vq.state_dict())
+    with pytest.raises((TypeError, ValueError), match="mask"):
+        vq(torch.randn(30, 4), mask=mask)
+    assert all(torch.equal(before[name], value) for name, value in vq.state_dict().items())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+def test_can_be_subclassed(tmp_path) -> None:
+    class Small(VectorQuantize):
+        def __init__(self, dim: int, *, extra: int = 1) -> None:
+            super().__init__(dim, 8)
+            self.extra = extra
+
+    small = Small(4, extra=2)
+    assert small(torch.randn(5, 4)).indices.shape == (5,)
+    assert small.config["codebook_size"] == 8
+    with pytest.raises(TypeError, match="vq is a Small"):
+        vqtriton.save(small, tmp_path / "small")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")

@@ -259,6 +259,19 @@ def test_one_bad_row_is_one_bad_row(backend: Backend, bad: float) -> None:
 
 
 @on_every_backend
+def test_a_difference_of_halves_does_not_overflow(backend: Backend) -> None:
+    x, codebook = leaves(torch.tensor([[40000.0]]).half(), torch.tensor([[-40000.0]]).half())
+    out = vqtriton.vector_quantize(
+        x.to(backend.device), codebook.to(backend.device), backend=backend.name
+    )
+    out.loss.backward()
+    assert out.loss == 1.25 * 80000.0**2
+    assert x.grad.item() == 0.5 * 80000
+    # 2 · 80000 is more than a half holds, and shows
+    assert codebook.grad.isinf().all()
+
+
+@on_every_backend
 def test_a_bad_gradient_is_not_hidden(backend: Backend) -> None:
     # a loss scaler looks for infinities in the gradients to tell that it must back off
     x, codebook = leaves(torch.randn(8, 4), torch.randn(3, 4))
@@ -315,6 +328,8 @@ def test_gradcheck_in_float64() -> None:
         ({"mask": torch.ones(4)}, TypeError, "mask is a torch.float32 tensor"),
         ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
         ({"precision": None}, ValueError, "precision is None"),
+        ({"commitment_weight": None}, TypeError, "commitment_weight is None"),
+        ({"codebook_weight": "1"}, TypeError, "codebook_weight is '1'"),
     ],
 )
 def test_bad_input_is_named(options, error, message) -> None:

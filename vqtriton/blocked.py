@@ -27,13 +27,14 @@ def nearest_code(x: Tensor, codebook: Tensor, precision: str) -> Tensor:
     size = codebook.shape[0]
     dtype = screen_dtype(x, codebook)
     prepared = prepare_codebook(codebook, dtype)
-    bound = error_bound(dim, dtype, _matmul_input_roundoff(x.device, dtype))
+    bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
 
     # padding to whole groups: a code with an infinite norm has the score -inf
     num_groups = -(-size // GROUP)
     padding = num_groups * GROUP - size
     codes = torch.nn.functional.pad(prepared.codes, (0, 0, 0, padding)).T
     bias = -torch.nn.functional.pad(prepared.half_sqnorm, (0, padding), value=torch.inf)
+    is_candidate = torch.nn.functional.pad(codebook.isfinite().all(1), (0, padding))
 
     indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     block = max(16, min(BLOCK_SCORES // bias.numel(), BLOCK_ROWS))
@@ -62,8 +63,7 @@ def nearest_code(x: Tensor, codebook: Tensor, precision: str) -> Tensor:
         pair, member = (~(by_group[row, :, group] < threshold[row, None])).nonzero().unbind(1)
         row, code = row[pair], member * num_groups + group[pair]
         # padding and codes that are not finite are no candidates
-        is_code = bias[code] > -torch.inf
-        row, code = row[is_code], code[is_code]
+        row, code = row[is_candidate[code]], code[is_candidate[code]]
 
         out = indices[start : start + block]
         if precision == "exact":
@@ -125,15 +125,16 @@ def _first_equal(codebook: Tensor) -> Tensor:
     return first[group]
 
 
-def _matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
     """What the process-wide settings allow a float32 matmul to do to its inputs."""
     if dtype != torch.float32:
         return 0.0
-    if torch.get_float32_matmul_precision() != "highest":
-        return 2.0**-9
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", "ieee")
-    return 0.0 if setting in ("ieee", "none") else 2.0**-9
+    # torch refuses the older question once this newer setting has been used
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if setting is None:
+        setting = torch.get_float32_matmul_precision()
+    return 0.0 if setting in ("ieee", "none", "highest") else 2.0**-9
 
 
 def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

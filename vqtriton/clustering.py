@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqtriton import distributed
-from vqtriton.functional import code_sums, nearest_code
+from vqtriton.functional import check_x, code_sums, nearest_code
 
 
 def kmeans(
@@ -31,7 +31,12 @@ def kmeans(
 
     Raises:
         ValueError: no finite row, or a number out of range.
+        TypeError: ``x`` is not a float tensor, or a number is not an int.
     """
+    check_x(x)
+    for name, number in (("codebook_size", codebook_size), ("iters", iters)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} is {number!r:.80}; it must be an int")
     if codebook_size < 1:
         raise ValueError(f"codebook_size is {codebook_size}; it must be at least 1")
     if iters < 0:
@@ -40,7 +45,7 @@ def kmeans(
     rows = rows[rows.isfinite().all(1)]
     if rows.shape[0] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)} and no finite row to start from")
-    codebook, _ = lloyd(rows, codebook_size, iters, generator, sync=False)
+    codebook, _, _ = lloyd(rows, codebook_size, iters, generator, sync=False)
     return codebook
 
 
@@ -53,12 +58,12 @@ def lloyd(
     *,
     sync: bool,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """k-means over the finite rows [N, D] of this rank, or of all ranks.
 
     Returns:
         codebook, [K, D] float32, the same bits on every rank; counts, [K] float32, of the last
-        assignment. Without any row, zeros.
+        assignment; whether there was any row, [] bool. Without one, zeros.
     """
     everywhere = torch.ones(codebook_size, dtype=torch.bool, device=rows.device)
     keep = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
@@ -71,4 +76,4 @@ def lloyd(
         local = code_sums(rows, indices, codebook_size, backend=backend)
         sums, counts = distributed.all_reduce(local, sync=sync)
         codebook = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), codebook)
-    return codebook, counts
+    return codebook, counts, is_filled.any()

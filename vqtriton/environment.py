@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from vqtriton import ops
+from vqtriton import blocked, ops
 from vqtriton._version import __version__
 
 
@@ -34,7 +34,8 @@ def describe() -> str:
     lines.append(("triton interpreter", "on" if ops.interpreter_is_on() else "off"))
     for device_type in ("cpu", "cuda"):
         lines.append((f"backend on {device_type}", _backend(device_type)))
-    lines.append(("float32 matmul", torch.get_float32_matmul_precision()))
+    rounds = blocked.matmul_input_roundoff(torch.device("cpu"), torch.float32) > 0
+    lines.append(("float32 matmul", "inputs rounded" if rounds else "float32"))
     lines.append(("tables", "none: the defaults in vqtriton.kernels"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

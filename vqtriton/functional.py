@@ -41,9 +41,7 @@ def nearest_code(
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 1.
     """
-    _check_x(x)
-    _check_codebook(codebook, x)
-    _check_options(precision, backend, x, codebook)
+    check_arguments(x, codebook, precision=precision, backend=backend)
     return _nearest_code(x, codebook, precision, backend).reshape(x.shape[:-1])
 
 
@@ -91,10 +89,13 @@ def vector_quantize(
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 3.
     """
-    _check_x(x)
-    _check_codebook(codebook, x)
-    _check_options(precision, backend, x, codebook)
-    _check_mask(mask, x)
+    check_arguments(x, codebook, mask, precision=precision, backend=backend)
+    for name, weight in (
+        ("commitment_weight", commitment_weight),
+        ("codebook_weight", codebook_weight),
+    ):
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(f"{name} is {weight!r:.80}; it must be a number")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     indices = _nearest_code(x, codebook, precision, backend)
@@ -142,7 +143,7 @@ def code_sums(
         ValueError: shapes, devices or options that do not fit.
         TypeError: not a tensor, ``x`` is not a float, ``indices`` is not int64.
     """
-    _check_x(x)
+    check_x(x)
     _check_options("exact", backend, x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise TypeError(f"indices is {_kind(indices)}; it must be an int64 tensor")
@@ -206,15 +207,15 @@ class _CodeSums(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, indices, _, _ = inputs
-        ctx.save_for_backward(indices)
+        x, indices, ctx.codebook_size, _ = inputs
+        ctx.save_for_backward(x, indices)
         ctx.mark_non_differentiable(output[1])
-        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple:
-        (indices,) = ctx.saved_tensors
-        return gather(grad_sums, indices).to(ctx.dtype), None, None, None
+        x, indices = ctx.saved_tensors
+        is_counted = (indices < ctx.codebook_size) & x.isfinite().all(1)
+        return gather(grad_sums, indices.where(is_counted, -1)).to(x.dtype), None, None, None
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -246,17 +247,18 @@ class _VectorQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor) -> tuple:
         x, codebook, indices = ctx.saved_tensors
-        codes = gather(codebook, indices)
+        # in the dtype of the loss: a difference of halves may overflow
+        wide_x, codes = x.to(grad_loss.dtype), gather(codebook, indices).to(grad_loss.dtype)
         is_masked = (indices < 0)[:, None]
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
             weight = (2 * ctx.commitment_weight * grad_loss)[:, None]
-            commitment = (weight * (x - codes.detach())).to(x.dtype)
+            commitment = (weight * (wide_x - codes.detach())).to(x.dtype)
             grad_x = (grad_quantized + commitment).masked_fill(is_masked, 0)
         if ctx.needs_input_grad[1]:
             is_left_out = is_masked | ~x.isfinite().all(1, keepdim=True)
             weight = (2 * ctx.codebook_weight * grad_loss)[:, None]
-            pull = (weight * (codes - x.detach())).masked_fill(is_left_out, 0)
+            pull = (weight * (codes - wide_x.detach())).masked_fill(is_left_out, 0)
             sums, _ = _CodeSums.apply(pull, indices, codebook.shape[0], ctx.backend)
             # rows of x that are not finite are left out, but a gradient that overflowed must show:
             # 0 when all is well, else NaN
@@ -280,18 +282,26 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _check_x(x: Tensor) -> None:
+def check_arguments(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, *, precision: str, backend: str
+) -> None:
+    """Whether they fit together; the errors are those of `vector_quantize`."""
+    check_x(x)
+    _check_codebook(codebook, x)
+    _check_options(precision, backend, x, codebook)
+    _check_mask(mask, x)
+
+
+def check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"x is {_kind(x)}; it must be a float16, bfloat16 or float32 tensor")
+        raise TypeError(f"x is {_kind(x)}; it must be a floating-point tensor")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {_shape(x)}; it must be [..., D] with D >= 1")
 
 
 def _check_codebook(codebook: Tensor, x: Tensor) -> None:
     if not isinstance(codebook, Tensor) or codebook.dtype not in FLOATS:
-        raise TypeError(
-            f"codebook is {_kind(codebook)}; it must be a float16, bfloat16 or float32 tensor"
-        )
+        raise TypeError(f"codebook is {_kind(codebook)}; it must be a floating-point tensor")
     if codebook.ndim != 2 or codebook.shape[0] == 0:
         raise ValueError(f"codebook has shape {_shape(codebook)}; it must be [K, D] with K >= 1")
     if codebook.shape[1] != x.shape[-1]:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqtriton import clustering, distributed, ops
-from vqtriton.functional import code_sums, gather, snapshot, vector_quantize
+from vqtriton.functional import check_arguments, code_sums, gather, snapshot, vector_quantize
 from vqtriton.reference import Quantized
 
 CODEBOOK_UPDATES = ("ema", "gradient")
@@ -65,7 +65,8 @@ class VectorQuantize(nn.Module):
         commitment_weight: β (vector-quantize-pytorch: 1.0).
         codebook_weight: weight of the codebook term; of no effect with "ema".
         kmeans_init: start from k-means of the first batch that is trained on, over all ranks.
-            Otherwise codes start uniform in ±1/K.
+            Otherwise codes start uniform in ±1/K. With ``torch.compile(fullgraph=True)``, take
+            the first step uncompiled.
         kmeans_iters: iterations of that.
         threshold_ema_dead_code: replace a code by a random vector of the batch when the moving
             average of the rows that choose it, per step over all ranks, falls below this; 0 is
@@ -76,6 +77,10 @@ class VectorQuantize(nn.Module):
         sync_codebook: add up the statistics of all ranks when `torch.distributed` is in use.
         precision: see `vqtriton.nearest_code`.
         backend: see `vqtriton.nearest_code`.
+
+    In training mode a forward changes the codebook. So under activation checkpointing, which runs
+    it again in backward, choose codes outside the checkpointed part, or the second run chooses
+    from other codes than the first and the gradients are wrong.
 
     Attributes:
         codebook: [K, D] float32. It and the statistics stay float32 whatever the module is cast
@@ -146,7 +151,7 @@ class VectorQuantize(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The keyword arguments that build this module."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {name: getattr(self, name) for name in inspect.signature(VectorQuantize).parameters}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -173,6 +178,10 @@ class VectorQuantize(nn.Module):
         learns = self.training and not freeze_codebook
         is_gradient = self.codebook_update == "gradient"
         if learns:
+            # before anything changes or other ranks are waited for
+            check_arguments(
+                vectors, self.codebook, mask, precision=self.precision, backend=self.backend
+            )
             self._prepare(vectors, mask)
         codebook = self.codebook
         if freeze_codebook:
@@ -250,14 +259,14 @@ class VectorQuantize(nn.Module):
     @torch.no_grad()
     def _init_from_data(self, vectors: Tensor, mask: Tensor | None) -> None:
         rows = vectors.reshape(-1, self.dim) if mask is None else vectors[mask]
-        codebook, counts = clustering.lloyd(
+        codebook, counts, has_rows = clustering.lloyd(
             rows[rows.isfinite().all(1)],
             self.codebook_size,
             self.kmeans_iters,
             sync=self.sync_codebook,
             backend=self.backend,
         )
-        if self.kmeans_iters > 0 and not counts.any():
+        if not has_rows:
             # no row on any rank: the next batch may have some
             return
         self.codebook.copy_(codebook)
@@ -280,14 +289,18 @@ class VectorQuantize(nn.Module):
             )
         sums, counts, *drawn = distributed.all_reduce(local, sync=self.sync_codebook)
 
-        self.cluster_size.lerp_(counts, 1 - self.decay)
+        # a batch in which no row counts is no step
+        weight = (1 - self.decay) * (counts.sum() > 0)
+        self.cluster_size.lerp_(counts, weight)
         if is_ema:
-            self.embed_sum.lerp_(sums, 1 - self.decay)
+            self.embed_sum.lerp_(sums, weight)
             total = self.cluster_size.sum()
             smoothed = (
                 (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
             )
-            self.codebook.copy_(self.embed_sum / smoothed[:, None])
+            # with eps=0 a code that was never chosen has nothing to be the average of
+            is_mean = (smoothed > 0)[:, None]
+            self.codebook.copy_((self.embed_sum / smoothed[:, None]).where(is_mean, self.codebook))
         if revives:
             is_dead = self.cluster_size < self.threshold_ema_dead_code
             samples, is_dead = distributed.take_filled(drawn[0], drawn[1], is_dead)

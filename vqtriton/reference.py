@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class Quantized(NamedTuple):
@@ -18,6 +19,10 @@ class Quantized(NamedTuple):
     quantized: Tensor
     indices: Tensor
     loss: Tensor
+
+
+# so that an exported program that returns it can be saved
+_pytree._register_namedtuple(Quantized, serialized_type_name="vqtriton.Quantized")
 
 
 def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
@@ -53,8 +58,9 @@ def code_sums(
 ) -> tuple[Tensor, Tensor]:
     """See `vqtriton.code_sums`."""
     rows = x.reshape(-1, x.shape[-1]).double()
-    keep = (indices.reshape(-1) >= 0) & rows.isfinite().all(1)
-    one_hot = torch.nn.functional.one_hot(indices.reshape(-1)[keep], codebook_size)
+    flat = indices.reshape(-1)
+    keep = (flat >= 0) & (flat < codebook_size) & rows.isfinite().all(1)
+    one_hot = torch.nn.functional.one_hot(flat[keep], codebook_size)
     sums = one_hot.double().T @ rows[keep]
     return sums.to(torch.float64 if x.dtype == torch.float64 else torch.float32), one_hot.sum(0)
 

@@ -26,7 +26,8 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
         ValueError: a tensor holds NaN or infinity, or an argument is not of its type: `load`
             would refuse it.
     """
-    if not isinstance(vq, VectorQuantize):
+    # not a subclass either: `load` could not build it
+    if type(vq) is not VectorQuantize:
         raise TypeError(f"vq is a {type(vq).__name__}; it must be a VectorQuantize")
     tensors = {name: t.detach().cpu().contiguous() for name, t in vq.state_dict().items()}
     for name, tensor in tensors.items():
