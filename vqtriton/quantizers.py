@@ -178,10 +178,6 @@ class VectorQuantize(nn.Module):
         learns = self.training and not freeze_codebook
         is_gradient = self.codebook_update == "gradient"
         if learns:
-            # before anything changes or other ranks are waited for
-            check_arguments(
-                vectors, self.codebook, mask, precision=self.precision, backend=self.backend
-            )
             self._prepare(vectors, mask)
         codebook = self.codebook
         if freeze_codebook:
@@ -248,7 +244,16 @@ class VectorQuantize(nn.Module):
 
     def _prepare(self, vectors: Tensor, mask: Tensor | None) -> None:
         """Before the first step: the same codebook on every rank, from data if asked for."""
-        if self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1:
+        must_broadcast = (
+            self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
+        )
+        if self._known_initialized and not must_broadcast:
+            return
+        # before anything changes or other ranks are waited for
+        check_arguments(
+            vectors, self.codebook, mask, precision=self.precision, backend=self.backend
+        )
+        if must_broadcast:
             with torch.no_grad():
                 distributed.broadcast_(list(self.state_dict(keep_vars=True).values()))
             self._is_broadcast = True
