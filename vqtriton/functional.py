@@ -248,17 +248,17 @@ class _VectorQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor) -> tuple:
         x, codebook, indices = ctx.saved_tensors
         # in the dtype of the loss: a difference of halves may overflow
-        wide_x, codes = x.to(grad_loss.dtype), gather(codebook, indices).to(grad_loss.dtype)
+        codes = gather(codebook, indices).to(grad_loss.dtype)
         is_masked = (indices < 0)[:, None]
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
             weight = (2 * ctx.commitment_weight * grad_loss)[:, None]
-            commitment = (weight * (wide_x - codes.detach())).to(x.dtype)
+            commitment = (weight * (x - codes.detach())).to(x.dtype)
             grad_x = (grad_quantized + commitment).masked_fill(is_masked, 0)
         if ctx.needs_input_grad[1]:
             is_left_out = is_masked | ~x.isfinite().all(1, keepdim=True)
             weight = (2 * ctx.codebook_weight * grad_loss)[:, None]
-            pull = (weight * (codes - wide_x.detach())).masked_fill(is_left_out, 0)
+            pull = (weight * (codes - x.detach())).masked_fill(is_left_out, 0)
             sums, _ = _CodeSums.apply(pull, indices, codebook.shape[0], ctx.backend)
             # rows of x that are not finite are left out, but a gradient that overflowed must show:
             # 0 when all is well, else NaN
