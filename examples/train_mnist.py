@@ -1,137 +1,273 @@
-"""Trains a VQ-VAE on MNIST: two or three minutes on two CPU cores.
+"""Trains a VQ-VAE on MNIST or Fashion-MNIST: two or three minutes on two CPU cores.
 
     python examples/train_mnist.py
-    python examples/train_mnist.py --codebook-update gradient --no-kmeans-init
+    python examples/train_mnist.py --resume
+    python examples/train_mnist.py --dataset fashion-mnist --out runs/fashion-mnist
+    torchrun --nproc-per-node 2 examples/train_mnist.py --device cpu
 
 An image of 28×28 pixels becomes a grid of 7×7 indices. The loss is that of the paper (van den Oord
 et al. 2017, arXiv:1711.00937, equation 3); its KL term is the constant 49·log K, which is left out.
+
+The folder ``--out`` gets log.jsonl, a line an epoch; checkpoint.safetensors, from which --resume
+goes on as if nothing had happened; pictures; and at the end metrics.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
+import hashlib
 import json
 import math
 import os
+import signal
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
-import safetensors.torch
+import plots
 import torch
-import torch.nn.functional as F
-from mnist_data import load_mnist, write_atomically
-from PIL import Image
+import torch.distributed as dist
+from checkpoints import save_checkpoint, with_prefix, write_atomically
+from mnist_data import Data, load
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from train_args import parse_args
 from vqvae import VQVAE
 
 import vqtriton
 
-# the loss is this times the mean over the pixels, plus the quantizer's mean over the elements
-RECONSTRUCTION_WEIGHT = 10.0
-# a code that fewer vectors choose than this part of an even share is revived by default; with a
-# decay of .99, one that none chooses gets there in 90 steps
-REVIVE_BELOW = 0.4
-# revived codes need some steps to settle before the codebook is used
+# steps between two looks at the values: each look waits for the device
+LOOK_EVERY = 20
+# the part of the training in which codes are revived; they need some time to settle
 REVIVE_UNTIL = 0.8
 
-
-def bce_nats(logits: Tensor, images: Tensor) -> Tensor:
-    """-log p(image | quantized), pixels as Bernoulli variables: sum over pixels, mean over images.
-
-    Grey pixels have an entropy of their own, so it cannot reach 0: 45.5 nats on MNIST's test set.
-    """
-    return F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+Report = Callable[[dict[str, float], int], object]
 
 
-def train(model: VQVAE, images: Tensor, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Trains in place; the means of the loss terms over each epoch."""
-    vq = model.vq
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    steps_per_epoch = math.ceil(len(images) / args.batch_size)
-    total_steps = args.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total_steps)
-    history = []
-    step = 0
-    start = time.perf_counter()
-    model.train()
-    for epoch in range(1, args.epochs + 1):
-        counts = torch.zeros(vq.codebook_size, device=images.device, dtype=torch.int64)
-        sums = torch.zeros(4, device=images.device)
-        # on the CPU, so that a seed means the same order on every device
-        batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
-        bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", leave=False, disable=None)
-        for batch in bar:
-            if step >= REVIVE_UNTIL * total_steps:
-                vq.threshold_ema_dead_code = 0
-            target = images[batch].float() / 255
-            logits, x, (quantized, indices, vq_loss) = model(target)
-            reconstruction = bce_nats(logits, target)
-            loss = RECONSTRUCTION_WEIGHT * reconstruction / target[0].numel() + vq_loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
+class Trainer:
+    """A model, its optimizer, and where the run stands: what a checkpoint holds."""
 
-            batch_counts = indices.flatten().bincount(minlength=vq.codebook_size)
-            counts += batch_counts
-            # both terms have the value of the squared error; they differ in whom they move
-            sq_error = F.mse_loss(quantized, x)
-            codebook_term = sq_error if vq.codebook_update == "gradient" else 0 * sq_error
-            terms = (loss, reconstruction, codebook_term, vq.commitment_weight * sq_error)
-            sums += torch.stack(terms).detach() * len(batch)
-            # now and then, since reading a value waits for a GPU
-            if step % 20 == 0 or step == total_steps:
-                if not loss.isfinite():
-                    raise SystemExit(f"step {step}: the loss is {loss.item()}; try a lower --lr")
-                perplexity = vqtriton.metrics.perplexity(batch_counts)
-                bar.set_postfix(loss=f"{loss:.4f}", perplexity=f"{perplexity:.0f}")
-        names = ("loss", "bce_nats", "codebook_term", "commitment_term")
-        means = dict(zip(names, (sums / len(images)).tolist(), strict=True))
-        means["perplexity"] = vqtriton.metrics.perplexity(counts).item()
-        means["codes_used"] = (counts > 0).sum().item()
-        history.append(means)
-        # with moving averages there is no such term
-        is_gradient = vq.codebook_update == "gradient"
-        codebook_term = f"codebook {means['codebook_term']:.5f}  " if is_gradient else ""
-        tqdm.write(
-            f"epoch {epoch}/{args.epochs}  loss {means['loss']:.4f}  "
-            f"bce {means['bce_nats']:.2f} nats  {codebook_term}"
-            f"commitment {means['commitment_term']:.5f}  perplexity {means['perplexity']:.0f}  "
-            f"used {means['codes_used']}/{vq.codebook_size}  {time.perf_counter() - start:.0f} s"
+    def __init__(self, args: Namespace, num_images: int, rank: int, world: int) -> None:
+        self.args, self.rank, self.world = args, rank, world
+        vq = vqtriton.VectorQuantize(**args.quantizer)
+        self.model = VQVAE(vq, args.channels, args.reconstruction).to(args.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr)
+        # as many for every rank
+        self.num_images = num_images - num_images % world
+        self.steps_per_epoch = math.ceil(self.num_images / args.batch_size)
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, args.lr, total_steps=self.total_steps
         )
-    vq.threshold_ema_dead_code = args.threshold_ema_dead_code
-    return history
+        self.step, self.seconds = 0, 0.0
+        self.log: list[dict[str, Any]] = []
+        self.curve: list[dict[str, float]] = []
+        # of the epoch so far: loss terms, and how often each code was chosen
+        self.sums = torch.zeros(3, dtype=torch.float64, device=args.device)
+        self.counts = torch.zeros(args.codebook_size, dtype=torch.int64, device=args.device)
+
+    def save(self) -> None:
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for i, state in optimizer["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": t for name, t in state.items()}
+        tensors |= {"sums": self.sums, "counts": self.counts, "rng.cpu": torch.get_rng_state()}
+        if self.args.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.args.device)
+        info = {name: getattr(self, name) for name in ("step", "seconds", "log", "curve")}
+        info |= {"groups": optimizer["param_groups"], "schedule": self.schedule.state_dict()}
+        info |= {"arguments": self.args.recorded, "quantizer": self.model.vq.config}
+        save_checkpoint(self.args.out / "checkpoint.safetensors", tensors, info)
+
+    def restore(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """The inverse of `save`."""
+        self.model.load_state_dict(with_prefix(tensors, "model."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in with_prefix(tensors, "optimizer.").items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": info["groups"]})
+        self.schedule.load_state_dict(info["schedule"])
+        self.sums.copy_(tensors["sums"])
+        self.counts.copy_(tensors["counts"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and self.args.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.args.device)
+        for name in ("step", "seconds", "log", "curve"):
+            setattr(self, name, info[name])
+
+    def train(self, data: Data, report: Report) -> int:
+        """Trains to the end; 0, or the number of the signal that stopped it before."""
+        args, received = self.args, []
+        eager = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        forward = eager
+
+        def request_stop(number: int, frame: object) -> None:
+            received.append(number)
+            # a second one need not wait for the end of the step
+            signal.signal(number, signal.SIG_DFL)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, request_stop)
+        start = time.perf_counter() - self.seconds
+        total, is_silent = args.epochs * self.num_images, self.rank > 0 or None
+        with tqdm(total=total, unit="image", leave=False, disable=is_silent) as bar:
+            while self.step < self.total_steps:
+                epoch, i = divmod(self.step, self.steps_per_epoch)
+                # the ranks stop at the same step, or one would wait for the other for ever
+                can_stop = self.world == 1 or i % LOOK_EVERY == 0
+                if can_stop and self._sum(len(received)) > 0:
+                    return received[0] if received else signal.SIGTERM
+                order = shuffled(args.seed, epoch, len(data.train_images))[: self.num_images]
+                batch = order[i * args.batch_size : (i + 1) * args.batch_size]
+                mine = batch[self.rank :: self.world].to(args.device)
+                values = self._step(forward, data.train_images[mine].float() / 255)
+                if args.compile and forward is eager:
+                    # the first step may start the codebook from data, which no graph can hold
+                    forward = torch.compile(eager)
+                self.seconds = time.perf_counter() - start
+                bar.update(epoch * self.num_images + i * args.batch_size + len(batch) - bar.n)
+                if values:
+                    bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
+                    bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+                    report(values, self.step)
+                if self.step % self.steps_per_epoch == 0:
+                    record = self._end_epoch()
+                    if self.rank == 0:
+                        self._publish(record, data)
+                        report(record, self.step)
+        return 0
+
+    def _step(self, forward: torch.nn.Module, target: Tensor) -> dict[str, float]:
+        """Trains on images [B, 28, 28] in [0, 1]; now and then tells how it goes."""
+        args, vq = self.args, self.model.vq
+        is_young = self.step < REVIVE_UNTIL * self.total_steps
+        vq.threshold_ema_dead_code = args.threshold_ema_dead_code if is_young else 0
+        self.model.train()
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            output, _, (_, indices, vq_loss) = forward(target)
+        reconstruction = self.model.reconstruction_loss(output.float(), target)
+        loss = args.reconstruction_weight * reconstruction + vq_loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+
+        counts = indices.flatten().bincount(minlength=vq.codebook_size)
+        self.counts += counts
+        self.sums += torch.stack([loss, reconstruction, vq_loss]).detach() * len(target)
+        if self.step % LOOK_EVERY > 0 and self.step < self.total_steps:
+            return {}
+        if not loss.isfinite():
+            raise SystemExit(f"step {self.step}: the loss is {loss.item()}; try a lower --lr")
+        values = {"loss": loss.item(), "reconstruction": reconstruction.item()}
+        values["perplexity"] = vqtriton.metrics.perplexity(counts).item()
+        values["usage"] = vqtriton.metrics.usage(counts).item()
+        self.curve.append({"step": self.step, **values})
+        return values
+
+    def _end_epoch(self) -> dict[str, float]:
+        """What the epoch came to, over all ranks."""
+        vq = self.model.vq
+        loss, reconstruction, vq_loss = (self._sum(self.sums) / self.num_images).tolist()
+        # the two terms have the value of the same squared error; they differ in whom they move
+        codebook_weight = vq.codebook_weight if vq.codebook_update == "gradient" else 0.0
+        error = vq_loss / (codebook_weight + vq.commitment_weight or 1.0)
+        perplexity = vqtriton.metrics.perplexity(self._sum(self.counts)).item()
+        self.sums.zero_()
+        self.counts.zero_()
+        return {
+            "epoch": self.step // self.steps_per_epoch,
+            "loss": loss,
+            "reconstruction": reconstruction,
+            "codebook_term": codebook_weight * error,
+            "commitment_term": vq.commitment_weight * error,
+            "train_perplexity": perplexity,
+            "seconds": self.seconds,
+        }
+
+    def _publish(self, record: dict[str, float], data: Data) -> None:
+        """Measures the model on the test set, and writes all that a run leaves."""
+        metrics, counts = evaluate(self.model, data.test_images)
+        record |= metrics
+        self.log.append(record)
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        # three originals of each class above their reconstructions
+        chosen = [(data.test_labels == label).nonzero()[:3, 0] for label in range(10)]
+        originals = data.test_images[torch.stack(chosen, 1)]
+        reconstructions = self.model.decode(self.model.encode(originals.flatten(0, 1)))
+        pairs = torch.cat([originals, reconstructions.view_as(originals)], 1).flatten(0, 1)
+        lines = "".join(json.dumps(line) + "\n" for line in self.log)
+        for name, content in {
+            "log.jsonl": lines.encode(),
+            "reconstructions.png": plots.tile(pairs, columns=10),
+            "usage.png": plots.usage_histogram(counts),
+            "curves.png": plots.training_curves({"": self.curve}, len(counts)),
+        }.items():
+            write_atomically(self.args.out / name, content)
+        self.save()
+
+    def finish(self) -> None:
+        """Writes metrics.json: what the model came to, and all it takes to get there again."""
+        codebook = self.model.vq.codebook.detach().cpu().numpy().tobytes()
+        digests = [hashlib.sha256(codebook).hexdigest()] * self.world
+        if self.world > 1:
+            dist.all_gather_object(digests, digests[0])
+        if self.rank > 0:
+            return
+        environment = {"vqtriton": vqtriton.__version__, "torch": torch.__version__}
+        # floats add up in another order with another number of threads or ranks
+        environment |= {"threads": torch.get_num_threads(), "ranks": self.world}
+        results = self.log[-1] | {"codebook_sha256": digests}
+        results |= {"arguments": self.args.recorded, "environment": environment}
+        content = json.dumps(results, indent=2) + "\n"
+        write_atomically(self.args.out / "metrics.json", content.encode())
+
+    def _sum(self, value: Tensor | int) -> Tensor:
+        """Over all ranks, in place if it is a tensor."""
+        value = torch.as_tensor(value, device=self.args.device)
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+
+@lru_cache(1)
+def shuffled(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of an epoch: of nothing else, so that a resumed one goes on in the same."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
 
 
 @torch.no_grad()
-def evaluate(model: VQVAE, images: Tensor, batch_size: int = 500) -> dict[str, float]:
-    """What the model does with all the images."""
+def evaluate(
+    model: VQVAE, images: Tensor, batch_size: int = 500
+) -> tuple[dict[str, float], Tensor]:
+    """What the model does with all the images, and how often it chooses each code."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=images.device)
-    outputs = []
+    parts = []
     for batch in images.split(batch_size):
         target = batch.float() / 255
-        logits, x, (quantized, indices, _) = model(target)
-        sq_error = (logits.sigmoid() - target).double().square().sum() / target[0].numel()
-        # of a grey pixel, which is what no model can be below
-        entropy = (torch.special.entr(target) + torch.special.entr(1 - target)).double().sum()
-        sums += torch.stack([sq_error, bce_nats(logits, target) * len(batch), entropy])
+        output, x, (quantized, indices, _) = model(target)
+        sq_error = (model.pixels(output) - target).double().square().sum() / target[0].numel()
+        nats = model.reconstruction_loss(output, target).double() * target.numel()
+        # of grey pixels as Bernoulli variables: no model can be below
+        floor = (torch.special.entr(target) + torch.special.entr(1 - target)).double().sum()
+        sums += torch.stack([sq_error, nats, floor])
         rows = [t.movedim(1, -1).flatten(0, -2) for t in (x, quantized)]
-        outputs.append((*rows, indices.flatten()))
-    x, quantized, indices = map(torch.cat, zip(*outputs, strict=True))
+        parts.append((*rows, indices.flatten()))
+    x, quantized, indices = map(torch.cat, zip(*parts, strict=True))
     counts = indices.bincount(minlength=model.vq.codebook_size)
-    mse, bce, floor = (sums / len(images)).tolist()
+    mse, nats, floor = (sums / len(images)).tolist()
+    metrics = {"test_mse": mse}
+    if model.reconstruction == "bce":
+        metrics |= {"test_bce_nats": nats, "test_bce_floor_nats": floor}
     error = vqtriton.metrics.quantization_error(x, quantized)
-    return {
-        "test_mse": mse,
-        "test_bce_nats": bce,
-        "test_bce_floor_nats": floor,
+    metrics |= {
         "perplexity": vqtriton.metrics.perplexity(counts).item(),
         "usage": vqtriton.metrics.usage(counts).item(),
         "codes_used": (counts > 0).sum().item(),
@@ -139,162 +275,68 @@ def evaluate(model: VQVAE, images: Tensor, batch_size: int = 500) -> dict[str, f
         # 1 would be a codebook with nothing but the mean
         "quantization_error_relative": (error / x.double().var(0, correction=0).sum()).item(),
     }
+    return metrics, counts
 
 
-@torch.no_grad()
-def draw_reconstructions(
-    model: VQVAE, images: Tensor, labels: Tensor, rows: int = 3, scale: int = 3
-) -> Image.Image:
-    """A column for each digit; in each row an original above its reconstruction."""
-    model.eval()
-    chosen = torch.stack([(labels == digit).nonzero()[:rows, 0] for digit in range(10)], 1)
-    originals = images[chosen.flatten()]
-    logits, _, _ = model(originals.float() / 255)
-    reconstructions = (logits.sigmoid() * 255).round().byte()
-    # 28 pixels and a gap of 2 between columns, 2·28 and a gap of 6 between pairs
-    sheet = np.full((rows * 62 - 6, 10 * 30 - 2), 128, dtype=np.uint8)
-    for i, pair in enumerate(torch.cat([originals, reconstructions], 1).cpu().numpy()):
-        top, left = i // 10 * 62, i % 10 * 30
-        sheet[top : top + 56, left : left + 28] = pair
-    return Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
-
-
-def save_results(
-    out: Path, model: VQVAE, results: dict[str, object], reconstructions: Image.Image
-) -> None:
-    """Each file is replaced in one step, the metrics last: where they are, the rest is."""
-    vqtriton.save(model.vq, out / "codebook.safetensors")
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    write_atomically(out / "model.safetensors", safetensors.torch.save(weights))
-    png = io.BytesIO()
-    reconstructions.save(png, "PNG")
-    write_atomically(out / "reconstructions.png", png.getvalue())
-    write_atomically(
-        out / "metrics.json", (json.dumps(results, indent=2, default=str) + "\n").encode()
-    )
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number in [low, high]."""
-    wanted = "an integer" if kind is int else "a number"
-    wanted += f" of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high and math.isfinite(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r}: it must be {wanted}")
-
-    return parse
-
-
-def device(text: str) -> torch.device:
-    """An argparse type: a device that tensors can be put on."""
+def open_report(args: Namespace) -> Report:
+    """Where the values go beside the folder: TensorBoard, Weights & Biases, or nowhere."""
     try:
-        tensor = torch.zeros(1, device=text)
-        # the device "meta" makes tensors but no values
-        tensor.item()
-        return tensor.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).splitlines()[0]}") from error
+        if args.log_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(args.out / "tensorboard")
+            return lambda values, step: [writer.add_scalar(*item, step) for item in values.items()]
+        if args.log_to == "wandb":
+            import wandb
+
+            run = wandb.init(project="vqtriton", dir=args.out, config=args.recorded)
+            return lambda values, step: run.log(values, step=step)
+    except ImportError as error:
+        raise SystemExit(
+            f"train_mnist.py: --log-to {args.log_to}: {error}; pip install 'vqtriton[logging]'"
+        ) from error
+    return lambda values, step: None
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    count = number(int, 1)
-    parser = argparse.ArgumentParser(
-        description="Train a VQ-VAE on MNIST and measure it on the whole test set.",
-        # short, so that an error is not lost below a list of options
-        usage="%(prog)s [--help] [options]",
-        allow_abbrev=False,
-    )
-
-    def add(flag: str, *, help: str, **options: object) -> None:
-        if "type" in options:
-            options["metavar"] = "VALUE"
-        if "default" in options:
-            help += " (default: %(default)s)"
-        parser.add_argument(flag, help=help, **options)
-
-    add("--epochs", type=count, default=5, help="passes over the training set")
-    add("--batch-size", type=count, default=256, help="images a step")
-    add("--codebook-size", type=count, default=512, help="K, number of codes")
-    add("--dim", type=count, default=32, help="D, size of a code")
-    add("--codebook-update", choices=("ema", "gradient"), default="ema", help="how codes learn")
-    add("--decay", type=number(float, 0, 1), default=0.99, help="of the EMA statistics")
-    add("--commitment-weight", type=number(float, 0), default=0.25, help="β of the paper")
-    add(
-        "--kmeans-init",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start the codes from k-means of the first batch, not uniform in ±1/K",
-    )
-    add(
-        "--threshold-ema-dead-code",
-        type=number(float, 0),
-        help="revive codes that fewer vectors a step choose, until 80 %% of training; 0 is never "
-        f"(default: {REVIVE_BELOW} of an even share, batch · 49 / K)",
-    )
-    add("--lr", type=number(float, 1e-9), default=2e-3, help="peak of the OneCycle rate")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=best, help="where to train, as torch calls it")
-    add("--data-dir", type=Path, help="folder with MNIST's four IDX files; else they are fetched")
-    add("--limit", type=count, help="train on the first so many images only, to try things out")
-    add("--out", type=Path, default=Path("runs/mnist"), help="folder for the results")
-    args = parser.parse_args(argv)
-    if args.threshold_ema_dead_code is None:
-        args.threshold_ema_dead_code = REVIVE_BELOW * args.batch_size * 49 / args.codebook_size
-    if args.data_dir is not None and not args.data_dir.is_dir():
-        parser.error(f"argument --data-dir: {args.data_dir} is not a folder")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    return args
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     # cuBLAS reads this when it starts; without it deterministic algorithms are refused
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    args = parse_args()
+    args = parse_args(argv)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    rank = dist.get_rank() if world > 1 else 0
     # off the CPU an operation without a deterministic form warns, rather than end the run
     torch.use_deterministic_algorithms(True, warn_only=args.device.type != "cpu")
     # a help in finding bugs that costs some percent of the time
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(args.seed)
     try:
-        data = load_mnist(args.data_dir)
+        data = load(args.dataset, args.data_dir)
     except (OSError, ValueError) as error:
         raise SystemExit(f"train_mnist.py: {error}") from error
-    train_images = data.train_images[: args.limit].to(args.device)
-    test_images, test_labels = data.test_images.to(args.device), data.test_labels.to(args.device)
+    report = open_report(args) if rank == 0 else lambda values, step: None
+    data = Data(*(tensor.to(args.device) for tensor in data))
+    data = data._replace(train_images=data.train_images[: args.limit])
 
-    vq = vqtriton.VectorQuantize(
-        args.dim,
-        args.codebook_size,
-        codebook_update=args.codebook_update,
-        decay=args.decay,
-        commitment_weight=args.commitment_weight,
-        kmeans_init=args.kmeans_init,
-        threshold_ema_dead_code=args.threshold_ema_dead_code,
-        accept_image_fmap=True,
-    )
-    model = VQVAE(vq).to(args.device)
-    start = time.perf_counter()
-    history = train(model, train_images, args)
-    results = evaluate(model, test_images)
-    results |= {"epochs": args.epochs, "seed": args.seed, "seconds": time.perf_counter() - start}
-    # what the same seed needs to give the same bits
-    environment = {"vqtriton": vqtriton.__version__, "torch": torch.__version__}
-    environment["threads"] = torch.get_num_threads()
-    results |= {"history": history, "arguments": vars(args), "environment": environment}
-    save_results(args.out, model, results, draw_reconstructions(model, test_images, test_labels))
-    print(
-        f"test  mse {results['test_mse']:.5f}  bce {results['test_bce_nats']:.2f} nats  "
-        f"perplexity {results['perplexity']:.0f}  "
-        f"used {results['codes_used']}/{args.codebook_size}  {results['seconds']:.0f} s\n"
-        f"wrote {args.out}"
-    )
+    trainer = Trainer(args, len(data.train_images), rank, world)
+    if args.checkpoint:
+        trainer.restore(*args.checkpoint)
+    elif args.resume:
+        print(f"no checkpoint in {args.out}: starting from the beginning", file=sys.stderr)
+    if rank == 0:
+        (args.out / "metrics.json").unlink(missing_ok=True)
+        trainer.save()
+    received = trainer.train(data, report)
+    if received == 0:
+        trainer.finish()
+    elif rank == 0:
+        trainer.save()
+        print(f"stopped at step {trainer.step}; --resume goes on from there", file=sys.stderr)
+    if world > 1:
+        dist.destroy_process_group()
+    if received:
+        raise SystemExit(128 + received)
 
 
 if __name__ == "__main__":

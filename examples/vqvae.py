@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from checkpoints import load_checkpoint, with_prefix
 from torch import Tensor, nn
 
 import vqtriton
@@ -24,44 +29,91 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Sequential):
     """[B, 1, 28, 28] -> [B, D, 7, 7]."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, channels: int) -> None:
         super().__init__(
-            nn.Conv2d(1, 32, 4, stride=2, padding=1),
+            nn.Conv2d(1, channels, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2, padding=1),
+            nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
-            ResidualBlock(64),
+            nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
+            ResidualBlock(2 * channels),
             nn.ReLU(),
-            nn.Conv2d(64, dim, 1),
+            nn.Conv2d(2 * channels, dim, 1),
         )
 
 
 class Decoder(nn.Sequential):
-    """[B, D, 7, 7] -> logits of the pixels, [B, 1, 28, 28]."""
+    """[B, D, 7, 7] -> [B, 1, 28, 28]."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, channels: int) -> None:
         super().__init__(
-            nn.Conv2d(dim, 64, 1),
-            ResidualBlock(64),
+            nn.Conv2d(dim, 2 * channels, 1),
+            ResidualBlock(2 * channels),
             nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
+            nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
             nn.ReLU(),
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(channels, 1, 4, stride=2, padding=1),
         )
 
 
 class VQVAE(nn.Module):
-    def __init__(self, vq: vqtriton.VectorQuantize) -> None:
-        super().__init__()
-        self.encoder = Encoder(vq.dim)
-        self.vq = vq
-        self.decoder = Decoder(vq.dim)
+    """Encoder, quantizer, decoder.
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Images [B, 28, 28] in [0, 1] -> logits [B, 28, 28], x and what became of it."""
+    Args:
+        vq: quantizes image maps, [B, D, 7, 7].
+        channels: width of the encoder's and the decoder's outermost layer; the others have twice.
+        reconstruction: what the decoder's output is: "bce": logits of pixels as Bernoulli
+            variables; "mse": the pixels themselves.
+    """
+
+    def __init__(
+        self, vq: vqtriton.VectorQuantize, channels: int = 32, reconstruction: str = "bce"
+    ) -> None:
+        super().__init__()
+        self.reconstruction = reconstruction
+        self.encoder = Encoder(vq.dim, channels)
+        self.vq = vq
+        self.decoder = Decoder(vq.dim, channels)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, vqtriton.reference.Quantized]:
+        """Images [B, 28, 28] in [0, 1] -> the decoder's output [B, 28, 28], x, what it became."""
         x = self.encoder(images[:, None])
-        quantized, indices, loss = self.vq(x)
-        return self.decoder(quantized)[:, 0], x, (quantized, indices, loss)
+        result = self.vq(x)
+        return self.decoder(result.quantized)[:, 0], x, result
+
+    def reconstruction_loss(self, output: Tensor, images: Tensor) -> Tensor:
+        """-log p(image | quantized) or the squared error, mean over the pixels."""
+        if self.reconstruction == "bce":
+            return F.binary_cross_entropy_with_logits(output, images)
+        return F.mse_loss(output, images)
+
+    def pixels(self, output: Tensor) -> Tensor:
+        """The decoder's output as pixels in [0, 1]."""
+        return output.sigmoid() if self.reconstruction == "bce" else output.clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, 28, 28] -> indices int64 [B, 7, 7]."""
+        return self.vq(self.encoder(images[:, None].float() / 255)).indices
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices [B, 7, 7] -> images uint8 [B, 28, 28]."""
+        output = self.decoder(self.vq.get_output_from_indices(indices))[:, 0]
+        return (self.pixels(output) * 255).round().byte()
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> VQVAE:
+        """The model that train_mnist.py left in a checkpoint, in evaluation mode.
+
+        Raises:
+            FileNotFoundError, ValueError: see `checkpoints.load_checkpoint`.
+        """
+        tensors, info = load_checkpoint(path)
+        arguments = info["arguments"]
+        vq = vqtriton.VectorQuantize(**info["quantizer"])
+        model = cls(vq, arguments["channels"], arguments["reconstruction"])
+        model.load_state_dict(with_prefix(tensors, "model."))
+        return model.eval()

@@ -1,18 +1,24 @@
-"""examples/train_mnist.py: run as users run it, on few images but with the whole test set."""
+"""examples/train_mnist.py: in this process on few images, and as users run it."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import json
-import math
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 
@@ -21,45 +27,85 @@ import vqtriton
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # examples are scripts, not a package; there they import one another by their bare names
 sys.path.insert(0, str(EXAMPLES))
+checkpoints = importlib.import_module("checkpoints")
 mnist_data = importlib.import_module("mnist_data")
+train_args = importlib.import_module("train_args")
 train_mnist = importlib.import_module("train_mnist")
+vqvae = importlib.import_module("vqvae")
 
-# few steps, so statistics that are quick to forget
-SMALL = (
-    *("--epochs=1", "--limit=3000", "--batch-size=32", "--codebook-size=32", "--dim=8"),
-    *("--decay=0.9", "--threshold-ema-dead-code=20"),
+# few steps, so statistics that are quick to forget; 8 steps an epoch
+TINY = (
+    *("--epochs=2", "--limit=500", "--batch-size=64", "--codebook-size=32", "--dim=8"),
+    *("--channels=8", "--decay=0.9", "--threshold-ema-dead-code=20", "--lr=0.01"),
 )
-# the mean image of the training set as the only reconstruction
+# of a model that gives every image of the test set the mean image of the training set
 BCE_OF_THE_MEAN = 206.0
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error", str(EXAMPLES / "train_mnist.py"), *flags]
-    # threads of a small model wait for one another where other processes want the cores as well
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+def run(*flags: str, launcher: tuple[str, ...] = (sys.executable, "-W", "error")) -> list[str]:
+    return [*launcher, str(EXAMPLES / "train_mnist.py"), *flags]
 
 
-def small_run(out: Path, *flags: str) -> dict:
-    done = run(*SMALL, f"--out={out}", *flags)
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / "metrics.json").read_text()) | {"stdout": done.stdout}
+# threads of a small model wait for one another where other processes want the cores as well
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def repeatable(metrics: dict) -> dict:
-    """All but the times and the folder."""
-    metrics = {name: metrics[name] for name in metrics.keys() - {"seconds", "stdout"}}
-    return metrics | {"arguments": metrics["arguments"] | {"out": None}}
+def finish(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+
+
+def metrics_of(out: Path) -> dict:
+    """All that must repeat: all but the times."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics.pop("seconds") > 0
+    return metrics
+
+
+def patched(patch: pytest.MonkeyPatch) -> Iterator[mnist_data.Data]:
+    """A thousand real images in place of 70,000; and main leaves this process as it was."""
+    data = mnist_data.load("mnist")
+    few = mnist_data.Data(
+        data.train_images[:600],
+        data.train_labels[:600],
+        data.test_images[:400],
+        data.test_labels[:400],
+    )
+    patch.setattr(train_mnist, "load", lambda name, folder: few)
+    was = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield few
+    for number, handler in was.items():
+        signal.signal(number, handler)
+    # as conftest has it
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    yield from patched(monkeypatch)
+
+
+def train(out: Path, *flags: str) -> dict:
+    train_mnist.main([*TINY, f"--out={out}", *flags])
+    return metrics_of(out)
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def as_users_run_it(tmp_path_factory) -> tuple[Path, dict, str]:
+    """The whole test set, a process of its own, warnings are errors."""
     out = tmp_path_factory.mktemp("first") / "deep" / "run"
-    return out, small_run(out, "--seed=3")
+    flags = ("--epochs=1", "--limit=3000", "--batch-size=32", "--codebook-size=32", "--dim=8")
+    flags += ("--decay=0.9", "--threshold-ema-dead-code=20", "--seed=3", f"--out={out}")
+    done = finish(run(*flags))
+    assert done.returncode == 0, done.stderr
+    return out, metrics_of(out), done.stdout
 
 
-def test_metrics_are_complete_and_in_range(first):
-    _, metrics = first
+def test_metrics_are_complete_and_in_range(as_users_run_it):
+    out, metrics, stdout = as_users_run_it
     # it has learned: codes that said nothing would leave it at the mean image
     assert metrics["test_bce_floor_nats"] == pytest.approx(45.5, abs=0.05)
     assert metrics["test_bce_floor_nats"] < metrics["test_bce_nats"] < 0.7 * BCE_OF_THE_MEAN
@@ -68,41 +114,24 @@ def test_metrics_are_complete_and_in_range(first):
     assert 2 < metrics["perplexity"] <= metrics["codes_used"] <= 32
     assert metrics["quantization_error"] > 0
     assert 0 < metrics["quantization_error_relative"] < 1
-    assert metrics["seconds"] > 0
-    assert (metrics["epochs"], metrics["seed"]) == (1, 3)
     assert metrics["arguments"]["codebook_size"] == 32
     assert metrics["arguments"]["kmeans_init"] is True
     assert metrics["environment"]["vqtriton"] == vqtriton.__version__
+    assert f"test_mse {metrics['test_mse']:.4g}" in stdout
+    names = {"metrics.json", "log.jsonl", "checkpoint.safetensors"}
+    assert {path.name for path in out.iterdir()} == names | {
+        *("reconstructions.png", "usage.png", "curves.png")
+    }
 
 
-def check_terms_add_up(epoch: dict[str, float]) -> None:
-    terms = 10 * epoch["bce_nats"] / 784 + epoch["codebook_term"] + epoch["commitment_term"]
-    assert epoch["loss"] == pytest.approx(terms, rel=1e-5)
-
-
-def test_loss_terms(first):
-    _, metrics = first
-    (epoch,) = metrics["history"]
-    check_terms_add_up(epoch)
-    # moving averages stand in for the codebook term
-    assert epoch["codebook_term"] == 0
-    # large enough to be missed in the sum
-    assert epoch["commitment_term"] > 1e-4 * epoch["loss"]
-    assert "epoch 1/1" in metrics["stdout"]
-    assert f"mse {metrics['test_mse']:.5f}" in metrics["stdout"]
-
-
-def test_the_files_hold_what_was_measured(first):
-    """The metrics once more, from the files alone and by other means."""
-    out, metrics = first
-    vq = vqtriton.load(out / "codebook.safetensors")
-    assert vq.config["threshold_ema_dead_code"] == metrics["arguments"]["threshold_ema_dead_code"]
-    model = train_mnist.VQVAE(vq).eval()
-    model.load_state_dict(safetensors.torch.load_file(out / "model.safetensors"))
-    images = mnist_data.load_mnist().test_images / 255
+def test_the_files_hold_what_was_measured(as_users_run_it):
+    """The metrics once more, from the checkpoint alone and by other means."""
+    out, metrics, _ = as_users_run_it
+    model = vqvae.VQVAE.from_checkpoint(out / "checkpoint.safetensors")
+    images = mnist_data.load("mnist").test_images / 255
     with torch.no_grad():
-        indices = vq(model.encoder(images[:, None])).indices
-        pixels = model.decoder(vq.get_output_from_indices(indices))[:, 0].sigmoid().double()
+        indices = model.vq(model.encoder(images[:, None])).indices
+        pixels = model.decoder(model.vq.get_output_from_indices(indices))[:, 0].sigmoid().double()
     mse = (pixels - images).square().mean().item()
     assert metrics["test_mse"] == pytest.approx(mse, rel=1e-4)
     target = images.double()
@@ -114,18 +143,17 @@ def test_the_files_hold_what_was_measured(first):
     assert metrics["perplexity"] == pytest.approx((-share * share.log()).sum().exp().item(), 1e-3)
 
 
-def test_reconstructions_are_a_picture_of_both(first):
-    out, _ = first
+def test_reconstructions_are_a_picture_of_both(as_users_run_it):
+    out, _, _ = as_users_run_it
     with Image.open(out / "reconstructions.png") as image:
-        assert image.format == "PNG"
-        # 10 columns of 28 + 2 pixels; 3 rows of 2 · 28 + 6; less the last gap; three times
-        assert image.size == (3 * (10 * 30 - 2), 3 * (3 * 62 - 6))
+        # 10 columns of 28 + 2 pixels, 6 rows likewise, less the last gap; three times
+        assert image.size == (3 * (10 * 30 - 2), 3 * (6 * 30 - 2))
         pixels = np.asarray(image)[::3, ::3] / 255
-    data = mnist_data.load_mnist()
+    data = mnist_data.load("mnist")
     errors, errors_of_mean = [], []
     for digit in range(10):
         original = pixels[:28, 30 * digit : 30 * digit + 28]
-        reconstruction = pixels[28:56, 30 * digit : 30 * digit + 28]
+        reconstruction = pixels[30:58, 30 * digit : 30 * digit + 28]
         of_digit = data.test_images[data.test_labels == digit] / 255
         assert np.allclose(original, of_digit[0], atol=1e-6)
         errors.append(np.square(reconstruction - original).mean())
@@ -135,104 +163,381 @@ def test_reconstructions_are_a_picture_of_both(first):
     assert sum(errors) < 0.8 * sum(errors_of_mean)
 
 
-def test_a_seed_repeats_bit_for_bit_and_another_does_not(first, tmp_path):
-    out, metrics = first
-    again = small_run(tmp_path / "again", "--seed=3")
-    assert repeatable(again) == repeatable(metrics)
-    for name in ("model.safetensors", "codebook.safetensors", "reconstructions.png"):
-        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
-    assert len(list(out.iterdir())) == 4
-
-    other = small_run(tmp_path / "other", "--seed=4")
-    assert other["test_bce_nats"] != metrics["test_bce_nats"]
+def test_pictures_are_pngs_of_some_size(as_users_run_it):
+    out, _, _ = as_users_run_it
+    for name in ("usage.png", "curves.png"):
+        with Image.open(out / name) as image:
+            assert image.format == "PNG"
+            # something is drawn
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
-def test_a_codebook_that_learns_by_gradient(tmp_path):
-    metrics = small_run(tmp_path, "--codebook-update=gradient", "--no-kmeans-init")
-    (epoch,) = metrics["history"]
-    check_terms_add_up(epoch)
-    # the codebook term is the commitment term without β
-    assert epoch["codebook_term"] == pytest.approx(epoch["commitment_term"] / 0.25)
-    assert metrics["test_bce_nats"] < 0.9 * BCE_OF_THE_MEAN
-    assert metrics["arguments"]["kmeans_init"] is False
-    vq = vqtriton.load(tmp_path / "codebook.safetensors")
-    assert isinstance(vq.codebook, torch.nn.Parameter)
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("reconstruction", ["bce", "mse"])
+def test_loss_terms_add_up(few_images, tmp_path, update, reconstruction):
+    metrics = train(tmp_path, f"--codebook-update={update}", f"--reconstruction={reconstruction}")
+    weight = train_args.RECONSTRUCTION_WEIGHT[reconstruction]
+    assert metrics["arguments"]["reconstruction_weight"] == weight
+    first, last = log_of(tmp_path)
+    for epoch in (first, last):
+        terms = weight * epoch["reconstruction"] + epoch["codebook_term"] + epoch["commitment_term"]
+        assert epoch["loss"] == pytest.approx(terms, rel=1e-6)
+        assert epoch["commitment_term"] > 0
+        # moving averages stand in for the codebook term; else it is the other one without β
+        expected = 0 if update == "ema" else epoch["commitment_term"] / 0.25
+        assert epoch["codebook_term"] == pytest.approx(expected)
+    assert last["reconstruction"] < first["reconstruction"]
+    assert ("test_bce_nats" in metrics) == (reconstruction == "bce")
+    assert last.keys() <= metrics.keys() | {"seconds"}
+
+
+def test_squared_error_is_that_of_the_decoder_itself(few_images, tmp_path):
+    metrics = train(tmp_path, "--reconstruction=mse")
+    model = vqvae.VQVAE.from_checkpoint(tmp_path / "checkpoint.safetensors")
+    images = few_images.test_images / 255
+    with torch.no_grad():
+        pixels = model(images)[0].clamp(0, 1)
+    assert metrics["test_mse"] == pytest.approx((pixels - images).square().mean().item(), 1e-4)
+    decoded = model.decode(model.encode(few_images.test_images))
+    assert (decoded - pixels * 255).abs().max() <= 0.501
+
+
+def test_a_seed_repeats_bit_for_bit_and_another_does_not(few_images, tmp_path):
+    first = train(tmp_path / "first", "--seed=1")
+    assert train(tmp_path / "again", "--seed=1") == first
+    for name in ("reconstructions.png", "usage.png", "curves.png"):
+        again = (tmp_path / "again" / name).read_bytes()
+        assert again == (tmp_path / "first" / name).read_bytes()
+    assert train(tmp_path / "other", "--seed=2")["test_mse"] != first["test_mse"]
+
+
+def test_codes_are_revived_until_80_percent(few_images, tmp_path, monkeypatch):
+    thresholds = []
+    step = train_mnist.Trainer._step
+
+    def spy(self, *args):
+        values = step(self, *args)
+        thresholds.append(self.model.vq.threshold_ema_dead_code)
+        return values
+
+    monkeypatch.setattr(train_mnist.Trainer, "_step", spy)
+    train(tmp_path)
+    # the default, of an even share of 64 · 49 / 32, is tested below
+    assert thresholds == [20] * 13 + [0] * 3
+    args = train_args.parse_args([f"--out={tmp_path}"])
+    assert args.threshold_ema_dead_code == pytest.approx(0.4 * 64 * 49 / 512)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--amp",),
+        ("--compile", "--limit=512", "--epochs=1"),
+        ("--no-kmeans-init", "--kmeans-iters=1", "--codebook-weight=2", "--eps=0.001"),
+        ("--precision=fast", "--backend=torch", "--no-sync-codebook", "--commitment-weight=1"),
+        ("--limit=1", "--epochs=1", "--threshold-ema-dead-code=0"),
+        # a last batch of one image
+        ("--limit=65", "--backend=auto", "--codebook-update=gradient", "--device=cpu"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_reach_the_training(few_images, tmp_path, flags):
+    metrics = train(tmp_path, *flags)
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").replace("-", "_").partition("=")
+        if name == "device":
+            continue
+        expected = metrics["arguments"].get(name.removeprefix("no_"))
+        if name != "compile":
+            assert (
+                str(expected) == value
+                or expected is (not name.startswith("no_"))
+                or (float(value) == expected)
+            )
+    # in the arguments of the quantizer, not only in the record
+    _, info = checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")
+    vq = info["quantizer"] | {"threshold_ema_dead_code": None}
+    of_vq = {name: metrics["arguments"][name] for name in train_args.QUANTIZER}
+    assert vq.items() >= (of_vq | {"threshold_ema_dead_code": None}).items()
+
+
+def test_amp_and_compile_do_something(few_images, tmp_path, monkeypatch):
+    plain = train(tmp_path / "plain")
+    assert train(tmp_path / "amp", "--amp")["test_mse"] != plain["test_mse"]
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model.forward)
+    assert train(tmp_path / "compile", "--compile") == plain
+    assert len(compiled) == 1
+
+
+def test_every_option_of_the_quantizer_has_a_flag():
+    names = set(inspect.signature(vqtriton.VectorQuantize).parameters)
+    assert set(train_args.QUANTIZER) == names - {"channel_last", "accept_image_fmap"}
+
+
+class Killed(BaseException):
+    """Nothing in the trainer may catch it, as nothing can catch SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run of 16 steps."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch, contextlib.contextmanager(patched)(patch):
+        train(out)
+    return out
+
+
+@pytest.mark.parametrize("killed_before", [0, 3, 8, 11, 16])
+def test_resumed_after_a_kill_is_the_same_run(
+    few_images, uninterrupted, tmp_path, monkeypatch, killed_before
+):
+    """A checkpoint is written before the first step, and after the 8th and the last."""
+    whole = metrics_of(uninterrupted)
+    step, finish = train_mnist.Trainer._step, train_mnist.Trainer.finish
+    steps = []
+
+    def die(self, *args):
+        if self.step == killed_before:
+            raise Killed
+        steps.append(self.step)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist.Trainer, "finish" if killed_before == 16 else "_step", die)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    # the arguments are in the checkpoint
+    train_mnist.main(["--resume", f"--out={tmp_path / 'killed'}"])
+    assert train_mnist.Trainer.finish is finish
+    assert metrics_of(tmp_path / "killed") == whole
+    for name in ("curves.png", "usage.png", "reconstructions.png"):
+        resumed = (tmp_path / "killed" / name).read_bytes()
+        assert resumed == (uninterrupted / name).read_bytes()
+    drop = {"seconds": None}
+    for line, other in zip(log_of(tmp_path / "killed"), log_of(uninterrupted), strict=True):
+        assert line | drop == other | drop
+    # a run that is complete is left as it is
+    train_mnist.main(["--resume", f"--out={tmp_path / 'killed'}"])
+    assert metrics_of(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize(
+    ("number", "after"), [(signal.SIGINT, 1), (signal.SIGTERM, 8), (signal.SIGINT, 13)]
+)
+def test_a_signal_leaves_a_checkpoint_of_that_step(
+    few_images, uninterrupted, tmp_path, monkeypatch, capsys, number, after
+):
+    step = train_mnist.Trainer._step
+
+    def interrupted(self, *args):
+        values = step(self, *args)
+        if self.step == after:
+            os.kill(os.getpid(), number)
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mnist.Trainer, "_step", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            train(tmp_path / "stopped")
+    assert caught.value.code == 128 + number
+    assert f"stopped at step {after}; --resume goes on" in capsys.readouterr().err
+    _, info = checkpoints.load_checkpoint(tmp_path / "stopped" / "checkpoint.safetensors")
+    assert info["step"] == after
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    assert train(tmp_path / "stopped", "--resume") == metrics_of(uninterrupted)
+
+
+def test_resume_without_a_checkpoint_starts(few_images, tmp_path, capsys):
+    metrics = train(tmp_path / "resumed", "--resume")
+    assert f"no checkpoint in {tmp_path / 'resumed'}: starting" in capsys.readouterr().err
+    assert metrics == train(tmp_path / "started")
+
+
+def test_resume_refuses_what_it_cannot_do(few_images, tmp_path, capsys):
+    train(tmp_path)
+    resume = ["--resume", f"--out={tmp_path}"]
+    # the same once more is no contradiction
+    train_args.parse_args([*resume, "--lr=0.01", "--compile"])
+    for flag, was in (("--lr=0.1", "0.01"), ("--epochs=3", "2"), ("--no-kmeans-init", "True")):
+        message = f"argument {flag.split('=')[0].replace('no-', '')}: it is {was} in {tmp_path}"
+        assert message in error_of([*resume, flag], capsys)
+    content = (tmp_path / "checkpoint.safetensors").read_bytes()
+    for bad in (content[:-1], content[:100], b"", b"no checkpoint"):
+        (tmp_path / "checkpoint.safetensors").write_bytes(bad)
+        assert "argument --resume" in error_of(resume, capsys)
+    vqtriton.save(vqtriton.VectorQuantize(2, 3), tmp_path / "checkpoint.safetensors")
+    assert "is not a checkpoint of train_mnist.py" in error_of(resume, capsys)
+
+
+def error_of(flags: list[str], capsys) -> str:
+    """The one line after the usage."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        train_args.parse_args(flags)
+    assert caught.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: ")
+    return error
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--epochs=0", "argument --epochs: '0': it must be an integer of at least 1"),
-        ("--batch-size=1.5", "argument --batch-size: '1.5': it must be an integer"),
-        ("--codebook-size=-1", "argument --codebook-size"),
-        ("--codebook-update=adam", "argument --codebook-update: invalid choice: 'adam'"),
-        ("--decay=1.5", "argument --decay: '1.5': it must be a number of at least 0 and at most 1"),
-        ("--commitment-weight=nan", "argument --commitment-weight: 'nan'"),
-        ("--lr=0", "argument --lr: '0': it must be a number of at least 1e-09"),
-        ("--lr=inf", "argument --lr: 'inf'"),
-        ("--seed=-1", "argument --seed: '-1'"),
-        ("--threshold-ema-dead-code=-1", "argument --threshold-ema-dead-code: '-1'"),
-        ("--device=nonsense", "argument --device: 'nonsense'"),
-        ("--device=meta", "argument --device: 'meta'"),
+        ("--epochs=0", "argument --epochs: 0; it must be at least 1"),
+        ("--epochs=99999999999999999999", "argument --epochs"),
+        ("--batch-size=1.5", "argument --batch-size: invalid int value: '1.5'"),
+        ("--batch-size=-1", "argument --batch-size: -1; it must be at least 1"),
+        ("--limit=0", "argument --limit: 0; it must be at least 1"),
+        ("--channels=0", "argument --channels: 0; it must be at least 1"),
+        ("--codebook-size=-1", "quantizer: codebook_size is -1"),
+        ("--codebook-size=99999999999999", "quantizer: "),
+        ("--dim=0", "quantizer: dim is 0; it must be finite and at least 1"),
+        ("--codebook-update=adam", "quantizer: codebook_update is 'adam'; it must be one of ema"),
+        ("--decay=1.5", "quantizer: decay is 1.5; it must be in [0, 1]"),
+        ("--eps=nan", "quantizer: eps is nan"),
+        ("--commitment-weight=nan", "quantizer: commitment_weight is nan"),
+        ("--codebook-weight=-1", "quantizer: codebook_weight is -1"),
+        ("--kmeans-iters=-1", "quantizer: kmeans_iters is -1"),
+        ("--threshold-ema-dead-code=-1", "quantizer: threshold_ema_dead_code is -1"),
+        ("--precision=half", "quantizer: precision is 'half'; it must be one of exact, fast"),
+        ("--backend=cuda", "quantizer: backend is 'cuda'; it must be one of"),
+        ("--reconstruction=l1", "argument --reconstruction: invalid choice: 'l1'"),
+        ("--reconstruction-weight=0", "argument --reconstruction-weight: 0.0; it must be positive"),
+        ("--dataset=cifar", "argument --dataset: invalid choice: 'cifar'"),
+        ("--lr=0", "argument --lr: 0.0; it must be positive"),
+        ("--lr=inf", "argument --lr: inf"),
+        ("--seed=-1", "argument --seed: -1"),
+        ("--device=nonsense", "argument --device: "),
+        ("--device=meta", "argument --device: "),
+        ("--log-to=paper", "argument --log-to: invalid choice: 'paper'"),
         ("--data-dir=/no/such/folder", "argument --data-dir: /no/such/folder is not a folder"),
         ("--epoch=1", "unrecognized arguments: --epoch=1"),
-        ("--frobnicate", "unrecognized arguments: --frobnicate"),
     ],
 )
 def test_a_bad_flag_is_a_line_and_exit_status_2(capsys, tmp_path, flag, message):
+    assert message in error_of([f"--out={tmp_path}", flag], capsys)
+
+
+def test_what_several_ranks_cannot_share(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "not a multiple" in error_of([f"--out={tmp_path}"], capsys)
+    assert "--limit: 2; it must be" in error_of(
+        [f"--out={tmp_path}", "--batch-size=3", "--limit=2"], capsys
+    )
+
+
+def test_help_is_documentation(capsys):
     with pytest.raises(SystemExit) as caught:
-        train_mnist.parse_args([f"--out={tmp_path}", flag])
-    assert caught.value.code == 2
-    usage, error = capsys.readouterr().err.splitlines()
-    assert usage.startswith("usage: ")
-    assert message in error
-
-
-def test_errors_as_users_see_them(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    done = run(f"--out={tmp_path / 'file'}")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 2
-    assert "error: argument --out: " in done.stderr
-
-    # the test set under the name of the training set
-    for name, content in {
-        "train-images-idx3-ubyte": mnist_data.to_idx(np.zeros((60000, 28, 28), dtype=np.uint8)),
-        "train-labels-idx1-ubyte": b"",
-    }.items():
-        (tmp_path / name).write_bytes(content)
-    done = run(f"--out={tmp_path / 'out'}", f"--data-dir={tmp_path}")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert f"{tmp_path / 'train-images-idx3-ubyte'} has md5" in done.stderr
-
-
-def test_help_names_the_defaults(capsys):
-    with pytest.raises(SystemExit) as caught:
-        train_mnist.parse_args(["--help"])
+        train_args.parse_args(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "passes over the training set (default: 5)" in text
     assert "--kmeans-init, --no-kmeans-init" in text
     assert "until 80 % of training" in text
+    # every flag says what it is
+    parser = train_args.build_parser()
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    done = run(*SMALL, f"--out={tmp_path}", "--lr=1e30")
+def test_errors_as_users_see_them(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    done = finish(run(f"--out={tmp_path / 'file'}"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 2
+    assert "error: argument --out: " in done.stderr
+
+    # black images under the name of the training set
+    black = mnist_data.to_idx(np.zeros((60000, 28, 28), dtype=np.uint8))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(black)
+    done = finish(run(f"--out={tmp_path / 'out'}", f"--data-dir={tmp_path}"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "the loss is nan" in done.stderr or "the loss is inf" in done.stderr
+    assert f"{tmp_path / 'train-images-idx3-ubyte'}" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(few_images, tmp_path):
+    (tmp_path / "metrics.json").write_text("of an earlier run")
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf); try a lower --lr"):
+        train(tmp_path, "--lr=1e30")
     # nothing that could be taken for a result
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("limit", [1, 65])
-def test_tiny_training_sets(tmp_path, limit):
-    """A single step, and a last batch of one image: fewer vectors than codes."""
-    args = train_mnist.parse_args(["--epochs=1", "--batch-size=64", "--dim=4", f"--out={tmp_path}"])
-    vq = vqtriton.VectorQuantize(4, 512, kmeans_init=True, accept_image_fmap=True)
-    model = train_mnist.VQVAE(vq)
-    images = mnist_data.load_mnist().train_images[:limit]
-    (epoch,) = train_mnist.train(model, images, args)
-    assert math.isfinite(epoch["loss"])
-    assert 1 <= epoch["codes_used"] <= 49 * limit
+def test_tensorboard_gets_every_value(few_images, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tmp_path, "--log-to=tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "perplexity", "test_mse"} <= set(events.Tags()["scalars"])
+    values = [event.value for event in events.Scalars("test_mse")]
+    assert values == pytest.approx([line["test_mse"] for line in log_of(tmp_path)])
+
+
+def test_wandb_gets_every_value(few_images, tmp_path, monkeypatch):
+    sent = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: (
+        sent.append(options)
+        or types.SimpleNamespace(log=lambda values, step: sent.append((step, values)))
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(tmp_path, "--log-to=wandb")
+    options, *values = sent
+    assert options["config"]["codebook_size"] == 32
+    assert [line | {} for _, line in values if "test_mse" in line] == log_of(tmp_path)
+    assert [step for step, line in values if "test_mse" in line] == [8, 16]
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_an_extra_that_is_missing(few_images, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(SystemExit, match=rf"--log-to {package}: .*vqtriton\[logging\]"):
+        train(tmp_path, f"--log-to={package}")
+
+
+def test_two_ranks_train_the_same_model(tmp_path):
+    """Under torchrun, as its users run it; both learn, and a signal stops both."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    launcher += ("--standalone",)
+    flags = ("--epochs=2", "--limit=2001", "--batch-size=64", "--codebook-size=32", "--dim=8")
+    flags += ("--decay=0.9", "--threshold-ema-dead-code=20", "--device=cpu")
+    done = finish(run(*flags, f"--out={tmp_path}", launcher=launcher))
+    assert done.returncode == 0, done.stderr
+    metrics = metrics_of(tmp_path)
+    first, second = metrics["codebook_sha256"]
+    assert first == second
+    assert metrics["environment"]["ranks"] == 2
+    assert metrics["test_bce_nats"] < 0.8 * BCE_OF_THE_MEAN
+    # once, not once for each rank
+    assert done.stdout.count("epoch 1 ") == 1
+    assert len(log_of(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments(tmp_path):
+    """SIGKILL, whatever it is doing; in the end the run is the one that nobody killed."""
+    flags = ("--epochs=4", "--limit=2000", "--codebook-size=32", "--dim=8", "--channels=8")
+    done = finish(run(*flags, f"--out={tmp_path / 'whole'}"))
+    assert done.returncode == 0, done.stderr
+    rng = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(
+            run(*flags, f"--out={tmp_path / 'killed'}", "--resume"),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(rng.uniform(0.5, 7))
+        process.kill()
+        # what it was killed with, unless it was done before; never an error of its own
+        _, stderr = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), stderr
+    done = finish(run(*flags, f"--out={tmp_path / 'killed'}", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    # no partial file is left for good, apart from those of killed writers
+    partial = [p.name for p in (tmp_path / "killed").iterdir() if p.name.startswith(".")]
+    assert all(re.match(r"\.(checkpoint|log|metrics|\w+)\.", name) for name in partial)

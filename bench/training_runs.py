@@ -1,0 +1,149 @@
+"""Full training runs of the MNIST example: the figures of README.md and docs/training.md.
+
+    python -m bench.training_runs               # all cases and seeds: about an hour on two cores
+    python -m bench.training_runs --case gradient ema --seeds 0
+    python -m bench.training_runs --docs        # only writes the docs anew from the result file
+
+Each case is `examples/train_mnist.py` with some flags, run with --resume in a folder of its own
+below runs/training_runs: what was interrupted goes on, what is complete is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from bench.__main__ import commit, device
+from bench.training_step import ROOT
+
+RESULTS = ROOT / "bench" / "results" / "training_runs.json"
+RUNS = ROOT / "runs" / "training_runs"
+SEEDS = (0, 1, 2)
+METRICS = ("test_mse", "test_bce_nats", "perplexity", "codes_used", "seconds")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    flags: str
+    # what the table calls it
+    title: str
+
+
+# the setting in which a codebook collapses most visibly
+LARGE = "--batch-size 256"
+GRADIENT = f"{LARGE} --codebook-update gradient"
+NO_REVIVAL = "--threshold-ema-dead-code 0"
+CASES = {
+    case.name: case
+    for case in (
+        Case("mnist", "", "MNIST"),
+        Case("fashion-mnist", "--dataset fashion-mnist", "Fashion-MNIST"),
+        Case("gradient", f"{GRADIENT} --no-kmeans-init {NO_REVIVAL}", "gradient, uniform start"),
+        Case("kmeans", f"{GRADIENT} {NO_REVIVAL}", "gradient, k-means start"),
+        Case("revival", f"{GRADIENT} --no-kmeans-init", "gradient, uniform start, revival"),
+        Case("ema", f"{LARGE} --no-kmeans-init {NO_REVIVAL}", "EMA, uniform start"),
+        Case("all", LARGE, "EMA, k-means start, revival"),
+        Case("best", "--batch-size 32 --lr 1e-3", "MNIST, `--batch-size 32 --lr 1e-3`"),
+    )
+}
+# the tables of the docs, and the cases that each compares
+TABLES = {
+    "results": ("mnist", "fashion-mnist", "best"),
+    "lesson": ("gradient", "kmeans", "revival", "ema", "all"),
+}
+DOCS = (ROOT / "README.md", ROOT / "docs" / "training.md")
+
+
+def run(case: Case, seed: int) -> dict[str, Any]:
+    """A row of the result file.
+
+    Raises:
+        subprocess.CalledProcessError: the trainer failed; its message is on stderr.
+    """
+    folder = RUNS / f"{case.name}-{seed}"
+    flags = [*case.flags.split(), "--seed", str(seed)]
+    command = ["examples/train_mnist.py", *flags, "--out", str(folder), "--resume"]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {
+        "case": case.name,
+        "seed": seed,
+        "command": " ".join(["python", "examples/train_mnist.py", *flags]),
+        **{name: metrics[name] for name in METRICS if name in metrics},
+        "codebook_size": metrics["arguments"]["codebook_size"],
+        "device": device(),
+        "threads": metrics["environment"]["threads"],
+        "torch": metrics["environment"]["torch"],
+        "commit": commit(),
+    }
+
+
+def table(rows: Iterable[dict[str, Any]], cases: Iterable[str]) -> str:
+    """Markdown: a line for each case, medians over its seeds with the least and the most."""
+    lines = ["| | test MSE | BCE, nats/image | perplexity | codes used |", "|---|---|---|---|---|"]
+    for name in cases:
+        of_case = [row for row in rows if row["case"] == name]
+        cells = [
+            spread([row[metric] for row in of_case if metric in row], digits)
+            for metric, digits in (
+                ("test_mse", 5),
+                ("test_bce_nats", 1),
+                ("perplexity", 0),
+                ("codes_used", 0),
+            )
+        ]
+        lines.append(f"| {CASES[name].title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int) -> str:
+    if not values:
+        return "–"
+    low, middle, high = (
+        f"{value:.{digits}f}".removeprefix("0") or "0"
+        for value in (min(values), median(values), max(values))
+    )
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def with_tables(text: str, rows: list[dict[str, Any]]) -> str:
+    """The text with each of its tables, between two comments that name it, made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{table(rows, TABLES[match[2]])}\n{match[3]}"
+
+    return re.sub(
+        r"(<!-- training_runs: (\w+) -->).*?(<!-- end -->)", replace, text, flags=re.DOTALL
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.training_runs", description=__doc__)
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES, metavar="CASE",
+                        help=f"any of {', '.join(CASES)}")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED")
+    parser.add_argument("--docs", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for seed in () if options.docs else options.seeds:
+        for name in options.case:
+            row = run(CASES[name], seed)
+            print(json.dumps(row), flush=True)
+            rows = [old for old in rows if (old["case"], old["seed"]) != (name, seed)] + [row]
+            rows.sort(key=lambda row: (list(CASES).index(row["case"]), row["seed"]))
+            RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    for path in DOCS:
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
