@@ -1,6 +1,6 @@
 """Full training runs of the MNIST example: the figures of README.md and docs/training.md.
 
-    python -m bench.training_runs               # all cases and seeds: about an hour on two cores
+    python -m bench.training_runs               # all cases and seeds: an hour or two on two cores
     python -m bench.training_runs --case gradient ema --seeds 0
     python -m bench.training_runs --docs        # only writes the docs anew from the result file
 
@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -56,8 +58,9 @@ CASES = {
 }
 # the tables of the docs, and the cases that each compares
 TABLES = {
-    "results": ("mnist", "fashion-mnist", "best"),
+    "results": ("mnist", "fashion-mnist"),
     "lesson": ("gradient", "kmeans", "revival", "ema", "all"),
+    "best": ("all", "mnist", "best"),
 }
 DOCS = (ROOT / "README.md", ROOT / "docs" / "training.md")
 
@@ -125,6 +128,28 @@ def with_tables(text: str, rows: list[dict[str, Any]]) -> str:
     )
 
 
+def draw() -> None:
+    """The pictures of the docs, of the runs of the first seed that are complete."""
+    # examples are scripts, not a package
+    sys.path.insert(0, str(ROOT / "examples"))
+    import checkpoints
+    import plots
+
+    def folder(case: str) -> Path:
+        return RUNS / f"{case}-{SEEDS[0]}"
+
+    if (folder("mnist") / "metrics.json").exists():
+        shutil.copy(folder("mnist") / "reconstructions.png", ROOT / "docs" / "reconstructions.png")
+    if all((folder(case) / "metrics.json").exists() for case in TABLES["lesson"]):
+        curves = {
+            CASES[case].title: checkpoints.load_checkpoint(folder(case) / "checkpoint.safetensors")[
+                1
+            ]["curve"]
+            for case in TABLES["lesson"]
+        }
+        (ROOT / "docs" / "collapse.png").write_bytes(plots.training_curves(curves, 512))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.training_runs", description=__doc__)
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES, metavar="CASE",
@@ -142,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
     for path in DOCS:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    draw()
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"quantizer: {str(error).splitlines()[0]}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        # whether it can be written to
+        tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         parser.error(f"argument --out: {error}")
 

@@ -303,6 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     args = parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     rank = dist.get_rank() if world > 1 else 0
@@ -321,7 +323,10 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer = Trainer(args, len(data.train_images), rank, world)
     if args.checkpoint:
-        trainer.restore(*args.checkpoint)
+        try:
+            trainer.restore(*args.checkpoint)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise SystemExit(f"train_mnist.py: this checkpoint is of no use: {error}") from error
     elif args.resume:
         print(f"no checkpoint in {args.out}: starting from the beginning", file=sys.stderr)
     if rank == 0:
@@ -340,4 +345,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None

@@ -106,14 +106,20 @@ class VQVAE(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> VQVAE:
-        """The model that train_mnist.py left in a checkpoint, in evaluation mode.
+        """The model that train_mnist.py left in a checkpoint, on the CPU, in evaluation mode.
 
         Raises:
-            FileNotFoundError, ValueError: see `checkpoints.load_checkpoint`.
+            FileNotFoundError: no such file.
+            ValueError: not a whole checkpoint of train_mnist.py.
         """
         tensors, info = load_checkpoint(path)
-        arguments = info["arguments"]
-        vq = vqtriton.VectorQuantize(**info["quantizer"])
-        model = cls(vq, arguments["channels"], arguments["reconstruction"])
-        model.load_state_dict(with_prefix(tensors, "model."))
+        try:
+            # whatever it was trained on
+            vq = vqtriton.VectorQuantize(**info["quantizer"] | {"backend": "auto"})
+            arguments = info["arguments"]
+            model = cls(vq, arguments["channels"], arguments["reconstruction"])
+            model.load_state_dict(with_prefix(tensors, "model."))
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is not a checkpoint of train_mnist.py: {reason}") from error
         return model.eval()

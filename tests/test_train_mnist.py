@@ -369,6 +369,11 @@ def test_resume_refuses_what_it_cannot_do(few_images, tmp_path, capsys):
         assert "argument --resume" in error_of(resume, capsys)
     vqtriton.save(vqtriton.VectorQuantize(2, 3), tmp_path / "checkpoint.safetensors")
     assert "is not a checkpoint of train_mnist.py" in error_of(resume, capsys)
+    # of another program
+    info = {"arguments": train_args.parse_args([f"--out={tmp_path}"]).recorded}
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", {}, info)
+    with pytest.raises(SystemExit, match="this checkpoint is of no use"):
+        train_mnist.main(resume)
 
 
 def error_of(flags: list[str], capsys) -> str:
