@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from functools import lru_cache
@@ -114,13 +115,12 @@ class Trainer:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, request_stop)
         start = time.perf_counter() - self.seconds
-        total, is_silent = args.epochs * self.num_images, self.rank > 0 or None
-        with tqdm(total=total, unit="image", leave=False, disable=is_silent) as bar:
+        options = {"unit": "image", "leave": False, "disable": self.rank > 0 or None}
+        options |= {"total": args.epochs * self.num_images, "initial": self.step * args.batch_size}
+        with tqdm(**options) as bar:
             while self.step < self.total_steps:
                 epoch, i = divmod(self.step, self.steps_per_epoch)
-                # the ranks stop at the same step, or one would wait for the other for ever
-                can_stop = self.world == 1 or i % LOOK_EVERY == 0
-                if can_stop and self._sum(len(received)) > 0:
+                if self._is_stopped(received):
                     return received[0] if received else signal.SIGTERM
                 order = shuffled(args.seed, epoch, len(data.train_images))[: self.num_images]
                 batch = order[i * args.batch_size : (i + 1) * args.batch_size]
@@ -130,7 +130,7 @@ class Trainer:
                     # the first step may start the codebook from data, which no graph can hold
                     forward = torch.compile(eager)
                 self.seconds = time.perf_counter() - start
-                bar.update(epoch * self.num_images + i * args.batch_size + len(batch) - bar.n)
+                bar.update(len(batch))
                 if values:
                     bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
                     bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
@@ -228,12 +228,18 @@ class Trainer:
         content = json.dumps(results, indent=2) + "\n"
         write_atomically(self.args.out / "metrics.json", content.encode())
 
-    def _sum(self, value: Tensor | int) -> Tensor:
-        """Over all ranks, in place if it is a tensor."""
-        value = torch.as_tensor(value, device=self.args.device)
+    def _is_stopped(self, received: list[int]) -> bool:
+        """Whether any rank received a signal; asked at the same steps by all."""
+        if self.world == 1:
+            return bool(received)
+        count = torch.tensor(len(received), device=self.args.device)
+        return self.step % LOOK_EVERY == 0 and self._sum(count).item() > 0
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(value)
-        return value
+            dist.all_reduce(tensor)
+        return tensor
 
 
 @lru_cache(1)
@@ -306,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
     if world > 1:
+        # about the weights of a single channel, whose strides can be written in two ways
+        warnings.filterwarnings("ignore", "Grad strides do not match")
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     rank = dist.get_rank() if world > 1 else 0
     # off the CPU an operation without a deterministic form warns, rather than end the run

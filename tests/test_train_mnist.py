@@ -261,6 +261,16 @@ def test_flags_reach_the_training(few_images, tmp_path, flags):
     assert vq.items() >= (of_vq | {"threshold_ema_dead_code": None}).items()
 
 
+def test_where_the_images_come_from(few_images, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_mnist, "load", lambda *source: asked.append(source) or few_images)
+    monkeypatch.chdir(tmp_path)
+    train_mnist.main([*TINY, "--epochs=1", "--dataset=fashion-mnist", "--data-dir=."])
+    assert asked == [("fashion-mnist", Path())]
+    # a folder for each data set, unless one is named
+    assert metrics_of(tmp_path / "runs" / "fashion-mnist")["arguments"]["epochs"] == 1
+
+
 def test_amp_and_compile_do_something(few_images, tmp_path, monkeypatch):
     plain = train(tmp_path / "plain")
     assert train(tmp_path / "amp", "--amp")["test_mse"] != plain["test_mse"]
@@ -515,6 +525,7 @@ def test_two_ranks_train_the_same_model(tmp_path):
     assert first == second
     assert metrics["environment"]["ranks"] == 2
     assert metrics["test_bce_nats"] < 0.8 * BCE_OF_THE_MEAN
+    assert "Warning" not in done.stderr
     # once, not once for each rank
     assert done.stdout.count("epoch 1 ") == 1
     assert len(log_of(tmp_path)) == 2
