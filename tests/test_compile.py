@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from compiling import SHARED_LIMIT, TARGETS, Compiled, Launch, Recorder, compile_launch
-
 from vqtriton.kernels import code_sums, gather_codes, nearest_code
 from vqtriton.screening import error_bound, prepare_codebook
+
+# bench is not installed, and plain `pytest` does not look for modules in the root
+sys.path.insert(0, str(Path(__file__).parents[1]))
+compiling = importlib.import_module("bench.compiling")
+machines = importlib.import_module("bench.machines")
+launches_of, TARGETS = compiling.launches_of, compiling.TARGETS
 
 # D, dtype and layout of x: multiples of the tiles and not, each dtype, each layout
 INPUTS = (
@@ -27,19 +34,8 @@ INPUTS = (
 )
 
 
-def launches_of(module, launcher, *args, **kwargs) -> list[Launch]:
-    """What the launcher would launch from its module."""
-    launches: list[Launch] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            patch.setattr(module, name, Recorder(getattr(module, name), launches))
-        launcher(*args, **kwargs)
-    assert launches
-    return launches
-
-
 @functools.cache
-def all_launches() -> dict[str, Launch]:
+def all_launches() -> dict[str, compiling.Launch]:
     cases = {}
     for dim, dtype, layout in INPUTS:
         x = torch.zeros(48, dim, dtype=dtype)
@@ -61,14 +57,13 @@ def all_launches() -> dict[str, Launch]:
             + launches_of(code_sums, code_sums.code_sums, x, indices, 40)
         )
         for launch in launches:
-            name = launch.kernel.__name__.removesuffix("_kernel")
-            cases[f"{name}-{dim}-{str(dtype).removeprefix('torch.')}-{layout}"] = launch
+            cases[f"{launch.name}-{dim}-{str(dtype).removeprefix('torch.')}-{layout}"] = launch
     return cases
 
 
 @functools.cache
-def compiled(case: str, target: str) -> Compiled:
-    return compile_launch(all_launches()[case], target)
+def compiled(case: str, target: str) -> compiling.Compiled:
+    return compiling.compile_launch(all_launches()[case], target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -76,7 +71,7 @@ def compiled(case: str, target: str) -> Compiled:
 def test_fits_the_target(case: str, target: str) -> None:
     result = compiled(case, target)
     assert result.spilled_bytes == 0
-    assert result.shared <= SHARED_LIMIT[target]
+    assert result.shared <= machines.ARCHITECTURES[target].shared_limit
     assert result.registers <= (512 if target == "gfx942" else 255)
 
 

@@ -6,13 +6,17 @@ values, alignment, options) becomes the signature that the compiler gets.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -25,14 +29,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# bytes of shared memory that one program may use
-SHARED_LIMIT = {
-    "sm_80": 166_912,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "sm_120": 101_376,
-    "gfx942": 65_536,
 }
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg")
 POINTERS = {
@@ -52,6 +48,22 @@ class Launch:
     args: tuple
     kwargs: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Of the kernel, short."""
+        return self.kernel.__name__.removesuffix("_kernel")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What each parameter of the kernel gets."""
+        given = {k: v for k, v in self.kwargs.items() if k not in OPTIONS}
+        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler gets."""
+        return {k: v for k, v in self.kwargs.items() if k in OPTIONS}
+
 
 class Recorder:
     """Stands in for a kernel: `recorder[grid](*args, **kwargs)` is noted, not run."""
@@ -64,14 +76,37 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
 
 
+def launches_of(module: ModuleType, launcher: Callable, *args: Any, **kwargs: Any) -> list[Launch]:
+    """What the launcher would launch from its module.
+
+    Raises:
+        ValueError: it launches nothing.
+    """
+    launches: list[Launch] = []
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            recorder = Recorder(getattr(module, name), launches)
+            stack.enter_context(mock.patch.object(module, name, recorder))
+        launcher(*args, **kwargs)
+    if not launches:
+        raise ValueError(f"{launcher.__name__} launched nothing of {module.__name__}")
+    return launches
+
+
 @dataclass
 class Compiled:
     """What the checks read."""
 
     ttir: str
+    num_warps: int
+    # bytes of a CTA
     shared: int
+    # of a thread; on gfx942 both kinds of vector registers
     registers: int
+    # of a thread
     spilled_bytes: int
+    # columns of a CTA, on targets that have it
+    tensor_memory: int
     binary: bytes | str
 
     @functools.cached_property
@@ -85,8 +120,7 @@ class Compiled:
 def compile_launch(launch: Launch, target: str) -> Compiled:
     kernel, hip = launch.kernel, TARGETS[target].backend == "hip"
     signature, constants, attributes = {}, {}, {}
-    values = dict(zip(kernel.arg_names, launch.args, strict=False))
-    values |= {k: v for k, v in launch.kwargs.items() if k not in OPTIONS}
+    values = launch.values
     for position, param in enumerate(kernel.params):
         value = values[param.name]
         may_specialize = not param.do_not_specialize
@@ -105,21 +139,38 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
             is_aligned = may_specialize and value % 16 == 0
         if is_aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {k: v for k, v in launch.kwargs.items() if k in OPTIONS}
+    options = launch.options
     if hip:
         options.pop("maxnreg", None)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    ttir, shared = compiled.asm["ttir"], compiled.metadata.shared
-    if hip:
-        text = compiled.asm["amdgcn"]
-        registers = int(re.search(r"NumVgprs: (\d+)", text)[1])
-        return Compiled(
-            ttir, shared, registers, int(re.search(r"ScratchSize: (\d+)", text)[1]), text
-        )
-    usage = run_cuda_tool("cuobjdump", ["-res-usage"], compiled.asm["cubin"])
+    binary = compiled.asm["amdgcn" if hip else "cubin"]
+    registers, spilled_bytes = amd_usage(binary) if hip else nvidia_usage(binary)
+    return Compiled(
+        compiled.asm["ttir"],
+        compiled.metadata.num_warps,
+        compiled.metadata.shared,
+        registers,
+        spilled_bytes,
+        getattr(compiled.metadata, "tmem_size", None) or 0,
+        binary,
+    )
+
+
+def nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and the bytes that it spills: a Triton kernel has no other stack."""
+    usage = run_cuda_tool("cuobjdump", ["-res-usage"], cubin)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Compiled(ttir, shared, int(registers), int(stack), compiled.asm["cubin"])
+    return int(registers), int(stack)
+
+
+def amd_usage(assembly: str) -> tuple[int, int]:
+    """The same, from the metadata at the end of AMD assembly."""
+    registers, spilled, scratch = (
+        int(re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.M)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    return registers, max(4 * spilled, scratch)
 
 
 def run_cuda_tool(name: str, flags: list[str], cubin: bytes) -> str:

@@ -1,0 +1,177 @@
+"""What the targets hold, and the least time that a kernel's instruction counts allow.
+
+Sources: "Technical Specifications per Compute Capability" and "Arithmetic Instructions" in the CUDA
+C++ Programming Guide; for gfx942 the CDNA3 instruction set manual and LLVM's AMDGPU backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Limits of one multiprocessor (SM, or CU): four schedulers, each with registers of its own."""
+
+    # 32-bit registers of a scheduler; warps get them in multiples of the unit
+    registers: int
+    register_unit: int
+    warp_size: int
+    # at most, of a scheduler
+    warps: int
+    # at most, of the multiprocessor
+    ctas: int
+    shared: int
+    # of that, one CTA may use
+    shared_limit: int
+    # what a CTA takes beyond what it asks for, and the unit in which it gets it
+    shared_reserved: int
+    shared_unit: int
+    # columns of tensor memory
+    tensor_memory: int = 0
+
+    def resident_ctas(
+        self, registers: int, shared: int, num_warps: int, tensor_memory: int = 0
+    ) -> int:
+        """CTAs that one multiprocessor holds at a time; 0 if it cannot hold one.
+
+        Args:
+            registers: of a thread.
+            shared: bytes of a CTA.
+            num_warps: of a CTA.
+            tensor_memory: columns of a CTA.
+        """
+        if shared > self.shared_limit:
+            return 0
+        of_warp = round_up(max(registers, 1) * self.warp_size, self.register_unit)
+        warps = 4 * min(self.warps, self.registers // of_warp)
+        of_cta = round_up(shared + self.shared_reserved, self.shared_unit)
+        limits = [self.ctas, warps // num_warps]
+        if of_cta:
+            limits.append(self.shared // of_cta)
+        if tensor_memory:
+            limits.append(self.tensor_memory // tensor_memory)
+        return min(limits)
+
+
+def round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def nvidia(shared: int, warps: int = 16, ctas: int = 32, tensor_memory: int = 0) -> Architecture:
+    """64 Ki registers; of shared memory 1 KiB goes to the system for each CTA."""
+    return Architecture(
+        registers=16 * KIB,
+        register_unit=256,
+        warp_size=32,
+        warps=warps,
+        ctas=ctas,
+        shared=shared * KIB,
+        shared_limit=(shared - 1) * KIB,
+        shared_reserved=KIB,
+        shared_unit=128,
+        tensor_memory=tensor_memory,
+    )
+
+
+ARCHITECTURES = {
+    "sm_80": nvidia(164),
+    "sm_90": nvidia(228),
+    "sm_100": nvidia(228, tensor_memory=512),
+    "sm_120": nvidia(100, warps=12, ctas=24),
+    # 512 registers of a lane, in eights; no more than 16 barriers
+    "gfx942": Architecture(
+        registers=512 * 64,
+        register_unit=8 * 64,
+        warp_size=64,
+        warps=8,
+        ctas=16,
+        shared=64 * KIB,
+        shared_limit=64 * KIB,
+        shared_reserved=0,
+        shared_unit=512,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a GPU can do in a second."""
+
+    clock: float
+    multiprocessors: int
+    # per clock of a multiprocessor: lanes of the ALU pipe, and lanes of which a warp is issued
+    alu: int
+    issue: int
+    # float16 operations, with float32 sums
+    dot: float
+    # bytes
+    memory: float
+    l2: float
+
+
+# an H100 SXM; dot and memory are what a matmul and a copy reach there, clock and L2 are assumed
+H100 = Machine(1.755e9, 132, 64, 128, 798e12, 3.0e12, 5.5e12)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A search, and what flash-kmeans 0.3.1 publishes for it, in ms on an H100."""
+
+    num_rows: int
+    codebook_size: int
+    dim: int
+    flash_kmeans: float | None = None
+
+
+MI = 2**20
+SHAPES = (
+    Shape(MI, 1024, 8),
+    Shape(MI // 4, 16384, 8),
+    Shape(MI, 1024, 64, 0.599),
+    Shape(MI // 16, 1024, 128, 0.0635),
+    Shape(MI, 16384, 128, 11.07),
+    Shape(MI // 4, 65536, 256, 23.0),
+    Shape(MI // 16, 200_000, 256, 16.9),
+    Shape(MI // 4, 4096, 512, 2.79),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does for a (row, code) pair, whatever the compiler makes of it."""
+
+    # rows of a CTA: the codes are streamed through L2 once for each
+    block_n: int
+    # bytes of a code, as streamed
+    code_bytes: int
+    # products of a pair, padding included
+    inner: int
+    # whether tensor cores make the products
+    uses_mma: bool
+
+
+def floors(
+    shape: Shape, work: Work, alu_per_pair: float, total_per_pair: float, machine: Machine = H100
+) -> dict[str, float]:
+    """Least milliseconds of a search, by what it would wait for; the largest is the floor.
+
+    memory: x in and quantized out, 2 bytes an element each, 4 bytes of index, the codes once.
+    dot: the products on tensor cores. L2: the codes, once for each block of rows.
+    alu, issue: instructions per pair, over lanes per clock; the FMA pipe has as many lanes as are
+    issued, so that issue is its floor too.
+    """
+    pairs = shape.num_rows * shape.codebook_size
+    clocks = machine.clock * machine.multiprocessors
+    codes = shape.codebook_size * work.code_bytes
+    blocks = -(-shape.num_rows // work.block_n)
+    seconds = {
+        "memory": (shape.num_rows * (4 * shape.dim + 4) + codes) / machine.memory,
+        "dot": 2 * pairs * work.inner / machine.dot if work.uses_mma else 0.0,
+        "L2": blocks * codes / machine.l2,
+        "alu": pairs * alu_per_pair / (machine.alu * clocks),
+        "issue": pairs * total_per_pair / (machine.issue * clocks),
+    }
+    return {name: 1e3 * value for name, value in seconds.items()}
