@@ -4,12 +4,14 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
+# what the kernels are compiled with; those not installed go to .triton/
+TRITONS := 3.6.0 3.7.1 3.9.0
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 # OpenMP threads that spin while they wait starve one another on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv train test lint format bench clean
+.PHONY: help venv train test lint format bench sass clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,5 +48,14 @@ format: $(READY) ## what ruff can mend by itself
 bench: $(BENCH_READY) ## time and memory beside vector-quantize-pytorch
 	$(PYTHON) -m bench
 
+sass: $(READY) $(TRITONS:%=.triton/%/triton) ## registers, spills, instructions per pair; JSON=FILE for the rows
+	$(PYTHON) -m bench.sass --triton $(TRITONS) $(if $(JSON),--json $(JSON))
+
+# without a network it is left out, and bench.sass says so
+.triton/%/triton: | $(READY)
+	@$(PYTHON) -c 'import sys; from importlib.metadata import version; sys.exit(version("triton") != "$*")' \
+		|| $(PYTHON) -m pip install --quiet --no-deps --target .triton/$* triton==$* \
+		|| echo "Triton $* could not be installed"
+
 clean: ## remove the environment and what was built; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .triton build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,152 @@
+"""What `python -m bench.sass` compiles, and what it holds each kernel to.
+
+To add a kernel, add a `Kernel` to `KERNELS`: the rest follows from what its launcher launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.compiling import Launch, launches_of
+from bench.machines import Work
+from vqtriton.kernels import code_sums, gather_codes, nearest_code
+from vqtriton.screening import error_bound, prepare_codebook
+
+NUM_ROWS, CODEBOOK_SIZE = 48, 40
+# what a kernel was launched with, by parameter
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Figures of the rows of one target and D that must not be larger, whatever the Triton."""
+
+    target: str
+    dim: int
+    most: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, as one launcher launches it."""
+
+    # of the jitted function, without its _kernel
+    name: str
+    # runs the launcher on x, [48, D]; launches of other kernels are passed over
+    record: Callable[[torch.Tensor], list[Launch]]
+    # D and dtype of x
+    inputs: tuple[tuple[int, torch.dtype], ...]
+    # (row, code) pairs that a CTA deals with in one iteration of its loop over the codes, as
+    # written; None for a kernel that has no such loop
+    pairs: Callable[[Values], int] | None = None
+    # what is done for a pair: needed with `pairs`
+    work: Callable[[Values], Work] | None = None
+    limits: tuple[Limit, ...] = ()
+    # whether it goes through all rows and codes, so that it alone is a floor under a search
+    takes_all_rows: bool = False
+
+    def launches(self) -> dict[tuple[int, str], Launch]:
+        """Launches by D and configuration."""
+        found = {}
+        for dim, dtype in self.inputs:
+            for launch in self.record(torch.zeros(NUM_ROWS, dim, dtype=dtype)):
+                if launch.name == self.name:
+                    found[dim, configuration(launch, dtype)] = launch
+        if not found:
+            raise ValueError(f"no launch of {self.name}_kernel was recorded")
+        return found
+
+
+def configuration(launch: Launch, dtype: torch.dtype) -> str:
+    """dtype of x, tiles, flags and options."""
+    words = [str(dtype).removeprefix("torch.")]
+    for param in launch.kernel.params:
+        value = launch.values[param.name]
+        if param.is_constexpr and param.name != "D" and value is not False:
+            words.append(param.name if value is True else f"{param.name}={value}")
+    options = {k: v for k, v in launch.options.items() if k != "enable_fp_fusion"}
+    return " ".join(words + [f"{name}={value}" for name, value in options.items()])
+
+
+@functools.cache
+def codebook_of(dim: int) -> torch.Tensor:
+    return torch.randn(CODEBOOK_SIZE, dim, generator=torch.Generator().manual_seed(0))
+
+
+def record_nearest_code(x: torch.Tensor) -> list[Launch]:
+    codebook = codebook_of(x.shape[1])
+    return launches_of(
+        nearest_code,
+        nearest_code.nearest_code,
+        x,
+        codebook,
+        prepare_codebook(codebook, torch.float32),
+        error_bound(x.shape[1], torch.float32),
+        exact=True,
+    )
+
+
+def record_gather_codes(x: torch.Tensor) -> list[Launch]:
+    indices = torch.zeros(x.shape[0], dtype=torch.int64)
+    return launches_of(gather_codes, gather_codes.gather_codes, x, codebook_of(x.shape[1]), indices)
+
+
+def record_code_sums(x: torch.Tensor) -> list[Launch]:
+    indices = torch.zeros(x.shape[0], dtype=torch.int64)
+    return launches_of(code_sums, code_sums.code_sums, x, indices, CODEBOOK_SIZE)
+
+
+def block_of_pairs(values: Values) -> int:
+    return values["BLOCK_N"] * values["BLOCK_K"]
+
+
+def screen_work(values: Values) -> Work:
+    blocks_d = -(-values["D"] // values["BLOCK_D"])
+    code_bytes = values["codes_ptr"].element_size() * values["D"]
+    return Work(values["BLOCK_N"], code_bytes, blocks_d * values["BLOCK_D"], uses_mma=False)
+
+
+def resolve_work(values: Values) -> Work:
+    code_bytes = values["codebook_ptr"].element_size() * values["D"]
+    return Work(values["BLOCK_N"], code_bytes, values["D"], uses_mma=False)
+
+
+# with 4 warps these let three CTAs reside, so that the dot of one overlaps the rest of another
+THREE_CTAS = {"registers": 168}
+# what a screen on tensor cores is held to: its epilogue then stays below the dot of D=64
+TENSOR_CORE_SCREEN = {"alu_per_pair": 2.0, "total_per_pair": 3.6, **THREE_CTAS}
+
+KERNELS = (
+    Kernel(
+        "screen",
+        record_nearest_code,
+        (
+            (8, torch.float32),
+            (64, torch.float32),
+            (128, torch.float32),
+            (256, torch.float32),
+            (512, torch.float32),
+            (64, torch.float16),
+        ),
+        block_of_pairs,
+        screen_work,
+        (Limit("sm_90", 64, THREE_CTAS),),
+        takes_all_rows=True,
+    ),
+    Kernel(
+        "resolve",
+        record_nearest_code,
+        ((64, torch.float32),),
+        block_of_pairs,
+        resolve_work,
+        (Limit("sm_90", 64, THREE_CTAS),),
+    ),
+    Kernel("gather_codes", record_gather_codes, ((64, torch.float32), (512, torch.float16))),
+    Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),
+    Kernel("combine", record_code_sums, ((64, torch.float32),)),
+)
