@@ -168,8 +168,8 @@ class Disassembly:
         How often they run is not in the machine code, and a compiler may unroll either loop. But a
         pair costs ``inner`` products, so the products say it: the innermost loop with most of them
         is the loop over the codes, unrolled or not, if it has those of ``pairs``; otherwise it is a
-        loop over dimensions, and its parent is the loop over the codes. A loop that multiplies
-        nothing, such as a wait for a barrier, counts once.
+        loop over dimensions, and its parent is the loop over the codes: a third loop between them
+        would go unseen. A loop that multiplies nothing, such as a wait for a barrier, counts once.
 
         Args:
             pairs: of (row, code) that a thread deals with in one iteration, as written.
