@@ -1,11 +1,12 @@
-"""Full training runs of the MNIST example: the figures of README.md and docs/training.md.
+"""Full training runs of the examples: the figures of README.md and docs/training.md.
 
     python -m bench.training_runs               # all cases and seeds: an hour or two on two cores
     python -m bench.training_runs --case gradient ema --seeds 0
     python -m bench.training_runs --docs        # only writes the docs anew from the result file
 
 Each case is `examples/train_mnist.py` with some flags, run with --resume in a folder of its own
-below runs/training_runs: what was interrupted goes on, what is complete is not run again.
+below runs/training_runs: what was interrupted goes on, what is complete is not run again. The
+prior is `examples/train_prior.py` on the first of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bench.__main__ import commit, device
 from bench.training_step import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "training_runs.json"
+PRIOR_RESULTS = ROOT / "bench" / "results" / "train_prior.json"
 RUNS = ROOT / "runs" / "training_runs"
 SEEDS = (0, 1, 2)
 METRICS = ("test_mse", "test_bce_nats", "perplexity", "codes_used", "seconds")
@@ -89,6 +91,33 @@ def run(case: Case, seed: int) -> dict[str, Any]:
     }
 
 
+def run_prior() -> None:
+    """Writes the prior's result file, and its samples for the docs."""
+    folder = RUNS / f"mnist-{SEEDS[0]}"
+    if not (folder / "prior" / "metrics.json").exists():
+        command = ["examples/train_prior.py", "--vqvae", str(folder)]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    metrics = json.loads((folder / "prior" / "metrics.json").read_text())
+    metrics |= {"command": "python examples/train_prior.py --vqvae runs/mnist", "device": device()}
+    PRIOR_RESULTS.write_text(json.dumps(metrics, indent=2) + "\n")
+    shutil.copy(folder / "prior" / "samples.png", ROOT / "docs" / "samples.png")
+
+
+def prior_table() -> str:
+    """Markdown: bits for an index, by what is known of it."""
+    metrics = json.loads(PRIOR_RESULTS.read_text())
+    lines = ["| prior | bits/code | bits/dim |", "|---|---|---|"]
+    for title, key in (
+        ("uniform, log2 K", "uniform_bits_per_code"),
+        ("how often each code occurs in the training set", "marginal_bits_per_code"),
+        ("how often it occurs in the test set itself", "entropy_bits_per_code"),
+        ("transformer", "test_bits_per_code"),
+    ):
+        # 49 codes for 784 pixels
+        lines.append(f"| {title} | {metrics[key]:.3f} | {metrics[key] * 49 / 784:.4f} |")
+    return "\n".join(lines)
+
+
 def table(rows: Iterable[dict[str, Any]], cases: Iterable[str]) -> str:
     """Markdown: a line for each case, medians over its seeds with the least and the most."""
     lines = ["| | test MSE | BCE, nats/image | perplexity | codes used |", "|---|---|---|---|---|"]
@@ -121,7 +150,8 @@ def with_tables(text: str, rows: list[dict[str, Any]]) -> str:
     """The text with each of its tables, between two comments that name it, made anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{table(rows, TABLES[match[2]])}\n{match[3]}"
+        made = prior_table() if match[2] == "prior" else table(rows, TABLES[match[2]])
+        return f"{match[1]}\n{made}\n{match[3]}"
 
     return re.sub(
         r"(<!-- training_runs: (\w+) -->).*?(<!-- end -->)", replace, text, flags=re.DOTALL
@@ -165,6 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows = [old for old in rows if (old["case"], old["seed"]) != (name, seed)] + [row]
             rows.sort(key=lambda row: (list(CASES).index(row["case"]), row["seed"]))
             RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    if not options.docs and "mnist" in options.case:
+        run_prior()
     for path in DOCS:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
     draw()
