@@ -36,7 +36,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-    """Tensors, and whatever JSON can hold."""
+    """Tensors, and whatever JSON can hold, with "arguments" among it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, safetensors.torch.save(tensors, {FORMAT: json.dumps(info)}))
 
@@ -52,13 +52,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            info = (file.metadata() or {}).get(FORMAT)
+            info = json.loads((file.metadata() or {}).get(FORMAT, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if info is None:
+    if not isinstance(info, dict) or not isinstance(info.get("arguments"), dict):
         raise ValueError(f"{path} is not a checkpoint of train_mnist.py")
-    return tensors, json.loads(info)
+    return tensors, info
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

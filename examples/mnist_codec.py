@@ -136,10 +136,12 @@ def main(argv: list[str] | None = None) -> None:
         if not args.out.parent.is_dir() or (args.out.exists() and not args.out.is_file()):
             raise ValueError(f"{args.out} is not a file in a folder that exists")
         path = args.run / "checkpoint.safetensors"
+        source = args.codes if args.command is decode else args.images
+        if args.out.resolve() in (path.resolve(), source and source.resolve()):
+            raise ValueError(f"{args.out} is read; it cannot be written as well")
         model = VQVAE.from_checkpoint(path)
-        dataset = load_checkpoint(path)[1]["arguments"]["dataset"]
-        source = args.codes if args.command is decode else read(args.images, dataset)
-        result = args.command(model, source)
+        dataset = load_checkpoint(path)[1]["arguments"].get("dataset")
+        result = args.command(model, source if args.command is decode else read(source, dataset))
         if args.command is not encode:
             is_png = args.out.suffix.lower() == ".png"
             result = plots.tile(result, columns=20) if is_png else to_idx(result.numpy())
@@ -149,4 +151,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,5 +1,6 @@
 """MNIST and Fashion-MNIST, from wherever this machine can get them, checked byte for byte."""
 
+import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -79,11 +80,16 @@ def load(name: str, data_dir: Path | None = None, cache_dir: Path | None = None)
         OSError: `data_dir` lacks a file, or no source had it (`DataUnavailableError`).
         ValueError: a file in `data_dir` is damaged or not the official one.
     """
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
     files = DATASETS[name].items()
     if data_dir is not None:
         return Data(*(_read(Path(data_dir, file), md5) for file, md5 in files))
     root = cache_dir or os.environ.get("VQTRITON_CACHE") or Path.home() / ".cache" / "vqtriton"
     folder = Path(root, name)
+    # first without the lock, for which a cache would have to be writable
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return Data(*(_read(folder / file, md5) for file, md5 in files))
     folder.mkdir(parents=True, exist_ok=True)
     failures = ""
     with (folder / ".lock").open("w") as lock, tempfile.TemporaryDirectory() as temp:
@@ -117,6 +123,8 @@ def to_idx(array: np.ndarray) -> bytes:
 def _read(path: Path, md5: str | None = None) -> Tensor:
     """The uint8 tensor in an IDX file, or in the same with .gz if there is no such file."""
     path = next((found for found in (path, Path(f"{path}.gz")) if found.exists()), path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
     content = path.read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):

@@ -134,7 +134,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, low in {"limit": 1, "channels": 1, "epochs": 1, "batch_size": 1, "seed": 0}.items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2**63:
-            parser.error(f"argument {flag(name)}: {value}; it must be at least {low}")
+            parser.error(f"argument {flag(name)}: {value}; it must be in [{low}, 2**63)")
     for name in ("lr", "reconstruction_weight"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"argument {flag(name)}: {getattr(args, name)}; it must be positive")

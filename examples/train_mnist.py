@@ -14,6 +14,7 @@ goes on as if nothing had happened; pictures; and at the end metrics.json.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -103,24 +104,17 @@ class Trainer:
 
     def train(self, data: Data, report: Report) -> int:
         """Trains to the end; 0, or the number of the signal that stopped it before."""
-        args, received = self.args, []
+        args = self.args
         eager = DistributedDataParallel(self.model) if self.world > 1 else self.model
         forward = eager
-
-        def request_stop(number: int, frame: object) -> None:
-            received.append(number)
-            # a second one need not wait for the end of the step
-            signal.signal(number, signal.SIG_DFL)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, request_stop)
         start = time.perf_counter() - self.seconds
         options = {"unit": "image", "leave": False, "disable": self.rank > 0 or None}
         options |= {"total": args.epochs * self.num_images, "initial": self.step * args.batch_size}
-        with tqdm(**options) as bar:
+        with noticed_signals() as received, tqdm(**options) as bar:
             while self.step < self.total_steps:
                 epoch, i = divmod(self.step, self.steps_per_epoch)
                 if self._is_stopped(received):
+                    self._check_loss(self.sums[0])
                     return received[0] if received else signal.SIGTERM
                 order = shuffled(args.seed, epoch, len(data.train_images))[: self.num_images]
                 batch = order[i * args.batch_size : (i + 1) * args.batch_size]
@@ -163,21 +157,26 @@ class Trainer:
         self.sums += torch.stack([loss, reconstruction, vq_loss]).detach() * len(target)
         if self.step % LOOK_EVERY > 0 and self.step < self.total_steps:
             return {}
-        if not loss.isfinite():
-            raise SystemExit(f"step {self.step}: the loss is {loss.item()}; try a lower --lr")
+        self._check_loss(loss)
         values = {"loss": loss.item(), "reconstruction": reconstruction.item()}
         values["perplexity"] = vqtriton.metrics.perplexity(counts).item()
         values["usage"] = vqtriton.metrics.usage(counts).item()
         self.curve.append({"step": self.step, **values})
         return values
 
+    def _check_loss(self, loss: Tensor) -> None:
+        """Before it reaches a checkpoint, which would be of no use."""
+        if not loss.isfinite():
+            raise SystemExit(f"step {self.step}: the loss is {loss.item()}; try a lower --lr")
+
     def _end_epoch(self) -> dict[str, float]:
         """What the epoch came to, over all ranks."""
         vq = self.model.vq
-        loss, reconstruction, vq_loss = (self._sum(self.sums) / self.num_images).tolist()
+        self._check_loss(self._sum(self.sums)[0])
+        loss, reconstruction, vq_loss = (self.sums / self.num_images).tolist()
         # the two terms have the value of the same squared error; they differ in whom they move
         codebook_weight = vq.codebook_weight if vq.codebook_update == "gradient" else 0.0
-        error = vq_loss / (codebook_weight + vq.commitment_weight or 1.0)
+        error = vq_loss / ((codebook_weight + vq.commitment_weight) or 1.0)
         perplexity = vqtriton.metrics.perplexity(self._sum(self.counts)).item()
         self.sums.zero_()
         self.counts.zero_()
@@ -221,8 +220,9 @@ class Trainer:
         if self.rank > 0:
             return
         environment = {"vqtriton": vqtriton.__version__, "torch": torch.__version__}
-        # floats add up in another order with another number of threads or ranks
+        # with others, floats add up in another order
         environment |= {"threads": torch.get_num_threads(), "ranks": self.world}
+        environment |= {"device": str(self.args.device), "compile": self.args.compile}
         results = self.log[-1] | {"codebook_sha256": digests}
         results |= {"arguments": self.args.recorded, "environment": environment}
         content = json.dumps(results, indent=2) + "\n"
@@ -230,16 +230,32 @@ class Trainer:
 
     def _is_stopped(self, received: list[int]) -> bool:
         """Whether any rank received a signal; asked at the same steps by all."""
-        if self.world == 1:
-            return bool(received)
-        count = torch.tensor(len(received), device=self.args.device)
-        return self.step % LOOK_EVERY == 0 and self._sum(count).item() > 0
+        if self.world == 1 or self.step % LOOK_EVERY > 0:
+            return self.world == 1 and bool(received)
+        return self._sum(torch.tensor(len(received), device=self.args.device)).item() > 0
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+
+@contextlib.contextmanager
+def noticed_signals() -> Iterator[list[int]]:
+    """The numbers of SIGINT and SIGTERM as they come; a second one ends the program at once."""
+    received: list[int] = []
+
+    def notice(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {n: signal.signal(n, notice) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @lru_cache(1)
@@ -323,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     try:
         data = load(args.dataset, args.data_dir)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise SystemExit(f"train_mnist.py: {error}") from error
     report = open_report(args) if rank == 0 else lambda values, step: None
     data = Data(*(tensor.to(args.device) for tensor in data))
@@ -333,12 +349,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.checkpoint:
         try:
             trainer.restore(*args.checkpoint)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise SystemExit(f"train_mnist.py: this checkpoint is of no use: {error}") from error
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise SystemExit(f"train_mnist.py: this checkpoint is of no use: {reason}") from error
     elif args.resume:
         print(f"no checkpoint in {args.out}: starting from the beginning", file=sys.stderr)
     if rank == 0:
         (args.out / "metrics.json").unlink(missing_ok=True)
+        if not args.resume and (old := args.out / "checkpoint.safetensors").exists():
+            # somebody may have forgotten --resume
+            old.replace(args.out / "previous.safetensors")
         trainer.save()
     received = trainer.train(data, report)
     if received == 0:
@@ -357,3 +377,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+    except OSError as error:
+        raise SystemExit(f"train_mnist.py: {error}") from error

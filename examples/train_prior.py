@@ -203,10 +203,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     path = args.vqvae / "checkpoint.safetensors"
     try:
         model = VQVAE.from_checkpoint(path)
-        dataset = load_checkpoint(path)[1]["arguments"]["dataset"]
+        dataset = load_checkpoint(path)[1]["arguments"].get("dataset")
     except (OSError, ValueError) as error:
         parser.error(f"argument --vqvae: {error}")
     out = args.out or args.vqvae / "prior"
+    if out.resolve() == args.vqvae.resolve():
+        parser.error("argument --out: the folder of --vqvae has results of its own")
     tensors = None
     if args.sample_only:
         path = out / "prior.safetensors"
@@ -322,4 +324,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        raise SystemExit(f"train_prior.py: {error}") from error

@@ -310,7 +310,7 @@ def truncate(path: Path) -> None:
         ),
         (
             lambda path: checkpoints.save_checkpoint(path, {}, {}),
-            "is not a checkpoint of train_mnist.py: 'quantizer'",
+            "is not a checkpoint of train_mnist.py",
         ),
         (
             lambda path: checkpoints.save_checkpoint(path, {}, {"arguments": {}, "quantizer": {}}),
@@ -330,6 +330,21 @@ def test_a_bad_checkpoint(trained, tmp_path, capsys, spoil, message):
         line = refused(capsys, tmp_path, command, run, flag, images, "--out", tmp_path / "out")
         assert message in line
         assert str(run / "checkpoint.safetensors") in line
+
+
+def test_what_is_read_is_not_written(trained, tmp_path, capsys):
+    run = changed(trained, tmp_path / "run", lambda tensors, info: None)
+    images = write_idx(tmp_path / "images", np.zeros((1, 28, 28), np.uint8))
+    main("encode", run, "--images", images, "--out", tmp_path / "codes")
+    capsys.readouterr()
+    for command, flag, source in (
+        ("encode", "--images", images),
+        ("reconstruct", "--images", images),
+        ("decode", "--codes", tmp_path / "codes"),
+    ):
+        for out in (source, run / ".." / "run" / "checkpoint.safetensors"):
+            line = refused(capsys, tmp_path, command, run, flag, source, "--out", out)
+            assert f"{out} is read; it cannot be written as well" in line
 
 
 def test_a_checkpoint_whose_tensors_do_not_fit(trained, tmp_path, capsys):
@@ -486,7 +501,9 @@ HEADER = (b"IHDR", struct.pack(">IIBBBBB", 28, 28, 8, 0, 0, 0, 0))
     [
         ("missing.idx", lambda path: None, "No such file"),
         ("missing.png", lambda path: None, "No such file"),
-        ("folder", Path.mkdir, "Is a directory"),
+        ("folder", Path.mkdir, "is not a file"),
+        # of no length: it would be read for ever
+        ("device", lambda path: path.symlink_to("/dev/zero"), "is not a file"),
         ("folder.png", Path.mkdir, "Is a directory"),
         ("labels", lambda path: write_idx(path, np.zeros(9, np.uint8)), r"\(9,\)"),
         ("wide", lambda path: write_idx(path, np.zeros((2, 28, 29), np.uint8)), "28, 29"),

@@ -109,6 +109,20 @@ def child(url: str, cache_dir: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def test_an_unknown_name():
+    with pytest.raises(ValueError, match="no data set 'cifar'; there are mnist, fashion-mnist"):
+        mnist_data.load("cifar")
+
+
+def test_a_complete_cache_need_not_be_writable(tmp_path, toy, server):
+    # nobody can open a folder to write it
+    (tmp_path / "toy" / ".lock").mkdir(parents=True)
+    for name, content in toy.items():
+        (tmp_path / "toy" / name).write_bytes(content)
+    check(mnist_data.load("toy", cache_dir=tmp_path), toy)
+    assert server.asked == []
+
+
 @pytest.mark.parametrize("name", mnist_data.DATASETS)
 def test_the_real_data_arrives_as_it_does_for_users(name):
     try:

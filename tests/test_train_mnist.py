@@ -276,8 +276,11 @@ def test_amp_and_compile_do_something(few_images, tmp_path, monkeypatch):
     assert train(tmp_path / "amp", "--amp")["test_mse"] != plain["test_mse"]
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model.forward)
-    assert train(tmp_path / "compile", "--compile") == plain
+    metrics = train(tmp_path / "compile", "--compile")
     assert len(compiled) == 1
+    assert metrics.pop("environment")["compile"] is True
+    assert plain.pop("environment")["compile"] is False
+    assert metrics == plain
 
 
 def test_every_option_of_the_quantizer_has_a_flag():
@@ -379,6 +382,8 @@ def test_resume_refuses_what_it_cannot_do(few_images, tmp_path, capsys):
         assert "argument --resume" in error_of(resume, capsys)
     vqtriton.save(vqtriton.VectorQuantize(2, 3), tmp_path / "checkpoint.safetensors")
     assert "is not a checkpoint of train_mnist.py" in error_of(resume, capsys)
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", {}, {"arguments": []})
+    assert "is not a checkpoint of train_mnist.py" in error_of(resume, capsys)
     # of another program
     info = {"arguments": train_args.parse_args([f"--out={tmp_path}"]).recorded}
     checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", {}, info)
@@ -400,12 +405,12 @@ def error_of(flags: list[str], capsys) -> str:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--epochs=0", "argument --epochs: 0; it must be at least 1"),
+        ("--epochs=0", "argument --epochs: 0; it must be in [1, 2**63)"),
         ("--epochs=99999999999999999999", "argument --epochs"),
         ("--batch-size=1.5", "argument --batch-size: invalid int value: '1.5'"),
-        ("--batch-size=-1", "argument --batch-size: -1; it must be at least 1"),
-        ("--limit=0", "argument --limit: 0; it must be at least 1"),
-        ("--channels=0", "argument --channels: 0; it must be at least 1"),
+        ("--batch-size=-1", "argument --batch-size: -1; it must be in [1, 2**63)"),
+        ("--limit=0", "argument --limit: 0; it must be in [1, 2**63)"),
+        ("--channels=0", "argument --channels: 0; it must be in [1, 2**63)"),
         ("--codebook-size=-1", "quantizer: codebook_size is -1"),
         ("--codebook-size=99999999999999", "quantizer: "),
         ("--dim=0", "quantizer: dim is 0; it must be finite and at least 1"),
@@ -478,6 +483,51 @@ def test_a_loss_that_is_not_finite_ends_the_run(few_images, tmp_path):
         train(tmp_path, "--lr=1e30")
     # nothing that could be taken for a result
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_checkpoint_never_holds_nan(few_images, tmp_path):
+    """Not even where the loss is looked at for the first time at the end of an epoch, or after."""
+    train(tmp_path, "--epochs=1")
+    good = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="step 8: the loss is"):
+        train(tmp_path, "--lr=1e30")
+    tensors, info = checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert info["step"] == 0
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    # that of the run before is not lost
+    assert (tmp_path / "previous.safetensors").read_bytes() == good
+    with pytest.raises(SystemExit, match="step 8: the loss is"):
+        train(tmp_path, "--resume", "--lr=1e30")
+    assert (tmp_path / "previous.safetensors").read_bytes() == good
+
+
+def test_a_signal_does_not_save_nan(few_images, tmp_path, monkeypatch):
+    step = train_mnist.Trainer._step
+
+    def interrupted(self, *args):
+        values = step(self, *args)
+        self.sums[0] = float("nan")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    monkeypatch.setattr(train_mnist.Trainer, "_step", interrupted)
+    with pytest.raises(SystemExit, match="step 1: the loss is nan"):
+        train(tmp_path)
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 0
+
+
+def test_signals_are_given_back(few_images, tmp_path):
+    was = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train(tmp_path, "--epochs=1")
+    assert {number: signal.getsignal(number) for number in was} == was
+
+
+def test_a_full_disk_is_a_line(tmp_path):
+    flags = ("--limit=100", "--channels=8", f"--out={tmp_path}")
+    done = finish(["bash", "-c", 'ulimit -f 300; exec "$@"', "bash", *run(*flags)])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "train_mnist.py: [Errno 27] File too large" in done.stderr
 
 
 def test_tensorboard_gets_every_value(few_images, tmp_path):

@@ -113,6 +113,12 @@ def error_of(capsys, *flags: str) -> str:
     return error
 
 
+def test_the_results_of_the_vqvae_are_left_alone(vqvae_run, capsys):
+    same = vqvae_run / ".." / vqvae_run.name
+    message = "argument --out: the folder of --vqvae has results of its own"
+    assert message in error_of(capsys, f"--vqvae={vqvae_run}", f"--out={same}")
+
+
 def test_no_logit_knows_its_own_index_or_a_later_one():
     prior = random_prior()
     indices, labels = torch.randint(K, (5, 49)), torch.arange(5)
