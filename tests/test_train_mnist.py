@@ -71,6 +71,7 @@ def patched(patch: pytest.MonkeyPatch) -> Iterator[mnist_data.Data]:
         data.test_labels[:400],
     )
     patch.setattr(train_mnist, "load", lambda name, folder: few)
+    patch.setattr(train_mnist, "LOOK_EVERY", 3)
     was = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield few
     for number, handler in was.items():
@@ -209,6 +210,14 @@ def test_a_seed_repeats_bit_for_bit_and_another_does_not(few_images, tmp_path):
         again = (tmp_path / "again" / name).read_bytes()
         assert again == (tmp_path / "first" / name).read_bytes()
     assert train(tmp_path / "other", "--seed=2")["test_mse"] != first["test_mse"]
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    first, second = (train_mnist.shuffled(7, epoch, 100).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+    assert train_mnist.shuffled(7, 0, 100).tolist() == first
+    assert train_mnist.shuffled(8, 0, 100).tolist() != first
 
 
 def test_codes_are_revived_until_80_percent(few_images, tmp_path, monkeypatch):
@@ -485,8 +494,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(few_images, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_a_checkpoint_never_holds_nan(few_images, tmp_path):
+def test_a_checkpoint_never_holds_nan(few_images, tmp_path, monkeypatch):
     """Not even where the loss is looked at for the first time at the end of an epoch, or after."""
+    monkeypatch.setattr(train_mnist, "LOOK_EVERY", 20)
     train(tmp_path, "--epochs=1")
     good = (tmp_path / "checkpoint.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="step 8: the loss is"):
