@@ -1,0 +1,388 @@
+"""Screen: per row the best group of codes, its score and the runner-up's, from fp16 tensor cores.
+
+The names follow vqtriton/planes.py, which prepares the codes. A group is ``GROUP`` codes that follow
+one another in the codebook; its score is that of its best member. docs/exactness.md bounds the error.
+
+Scores that matter are positive, so the kernel compares their bits as int32: max and min of three
+integers are one instruction on sm_90 and later and on AMD, NaN beats everything, and the bits of
+a group's position within the tile can stand in the lowest bits of its score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScreenCodesConfig:
+    """Tiles of the screen."""
+
+    block_n: int = 128
+    block_k: int = 64
+    # the part of the inner dimension that is multiplied at a time
+    block_d: int = 64
+    # True: the rows stay in shared memory or registers; False: they are read again for each tile
+    hold_rows: bool = True
+    num_warps: int = 4
+    num_stages: int = 3
+    # NVIDIA only
+    max_registers: int | None = None
+    merge_block_n: int = 128
+
+
+@triton.jit
+def _to_plane(y):
+    """fp16 with subnormals as zeros, so that it does not matter whether the hardware flushes them."""
+    return tl.where(tl.abs(y) < 0.00006103515625, 0.0, y).to(tl.float16)
+
+
+@triton.jit
+def _halves(a, ROWS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(a, (ROWS, HALF, 2, LANES)), (0, 1, 3, 2)))
+
+
+@triton.jit
+def _two_best(a, ROWS: tl.constexpr, NUM: tl.constexpr, LOG_NUM: tl.constexpr, LANES: tl.constexpr):
+    """[ROWS, NUM, LANES] int32 -> the largest and the second largest along NUM, [ROWS, LANES]."""
+    best = a
+    second = tl.full((ROWS, NUM, LANES), -2147483648, tl.int32)
+    # halves of what is left; a thread holds both, so nothing moves
+    for level in tl.static_range(LOG_NUM):
+        p, q = _halves(best, ROWS, NUM >> (level + 1), LANES)
+        r, s = _halves(second, ROWS, NUM >> (level + 1), LANES)
+        best = tl.maximum(p, q)
+        second = tl.maximum(tl.maximum(r, s), tl.minimum(p, q))
+    return tl.reshape(best, (ROWS, LANES)), tl.reshape(second, (ROWS, LANES))
+
+
+@triton.jit
+def _bias_weights(column):
+    """`vqtriton.planes.BIAS_WEIGHTS` for the columns of a bias, zeros behind them."""
+    weights = tl.where(column == 0, 32768.0, 0.0)
+    weights = tl.where(column == 1, 16.0, weights)
+    weights = tl.where(column == 2, 0.0078125, weights)
+    return weights.to(tl.float16)
+
+
+@triton.jit
+def _load_rows(
+    x_rows_ptr, mean_ptr, scale, row_mask, start_d, stride_xd,
+    D: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Inner columns of the rows' plane, from ``start_d`` on, and three sums of squares.
+
+    Returns:
+        plane [BLOCK_N, WIDTH] fp16; [BLOCK_N] fp32 sums of squares of its high parts, of its low
+        parts and of what neither holds.
+    """
+    DIMS: tl.constexpr = WIDTH // 4 if SPLIT else WIDTH
+    offs_d = start_d + tl.arange(0, DIMS)
+    is_value = offs_d < D
+    x = tl.load(
+        x_rows_ptr[:, None] + offs_d.to(tl.int64)[None, :] * stride_xd,
+        mask=row_mask[:, None] & is_value[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    mean = tl.load(mean_ptr + offs_d.to(tl.int64), mask=is_value, other=0.0)
+    y = (x - mean[None, :]) * scale
+    high = _to_plane(y)
+    rest = y - high.to(tl.float32)
+    high_sq = tl.sum(high.to(tl.float32) * high.to(tl.float32), 1)
+    if SPLIT:
+        low = _to_plane(rest)
+        rest -= low.to(tl.float32)
+        low_sq = tl.sum(low.to(tl.float32) * low.to(tl.float32), 1)
+        # four columns a dimension, so that a thread puts them together without moving data
+        weights = tl.broadcast_to(_bias_weights(offs_d)[None, :], (BLOCK_N, DIMS))
+        plane = tl.join(tl.join(low, high), tl.join(high, weights))
+        # axes: dimension, then which of a pair, then which pair
+        plane = tl.reshape(tl.permute(plane, (0, 1, 3, 2)), (BLOCK_N, WIDTH))
+    else:
+        plane = high
+        low_sq = tl.zeros((BLOCK_N,), tl.float32)
+        if BIAS_COLUMNS:
+            plane = tl.where(is_value[None, :], plane, _bias_weights(offs_d - D)[None, :])
+    return plane, high_sq, low_sq, tl.sum(rest * rest, 1)
+
+
+# a program must not be compiled for each batch size
+@triton.jit(do_not_specialize=["N", "K", "codes_per_split"])
+def screen_codes_kernel(
+    x_ptr,              # [H, N, D] fp32 / fp16 / bf16
+    codes_ptr,          # [H, K, INNER] fp16, in the order of the columns
+    bias_ptr,           # [H, K] fp32, in the order of the columns
+    mean_ptr,           # [H, D] fp32
+    scale_ptr,          # [H] fp32
+    norms_ptr,          # [H, 3] fp32: the largest norm of a code, of its low part, of its residual
+    groups_ptr,         # [splits, H, N] int32, out
+    best_ptr,           # [splits, H, N] fp32, out
+    second_ptr,         # [splits, H, N] fp32, out
+    error_ptr,          # [H, N] fp32, out
+    bound_products, bound_bias, bound_distances, bound_tiny,
+    N, K, codes_per_split, stride_xh, stride_xn, stride_xd,
+    D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, HOLD_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    LOG_NUM: tl.constexpr,
+):  # fmt: skip
+    # int64 before they multiply a stride
+    head = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = offs_n < N
+    x_rows_ptr = x_ptr + head * stride_xh + offs_n * stride_xn
+    mean_ptr += head * D
+    scale = tl.load(scale_ptr + head)
+
+    high_sq = tl.zeros((BLOCK_N,), tl.float32)
+    low_sq = tl.zeros((BLOCK_N,), tl.float32)
+    rest_sq = tl.zeros((BLOCK_N,), tl.float32)
+    FULL: tl.constexpr = INNER // BLOCK_D
+    planes = ()
+    if HOLD_ROWS:
+        for i in tl.static_range(FULL):
+            plane, high, low, rest = _load_rows(
+                x_rows_ptr, mean_ptr, scale, row_mask, i * BLOCK_D, stride_xd,
+                D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            planes = planes + (plane,)
+            high_sq += high
+            low_sq += low
+            rest_sq += rest
+        if TAIL > 0:
+            plane, high, low, rest = _load_rows(
+                x_rows_ptr, mean_ptr, scale, row_mask, FULL * BLOCK_D, stride_xd,
+                D, SPLIT, BIAS_COLUMNS, BLOCK_N, TAIL,
+            )  # fmt: skip
+            planes = planes + (plane,)
+            high_sq += high
+            low_sq += low
+            rest_sq += rest
+    else:
+        for start_d in range(0, INNER, BLOCK_D):
+            _, high, low, rest = _load_rows(
+                x_rows_ptr, mean_ptr, scale, row_mask, start_d, stride_xd,
+                D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            high_sq += high
+            low_sq += low
+            rest_sq += rest
+
+    # groups per lane of a tile
+    NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
+    position = tl.arange(0, NUM)
+    columns = tl.arange(0, BLOCK_K)
+    offs_full = columns.to(tl.int64)[None, :] * INNER + tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
+    best = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
+    second = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
+    tile = tl.zeros((BLOCK_N, LANES), tl.int32)
+    first = tl.program_id(1) * codes_per_split
+    last = tl.minimum(first + codes_per_split, K)
+    # what the compiler cannot see: K is padded to whole tiles
+    head_k = tl.multiple_of(head * K, BLOCK_K)
+    codes_ptr += head_k * INNER
+    bias_ptr += head_k
+    for start in range(first, last, BLOCK_K):
+        # of the whole tile: else the loads do not know that they are aligned
+        start_k = tl.multiple_of(tl.cast(start, tl.int64), BLOCK_K)
+        tile_ptr = codes_ptr + start_k * INNER
+        scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        if HOLD_ROWS:
+            for i in tl.static_range(FULL):
+                codes = tl.load(tile_ptr + i * BLOCK_D + offs_full)
+                scores = tl.dot(planes[i], codes, scores)
+            if TAIL > 0:
+                offs_tail = (
+                    columns.to(tl.int64)[None, :] * INNER
+                    + tl.arange(0, TAIL).to(tl.int64)[:, None]
+                )
+                codes = tl.load(tile_ptr + FULL * BLOCK_D + offs_tail)
+                scores = tl.dot(planes[FULL], codes, scores)
+        else:
+            for start_d in range(0, INNER, BLOCK_D):
+                plane, _, _, _ = _load_rows(
+                    x_rows_ptr, mean_ptr, scale, row_mask, start_d, stride_xd,
+                    D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+                codes = tl.load(tile_ptr + tl.cast(start_d, tl.int64) + offs_full)
+                scores = tl.dot(plane, codes, scores)
+        if not BIAS_COLUMNS:
+            scores += tl.load(bias_ptr + start_k + columns)[None, :]
+
+        # the columns are ordered so that a thread holds whole groups on the targets it was chosen
+        # for; on others the same reductions move data between threads
+        bits = scores.to(tl.int32, bitcast=True)
+        bits = tl.reshape(bits, (BLOCK_N, NUM, GROUP // VEC, LANES, VEC))
+        # one chain of maxima per group, which compilers turn into maxima of three
+        bits = tl.reshape(tl.permute(bits, (0, 1, 3, 2, 4)), (BLOCK_N, NUM, LANES, GROUP))
+        group_bits = tl.max(bits, 3)
+        group_bits = (group_bits & (0 - NUM)) | position[None, :, None]
+        tile_best, tile_second = _two_best(group_bits, BLOCK_N, NUM, LOG_NUM, LANES)
+        tile = tl.where(tile_best > best, start, tile)
+        second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(best, tile_best))
+        best = tl.maximum(best, tile_best)
+
+    lanes = tl.arange(0, LANES)[None, :]
+    row_best, lane = tl.max(best, 1, return_indices=True)
+    is_best = lanes == lane[:, None]
+    row_second = tl.max(tl.where(is_best, second, best), 1)
+    row_tile = tl.sum(tl.where(is_best, tile, 0), 1)
+    group = row_tile // GROUP + (row_best & (NUM - 1)) * LANES + lane
+    # negative scores are not in order: whatever they are, zero is above them
+    row_second = tl.maximum(row_second & (0 - NUM), 0)
+    row_best = row_best & (0 - NUM)
+    offs_out = (split * tl.num_programs(2) + head) * N + offs_n
+    tl.store(groups_ptr + offs_out, group, mask=row_mask)
+    tl.store(best_ptr + offs_out, row_best.to(tl.float32, bitcast=True), mask=row_mask)
+    tl.store(second_ptr + offs_out, row_second.to(tl.float32, bitcast=True), mask=row_mask)
+
+    if split == 0:
+        max_norm = tl.load(norms_ptr + head * 3)
+        max_low = tl.load(norms_ptr + head * 3 + 1)
+        max_rest = tl.load(norms_ptr + head * 3 + 2)
+        high, low, rest = tl.sqrt(high_sq), tl.sqrt(low_sq), tl.sqrt(rest_sq)
+        norm = high + low + rest
+        error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
+        error += bound_products * norm * max_norm + bound_bias * max_norm * max_norm
+        error += bound_distances * norm * norm + bound_tiny
+        # NaN, from a row that is not finite or overflows
+        error = tl.where(error < float("inf"), error, float("inf"))
+        tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def merge_splits_kernel(
+    groups_ptr,         # [splits, N] int32
+    best_ptr,           # [splits, N] fp32
+    second_ptr,         # [splits, N] fp32
+    groups_out_ptr,     # [N] int32, out
+    best_out_ptr,       # [N] fp32, out
+    second_out_ptr,     # [N] fp32, out
+    N, splits,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    group = tl.zeros((BLOCK_N,), tl.int32)
+    # integers again: a NaN that has won its split wins the row
+    best = tl.full((BLOCK_N,), -2147483648, tl.int32)
+    second = tl.full((BLOCK_N,), -2147483648, tl.int32)
+    for split in range(splits):
+        offs = tl.cast(split, tl.int64) * N + offs_n
+        split_group = tl.load(groups_ptr + offs, mask=mask, other=0)
+        split_best = tl.load(best_ptr + offs, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+        split_second = tl.load(second_ptr + offs, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+        group = tl.where(split_best > best, split_group, group)
+        second = tl.maximum(tl.maximum(second, split_second), tl.minimum(best, split_best))
+        best = tl.maximum(best, split_best)
+    second = tl.maximum(second, 0)
+    tl.store(groups_out_ptr + offs_n, group, mask=mask)
+    tl.store(best_out_ptr + offs_n, best.to(tl.float32, bitcast=True), mask=mask)
+    tl.store(second_out_ptr + offs_n, second.to(tl.float32, bitcast=True), mask=mask)
+
+
+def screen_codes(
+    x: Tensor,
+    planes: Any,
+    bound: Any,
+    *,
+    splits: int = 1,
+    config: ScreenCodesConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Best group of codes of each row, with what a certificate needs.
+
+    The nearest code of a row is in its group if ``best - second > 2 * error``; such a row is
+    certified. Every other row is in doubt.
+
+    Args:
+        x: [H, N, D] float32 / float16 / bfloat16, N >= 1, any strides.
+        planes: `vqtriton.planes.CodePlanes` of the codebooks [H, K, D].
+        bound: `vqtriton.planes.screen_bound` for these planes and ``config.block_k``.
+        splits: parts of the codes that are screened apart, for few rows and many codes.
+        config: tiles.
+
+    Returns:
+        groups [H, N] int32 (codes ``group * planes.group`` and up), best, second and error
+        [H, N] float32; error is +inf for a row that is not finite or overflows.
+    """
+    config = config or ScreenCodesConfig()
+    heads, num_rows, dim = x.shape
+    size, inner = planes.codes.shape[1:]
+    if max(heads, splits) > 65535:
+        raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
+    block_d = min(config.block_d, inner)
+    if not config.hold_rows:
+        # a loop has tiles of one size
+        block_d = min(block_d, inner & -inner)
+    tail = inner % block_d
+    num = config.block_k // (planes.group * planes.lanes)
+    tiles = triton.cdiv(size, config.block_k)
+    tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
+    splits = triton.cdiv(tiles, tiles_per_split)
+
+    shape = (splits, heads, num_rows)
+    groups = torch.empty(shape, dtype=torch.int32, device=x.device)
+    best = torch.empty(shape, dtype=torch.float32, device=x.device)
+    second = torch.empty(shape, dtype=torch.float32, device=x.device)
+    error = torch.empty(shape[1:], dtype=torch.float32, device=x.device)
+    limits = {}
+    if config.max_registers and not torch.version.hip:
+        limits = {"maxnreg": config.max_registers}
+    with torch.cuda.device_of(x):
+        # rows first: programs that run together read the same codes
+        screen_codes_kernel[(triton.cdiv(num_rows, config.block_n), splits, heads)](
+            x,
+            planes.codes,
+            planes.bias,
+            planes.mean,
+            planes.scale,
+            planes.norms,
+            groups,
+            best,
+            second,
+            error,
+            *bound,
+            num_rows,
+            size,
+            tiles_per_split * config.block_k,
+            *x.stride(),
+            D=dim,
+            INNER=inner,
+            SPLIT=planes.is_split,
+            BIAS_COLUMNS=planes.has_bias_columns,
+            GROUP=planes.group,
+            LANES=planes.lanes,
+            VEC=planes.vec,
+            HOLD_ROWS=config.hold_rows,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            BLOCK_D=block_d,
+            TAIL=tail,
+            LOG_NUM=num.bit_length() - 1,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            # harmless: the scale is a power of two, so that y is exact before it is rounded
+            enable_fp_fusion=True,
+            **limits,
+        )
+        if splits == 1:
+            return groups[0], best[0], second[0], error
+        merged = [torch.empty_like(t[0]) for t in (groups, best, second)]
+        merge_splits_kernel[(triton.cdiv(heads * num_rows, config.merge_block_n),)](
+            groups,
+            best,
+            second,
+            *merged,
+            heads * num_rows,
+            splits,
+            BLOCK_N=config.merge_block_n,
+            num_warps=4,
+        )
+    return merged[0], merged[1], merged[2], error

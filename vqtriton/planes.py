@@ -1,0 +1,180 @@
+"""Codebooks as fp16 planes for the tensor-core screen, and the bound on its error.
+
+The names follow vqtriton/screening.py: y = scale·(x − mean), e_k = scale·(c_k − mean). The score of
+code k is s_k = y·e_k + (E² − ‖e_k‖²)/2 with E = max ‖e_k‖. The constant E²/2 changes no decision and
+makes the best score of a row positive. docs/exactness.md derives the bound step by step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqtriton.screening import SLACK, U64
+
+# Codes are padded to a multiple of this many, which every tile divides.
+PAD_CODES = 256
+# max |e_kd| is in [2⁹, 2¹⁰): the low planes stay above fp16's subnormals, and rows may be 64 times
+# as far from the mean as codes before they overflow.
+EXPONENT = 10
+# fp16's smallest normal number. What is smaller is set to zero, so that it does not matter whether
+# the hardware flushes it.
+MIN_NORMAL = 2.0**-14
+# A bias in three inner columns: its parts are multiplied by these. The kernel has them too.
+BIAS_WEIGHTS = (2.0**15, 2.0**4, 2.0**-7)
+# The score of padding: negative scores never win.
+PAD_BIAS = -1.0
+# Dimensions up to which the inner columns hold both planes, so that a score has the accuracy of
+# float32. Four columns a dimension: three products and a place for the bias.
+MAX_SPLIT_DIM = 8
+# The unit of accumulation on tensor cores, which truncate. Not measured on a GPU.
+ACCUMULATION_UNIT = 2.0**-22
+U32 = 2.0**-24
+# Underflow: each of some 3·D roundings can lose the smallest normal number, D < 2¹².
+TINY = 2.0**-100
+
+
+class CodePlanes(NamedTuple):
+    """Codebooks in the form that the tensor-core screen reads."""
+
+    codes: Tensor  # [H, K, inner] fp16, K padded, in the order of the columns
+    bias: Tensor  # [H, K] fp32, (E² − ‖e_k‖²)/2, likewise; PAD_BIAS where there is no finite code
+    mean: Tensor  # [H, D] fp32
+    scale: Tensor  # [H] fp32, a power of two
+    norms: Tensor  # [H, 3] fp32, upper bounds: E, max ‖low part of e_k‖, max ‖residual of e_k‖
+    group: int  # codes in a group: group j is codes [j·group, (j + 1)·group)
+    lanes: int  # threads that share a row of an accumulator
+    vec: int  # columns that follow one another in a thread
+    is_split: bool  # inner is (high, low, high, bias) per dimension, (low, high, high, weight) in x
+    has_bias_columns: bool  # three inner columns hold the bias
+
+
+class ScreenBound(NamedTuple):
+    """What `vqtriton.kernels.screen_codes` turns into the bound of a row."""
+
+    products: float  # times (‖x_h‖ + ‖x_l‖ + ‖δx‖)·E
+    bias: float  # times E²
+    distances: float  # times (‖x_h‖ + ‖x_l‖ + ‖δx‖)²
+    tiny: float
+
+
+def inner_size(dim: int) -> tuple[int, bool, bool]:
+    """Inner columns of a plane, is_split, has_bias_columns.
+
+    A multiple of 16, which is what tensor cores take; above 64 a multiple of 64 and one power of
+    two, so that few dots cover it.
+    """
+    if dim <= MAX_SPLIT_DIM:
+        return (16 if dim <= 4 else 32), True, True
+
+    def padded(columns: int) -> int:
+        whole = columns // 64 * 64
+        rest = columns - whole
+        return whole + (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
+
+    return padded(dim), False, padded(dim + 3) == padded(dim)
+
+
+def column_order(size: int, group: int, lanes: int, vec: int) -> Tensor:
+    """[size] the code that each column holds; size is a multiple of group·lanes.
+
+    An accumulator gives a thread ``vec`` columns of every ``vec·lanes``. This order gives it
+    ``group`` codes that follow one another.
+    """
+    code = torch.arange(size).view(-1, lanes, group // vec, vec)
+    return code.transpose(1, 2).reshape(-1)
+
+
+def to_plane(values: Tensor) -> Tensor:
+    """float64 -> fp16 without subnormals."""
+    return values.where(values.abs() >= MIN_NORMAL, 0).half()
+
+
+def prepare_planes(
+    codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int = 2
+) -> CodePlanes:
+    """Centre, scale, split into planes and order for the screen; O(K·D), to be kept while it lasts.
+
+    Args:
+        codebook: [H, K, D] float32 / float16 / bfloat16.
+        group: codes whose scores are reduced together.
+        lanes, vec: of the accumulator: 4 and 2 on NVIDIA before sm_100.
+    """
+    heads, size, dim = codebook.shape
+    inner, is_split, has_bias_columns = inner_size(dim)
+    padding = -size % PAD_CODES
+    codes = codebook.double()
+    is_finite = codes.isfinite().all(2)
+    codes = codes.where(is_finite[..., None], 0)
+    # an average of values below the largest double cannot overflow, their sum can
+    count = is_finite.sum(1).clamp(min=1)[:, None, None]
+    mean = (codes / count).sum(1).float()
+    codes = (codes - mean.double()[:, None]).where(is_finite[..., None], 0)
+    exponent = torch.frexp(codes.abs().amax((1, 2))).exponent
+    scale = torch.ldexp(torch.ones_like(mean[:, 0]), (EXPONENT - exponent).clamp(-126, 126))
+    codes = codes * scale.double()[:, None, None]
+
+    high = to_plane(codes)
+    rest = codes - high.double()
+    low = torch.zeros_like(high)
+    if is_split:
+        low = to_plane(rest)
+        rest = rest - low.double()
+    sqnorm = codes.square().sum(2)
+    max_sqnorm = sqnorm.amax(1)
+    norms = torch.stack(
+        [
+            torch.maximum(max_sqnorm, high.double().square().sum(2).amax(1)).sqrt(),
+            low.double().square().sum(2).amax(1).sqrt(),
+            rest.square().sum(2).amax(1).sqrt(),
+        ],
+        1,
+    )
+    bias = ((max_sqnorm[:, None] - sqnorm) / 2).where(is_finite, PAD_BIAS)
+    bias = torch.nn.functional.pad(bias, (0, padding), value=PAD_BIAS).float()
+
+    bias_columns = []
+    rest = bias.double()
+    for weight in BIAS_WEIGHTS:
+        bias_columns.append(to_plane(rest / weight))
+        rest = rest - bias_columns[-1].double() * weight
+    plane = torch.nn.functional.pad(high, (0, 0, 0, padding))
+    low = torch.nn.functional.pad(low, (0, 0, 0, padding))
+    if is_split:
+        dims = inner // 4
+        plane, low = (torch.nn.functional.pad(part, (0, dims - dim)) for part in (plane, low))
+        last = torch.nn.functional.pad(torch.stack(bias_columns, 2), (0, dims - 3))
+        plane = torch.stack([plane, low, plane, last], 3).flatten(2)
+    elif has_bias_columns:
+        plane = torch.cat([plane, torch.stack(bias_columns, 2)], 2)
+    plane = torch.nn.functional.pad(plane, (0, inner - plane.shape[2]))
+    order = column_order(size + padding, group, lanes, vec).to(codebook.device)
+    return CodePlanes(
+        codes=plane[:, order].contiguous(),
+        bias=bias[:, order].contiguous(),
+        mean=mean,
+        scale=scale,
+        # upper bounds stay upper bounds when they are rounded
+        norms=(norms * (1 + 2.0**-22)).float(),
+        group=group,
+        lanes=lanes,
+        vec=vec,
+        is_split=is_split,
+        has_bias_columns=has_bias_columns,
+    )
+
+
+def screen_bound(planes: CodePlanes, block_k: int) -> ScreenBound:
+    """Bound on the error of a score from `vqtriton.kernels.screen_codes` with tiles of block_k."""
+    dim, inner = planes.mean.shape[1], planes.codes.shape[2]
+    positions = block_k // (planes.group * planes.lanes)
+    accumulation = (inner + 2) * ACCUMULATION_UNIT
+    packing = positions * 2 * U32
+    return ScreenBound(
+        products=SLACK * (accumulation + packing + 4 * U32),
+        bias=SLACK * (accumulation + packing + 4 * U32) / 2 + SLACK * (dim + 4) * U64,
+        distances=SLACK * (dim + 4) * U64,
+        tiny=TINY,
+    )
