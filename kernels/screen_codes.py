@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScreenCodesConfig:
-    """Tiles of the screen."""
+    """Tiles of the screen. The defaults are those for D <= 64."""
 
     block_n: int = 128
     block_k: int = 64
@@ -34,6 +34,53 @@ class ScreenCodesConfig:
     # NVIDIA only
     max_registers: int | None = None
     merge_block_n: int = 128
+
+
+# threads that share a row of an accumulator, and columns that follow one another in a thread
+ACCUMULATOR_ORDER = {"sm_80": (8, 2), "sm_90": (4, 2), "sm_100": (1, 2), "gfx942": (2, 4)}
+# inner columns up to which the rows are held
+HELD_INNER = {"sm_80": 128, "sm_90": 256, "sm_100": 256, "gfx942": 128}
+
+
+def architecture(device: torch.device) -> str:
+    """The key of the tables above that fits ``device``: what its accumulators look like."""
+    if torch.version.hip:
+        return "gfx942"
+    if device.type != "cuda":
+        return "sm_90"
+    # consumer Blackwell, 12, multiplies as Ampere does
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> ScreenCodesConfig:
+    """Tiles that neither spill nor overflow shared memory; sm_80's fit 99 KiB, for sm_86 and up.
+
+    Args:
+        target: a key of `ACCUMULATOR_ORDER`.
+        inner: columns of the planes.
+        is_aligned: the rows can be loaded 16 bytes at a time; else each element has an address
+            of its own, and those of wide rows do not fit into the registers.
+    """
+    if inner > HELD_INNER[target] or (inner > 128 and not is_aligned):
+        # wide tiles: the rows are converted again for each of them
+        is_small = target == "sm_80"
+        return ScreenCodesConfig(
+            block_k=128 if is_small else 256,
+            block_d=32 if is_small else 64,
+            hold_rows=False,
+            num_warps=8,
+            num_stages=3 if target in ("sm_90", "sm_100") else 2,
+        )
+    if inner > 64:
+        # with half as many elements a thread even strided rows fit into its registers
+        return ScreenCodesConfig(block_k=128, num_warps=8, num_stages=2)
+    return ScreenCodesConfig()
+
+
+def choose_splits(programs: int, tiles: int, processors: int) -> int:
+    """Parts of the codes, so that each processor gets two programs if the rows do not suffice."""
+    # a part of fewer than four tiles is mostly prologue
+    return max(1, min(2 * processors // programs, tiles // 4))
 
 
 @triton.jit
@@ -72,9 +119,25 @@ def _bias_weights(column):
 
 @triton.jit
 def _load_rows(
-    x_rows_ptr, mean_ptr, scale, row_mask, start_d, stride_xd,
-    D: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D: tl.constexpr, DIMS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """y = scale·(x − mean), [BLOCK_N, DIMS] fp32, from dimension ``start_d`` on."""
+    offs_d = (start_d + tl.arange(0, DIMS)).to(tl.int64)
+    x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
+    if EVEN:
+        x = tl.load(x_ptrs)
+        mean = tl.load(mean_ptr + offs_d)
+    else:
+        x = tl.load(x_ptrs, mask=(offs_d < D)[None, :], other=0.0)
+        mean = tl.load(mean_ptr + offs_d, mask=offs_d < D, other=0.0)
+    return (x.to(tl.float32) - mean[None, :]) * scale
+
+
+@triton.jit
+def _split_rows(
+    x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Inner columns of the rows' plane, from ``start_d`` on, and three sums of squares.
 
@@ -83,18 +146,11 @@ def _load_rows(
         parts and of what neither holds.
     """
     DIMS: tl.constexpr = WIDTH // 4 if SPLIT else WIDTH
-    offs_d = start_d + tl.arange(0, DIMS)
-    is_value = offs_d < D
-    x = tl.load(
-        x_rows_ptr[:, None] + offs_d.to(tl.int64)[None, :] * stride_xd,
-        mask=row_mask[:, None] & is_value[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    mean = tl.load(mean_ptr + offs_d.to(tl.int64), mask=is_value, other=0.0)
-    y = (x - mean[None, :]) * scale
+    y = _load_rows(x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D, DIMS, EVEN)
     high = _to_plane(y)
     rest = y - high.to(tl.float32)
     high_sq = tl.sum(high.to(tl.float32) * high.to(tl.float32), 1)
+    offs_d = start_d + tl.arange(0, DIMS)
     if SPLIT:
         low = _to_plane(rest)
         rest -= low.to(tl.float32)
@@ -107,8 +163,8 @@ def _load_rows(
     else:
         plane = high
         low_sq = tl.zeros((BLOCK_N,), tl.float32)
-        if BIAS_COLUMNS:
-            plane = tl.where(is_value[None, :], plane, _bias_weights(offs_d - D)[None, :])
+        if BIAS_COLUMNS and not EVEN:
+            plane = tl.where((offs_d < D)[None, :], plane, _bias_weights(offs_d - D)[None, :])
     return plane, high_sq, low_sq, tl.sum(rest * rest, 1)
 
 
@@ -117,7 +173,7 @@ def _load_rows(
 def screen_codes_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
     codes_ptr,          # [H, K, INNER] fp16, in the order of the columns
-    bias_ptr,           # [H, K] fp32, in the order of the columns
+    offset_ptr,         # [H, K] fp32, (‖e_k‖² − E²)/2, in the order of the columns
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
     norms_ptr,          # [H, 3] fp32: the largest norm of a code, of its low part, of its residual
@@ -137,7 +193,8 @@ def screen_codes_kernel(
     split = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = offs_n < N
-    x_rows_ptr = x_ptr + head * stride_xh + offs_n * stride_xn
+    # rows beyond the last are the last again, so that loads need no mask
+    x_rows_ptr = x_ptr + head * stride_xh + tl.minimum(offs_n, N - 1) * stride_xn
     mean_ptr += head * D
     scale = tl.load(scale_ptr + head)
 
@@ -148,18 +205,18 @@ def screen_codes_kernel(
     planes = ()
     if HOLD_ROWS:
         for i in tl.static_range(FULL):
-            plane, high, low, rest = _load_rows(
-                x_rows_ptr, mean_ptr, scale, row_mask, i * BLOCK_D, stride_xd,
-                D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D,
+            plane, high, low, rest = _split_rows(
+                x_rows_ptr, mean_ptr, scale, i * BLOCK_D, stride_xd,
+                D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D, (i + 1) * BLOCK_D <= D,
             )  # fmt: skip
             planes = planes + (plane,)
             high_sq += high
             low_sq += low
             rest_sq += rest
         if TAIL > 0:
-            plane, high, low, rest = _load_rows(
-                x_rows_ptr, mean_ptr, scale, row_mask, FULL * BLOCK_D, stride_xd,
-                D, SPLIT, BIAS_COLUMNS, BLOCK_N, TAIL,
+            plane, high, low, rest = _split_rows(
+                x_rows_ptr, mean_ptr, scale, FULL * BLOCK_D, stride_xd,
+                D, SPLIT, BIAS_COLUMNS, BLOCK_N, TAIL, FULL * BLOCK_D + TAIL <= D,
             )  # fmt: skip
             planes = planes + (plane,)
             high_sq += high
@@ -167,13 +224,26 @@ def screen_codes_kernel(
             rest_sq += rest
     else:
         for start_d in range(0, INNER, BLOCK_D):
-            _, high, low, rest = _load_rows(
-                x_rows_ptr, mean_ptr, scale, row_mask, start_d, stride_xd,
-                D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D,
+            _, high, low, rest = _split_rows(
+                x_rows_ptr, mean_ptr, scale, start_d, stride_xd,
+                D, False, False, BLOCK_N, BLOCK_D, INNER == D,
             )  # fmt: skip
             high_sq += high
-            low_sq += low
             rest_sq += rest
+
+    # before the loop: its registers are needed there
+    if split == 0:
+        max_norm = tl.load(norms_ptr + head * 3)
+        max_low = tl.load(norms_ptr + head * 3 + 1)
+        max_rest = tl.load(norms_ptr + head * 3 + 2)
+        high, low, rest = tl.sqrt(high_sq), tl.sqrt(low_sq), tl.sqrt(rest_sq)
+        norm = high + low + rest
+        error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
+        error += bound_products * norm * max_norm + bound_bias * max_norm * max_norm
+        error += bound_distances * norm * norm + bound_tiny
+        # NaN, from a row that is not finite or overflows
+        error = tl.where(error < float("inf"), error, float("inf"))
+        tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
 
     # groups per lane of a tile
     NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
@@ -188,7 +258,7 @@ def screen_codes_kernel(
     # what the compiler cannot see: K is padded to whole tiles
     head_k = tl.multiple_of(head * K, BLOCK_K)
     codes_ptr += head_k * INNER
-    bias_ptr += head_k
+    offset_ptr += head_k
     for start in range(first, last, BLOCK_K):
         # of the whole tile: else the loads do not know that they are aligned
         start_k = tl.multiple_of(tl.cast(start, tl.int64), BLOCK_K)
@@ -200,21 +270,26 @@ def screen_codes_kernel(
                 scores = tl.dot(planes[i], codes, scores)
             if TAIL > 0:
                 offs_tail = (
-                    columns.to(tl.int64)[None, :] * INNER
-                    + tl.arange(0, TAIL).to(tl.int64)[:, None]
+                    columns.to(tl.int64)[None, :] * INNER + tl.arange(0, TAIL).to(tl.int64)[:, None]
                 )
                 codes = tl.load(tile_ptr + FULL * BLOCK_D + offs_tail)
                 scores = tl.dot(planes[FULL], codes, scores)
         else:
             for start_d in range(0, INNER, BLOCK_D):
-                plane, _, _, _ = _load_rows(
-                    x_rows_ptr, mean_ptr, scale, row_mask, start_d, stride_xd,
-                    D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D,
-                )  # fmt: skip
+                # subnormals stay: their residual was measured as if they were flushed
+                y = _load_rows(
+                    x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D, BLOCK_D, INNER == D
+                )
+                plane = y.to(tl.float16)
+                if BIAS_COLUMNS:
+                    column = start_d + tl.arange(0, BLOCK_D) - D
+                    plane = tl.where((column < 0)[None, :], plane, _bias_weights(column)[None, :])
                 codes = tl.load(tile_ptr + tl.cast(start_d, tl.int64) + offs_full)
                 scores = tl.dot(plane, codes, scores)
         if not BIAS_COLUMNS:
-            scores += tl.load(bias_ptr + start_k + columns)[None, :]
+            # a difference: a sum would become the accumulator's start, a move per score and one
+            # more term for the tensor cores to truncate
+            scores -= tl.load(offset_ptr + start_k + columns)[None, :]
 
         # the columns are ordered so that a thread holds whole groups on the targets it was chosen
         # for; on others the same reductions move data between threads
@@ -242,19 +317,6 @@ def screen_codes_kernel(
     tl.store(groups_ptr + offs_out, group, mask=row_mask)
     tl.store(best_ptr + offs_out, row_best.to(tl.float32, bitcast=True), mask=row_mask)
     tl.store(second_ptr + offs_out, row_second.to(tl.float32, bitcast=True), mask=row_mask)
-
-    if split == 0:
-        max_norm = tl.load(norms_ptr + head * 3)
-        max_low = tl.load(norms_ptr + head * 3 + 1)
-        max_rest = tl.load(norms_ptr + head * 3 + 2)
-        high, low, rest = tl.sqrt(high_sq), tl.sqrt(low_sq), tl.sqrt(rest_sq)
-        norm = high + low + rest
-        error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
-        error += bound_products * norm * max_norm + bound_bias * max_norm * max_norm
-        error += bound_distances * norm * norm + bound_tiny
-        # NaN, from a row that is not finite or overflows
-        error = tl.where(error < float("inf"), error, float("inf"))
-        tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -293,7 +355,7 @@ def screen_codes(
     planes: Any,
     bound: Any,
     *,
-    splits: int = 1,
+    splits: int | None = None,
     config: ScreenCodesConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Best group of codes of each row, with what a certificate needs.
@@ -305,16 +367,27 @@ def screen_codes(
         x: [H, N, D] float32 / float16 / bfloat16, N >= 1, any strides.
         planes: `vqtriton.planes.CodePlanes` of the codebooks [H, K, D].
         bound: `vqtriton.planes.screen_bound` for these planes and ``config.block_k``.
-        splits: parts of the codes that are screened apart, for few rows and many codes.
+        splits: parts of the codes that are screened apart, for few rows and many codes; chosen
+            from the number of rows and processors if it is not given. It changes no result.
         config: tiles.
 
     Returns:
         groups [H, N] int32 (codes ``group * planes.group`` and up), best, second and error
         [H, N] float32; error is +inf for a row that is not finite or overflows.
     """
-    config = config or ScreenCodesConfig()
     heads, num_rows, dim = x.shape
     size, inner = planes.codes.shape[1:]
+    # as Triton will see it: strides of one are known, of others whether 16 divides them
+    is_aligned = x.stride(2) == 1 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
+    is_aligned = is_aligned and x.data_ptr() % 16 == 0
+    config = config or screen_codes_config(architecture(x.device), inner, is_aligned)
+    tiles = triton.cdiv(size, config.block_k)
+    if splits is None:
+        programs = heads * triton.cdiv(num_rows, config.block_n)
+        processors = 1
+        if x.is_cuda:
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        splits = choose_splits(programs, tiles, processors)
     if max(heads, splits) > 65535:
         raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
     block_d = min(config.block_d, inner)
@@ -323,7 +396,6 @@ def screen_codes(
         block_d = min(block_d, inner & -inner)
     tail = inner % block_d
     num = config.block_k // (planes.group * planes.lanes)
-    tiles = triton.cdiv(size, config.block_k)
     tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
     splits = triton.cdiv(tiles, tiles_per_split)
 
@@ -340,7 +412,7 @@ def screen_codes(
         screen_codes_kernel[(triton.cdiv(num_rows, config.block_n), splits, heads)](
             x,
             planes.codes,
-            planes.bias,
+            planes.offset,
             planes.mean,
             planes.scale,
             planes.norms,

@@ -24,23 +24,25 @@ EXPONENT = 10
 MIN_NORMAL = 2.0**-14
 # A bias in three inner columns: its parts are multiplied by these. The kernel has them too.
 BIAS_WEIGHTS = (2.0**15, 2.0**4, 2.0**-7)
-# The score of padding: negative scores never win.
-PAD_BIAS = -1.0
+# Minus the score of padding: negative scores never win.
+PAD_OFFSET = 1.0
 # Dimensions up to which the inner columns hold both planes, so that a score has the accuracy of
 # float32. Four columns a dimension: three products and a place for the bias.
 MAX_SPLIT_DIM = 8
 # The unit of accumulation on tensor cores, which truncate. Not measured on a GPU.
 ACCUMULATION_UNIT = 2.0**-22
 U32 = 2.0**-24
-# Underflow: each of some 3·D roundings can lose the smallest normal number, D < 2¹².
-TINY = 2.0**-100
+# Underflow of squares and of their square roots: see docs/exactness.md.
+TINY = 2.0**-40
 
 
 class CodePlanes(NamedTuple):
     """Codebooks in the form that the tensor-core screen reads."""
 
     codes: Tensor  # [H, K, inner] fp16, K padded, in the order of the columns
-    bias: Tensor  # [H, K] fp32, (E² − ‖e_k‖²)/2, likewise; PAD_BIAS where there is no finite code
+    offset: (
+        Tensor  # [H, K] fp32, (‖e_k‖² − E²)/2, likewise; PAD_OFFSET where there is no finite code
+    )
     mean: Tensor  # [H, D] fp32
     scale: Tensor  # [H] fp32, a power of two
     norms: Tensor  # [H, 3] fp32, upper bounds: E, max ‖low part of e_k‖, max ‖residual of e_k‖
@@ -63,15 +65,17 @@ class ScreenBound(NamedTuple):
 def inner_size(dim: int) -> tuple[int, bool, bool]:
     """Inner columns of a plane, is_split, has_bias_columns.
 
-    A multiple of 16, which is what tensor cores take; above 64 a multiple of 64 and one power of
-    two, so that few dots cover it.
+    At least 16, which is what tensor cores take, and of few parts whose sizes are powers of two,
+    which is what `tl.dot` takes.
     """
     if dim <= MAX_SPLIT_DIM:
         return (16 if dim <= 4 else 32), True, True
 
     def padded(columns: int) -> int:
-        whole = columns // 64 * 64
-        rest = columns - whole
+        if columns > 128:
+            unit = 32 if columns <= 256 else 64
+            return -(-columns // unit) * unit
+        whole, rest = columns // 64 * 64, columns % 64
         return whole + (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
 
     return padded(dim), False, padded(dim + 3) == padded(dim)
@@ -92,9 +96,7 @@ def to_plane(values: Tensor) -> Tensor:
     return values.where(values.abs() >= MIN_NORMAL, 0).half()
 
 
-def prepare_planes(
-    codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int = 2
-) -> CodePlanes:
+def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int = 2) -> CodePlanes:
     """Centre, scale, split into planes and order for the screen; O(K·D), to be kept while it lasts.
 
     Args:
@@ -132,11 +134,11 @@ def prepare_planes(
         ],
         1,
     )
-    bias = ((max_sqnorm[:, None] - sqnorm) / 2).where(is_finite, PAD_BIAS)
-    bias = torch.nn.functional.pad(bias, (0, padding), value=PAD_BIAS).float()
+    offset = ((sqnorm - max_sqnorm[:, None]) / 2).where(is_finite, PAD_OFFSET)
+    offset = torch.nn.functional.pad(offset, (0, padding), value=PAD_OFFSET).float()
 
     bias_columns = []
-    rest = bias.double()
+    rest = -offset.double()
     for weight in BIAS_WEIGHTS:
         bias_columns.append(to_plane(rest / weight))
         rest = rest - bias_columns[-1].double() * weight
@@ -153,7 +155,7 @@ def prepare_planes(
     order = column_order(size + padding, group, lanes, vec).to(codebook.device)
     return CodePlanes(
         codes=plane[:, order].contiguous(),
-        bias=bias[:, order].contiguous(),
+        offset=offset[:, order].contiguous(),
         mean=mean,
         scale=scale,
         # upper bounds stay upper bounds when they are rounded
@@ -172,9 +174,10 @@ def screen_bound(planes: CodePlanes, block_k: int) -> ScreenBound:
     positions = block_k // (planes.group * planes.lanes)
     accumulation = (inner + 2) * ACCUMULATION_UNIT
     packing = positions * 2 * U32
+    own = 4 * U32 + packing
     return ScreenBound(
-        products=SLACK * (accumulation + packing + 4 * U32),
-        bias=SLACK * (accumulation + packing + 4 * U32) / 2 + SLACK * (dim + 4) * U64,
+        products=SLACK * (accumulation + own),
+        bias=SLACK * ((own + accumulation * planes.has_bias_columns) / 2 + (dim + 4) * U64),
         distances=SLACK * (dim + 4) * U64,
         tiny=TINY,
     )
