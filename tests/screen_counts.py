@@ -4,9 +4,9 @@ python tests/screen_counts.py [--target sm_90 ...] [--dim 64 ...] [--set block_k
 
 prints one line per case: Triton version, target, D, instructions on the ALU (compare, min, max,
 select, integer, logic, and moves that are not IMAD.MOV) and in all per pair, registers, bytes
-spilled, bytes of shared memory. The hot loop is the largest loop with an MMA in it; tiles that it holds are
-counted from its MMAs. Streamed rows (D > 256) have the epilogue inside the loop over parts of D,
-so that no number per pair can be read off; so it is for gfx942.
+spilled, bytes of shared memory. The hot loop is the largest loop with an MMA in it; the tiles that
+it holds are counted from its MMAs. Streamed rows (D > 256) have the epilogue inside the loop over
+parts of D, so that no number per pair can be read off; nor can it for gfx942.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALU = re.compile(
 DIMS = (4, 8, 12, 32, 64, 128, 256, 512, 1024)
 
 
-def launch_of(
+def launches_of(
     target: str,
     dim: int,
     layout: str = "contiguous",
@@ -37,14 +37,16 @@ def launch_of(
     splits: int = 1,
     dtype: torch.dtype = torch.float32,
     **changes,
-) -> Launch:
-    """The launch of the screen for ``target``, of `kernels/screen_codes.py`'s own choosing."""
-    lanes, vec = module.ACCUMULATOR_ORDER[target]
+) -> list[Launch]:
+    """What is launched for ``target``, of `kernels/screen_codes.py`'s own choosing."""
+    # consumer Blackwell multiplies as Ampere does
+    kind = {"sm_120": "sm_80"}.get(target, target)
+    lanes, vec = module.ACCUMULATOR_ORDER[kind]
     planes = prepare_planes(torch.randn(1, 300, dim), group=group, lanes=lanes, vec=vec)
     x = torch.zeros(1, 256, dim, dtype=dtype)
     if layout == "strided":
         x = torch.zeros(1, dim, 255, dtype=dtype).transpose(1, 2)
-    config = module.screen_codes_config(target, inner_size(dim)[0], layout == "contiguous")
+    config = module.screen_codes_config(kind, inner_size(dim)[0], layout == "contiguous")
     fields = {k: getattr(config, k) for k in config.__dataclass_fields__} | changes
     config = module.ScreenCodesConfig(**fields)
     launches: list[Launch] = []
@@ -57,7 +59,7 @@ def launch_of(
         module.screen_codes(x, planes, bound, splits=splits, config=config)
     finally:
         module.screen_codes_kernel, module.merge_splits_kernel = kernels
-    return launches[0]
+    return launches
 
 
 def hot_loop(sass: str) -> collections.Counter:
@@ -114,7 +116,7 @@ def main() -> None:
     for target in arguments.target:
         for layout in arguments.layout:
             for dim in arguments.dim:
-                launch = launch_of(target, dim, layout, **changes)
+                launch = launches_of(target, dim, layout, **changes)[0]
                 result = compile_launch(launch, target)
                 per_pair = counts(launch, result, target)
                 text = "ALU {:.2f} all {:.2f}".format(*per_pair) if per_pair else "-"

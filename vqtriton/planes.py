@@ -1,8 +1,8 @@
 """Codebooks as fp16 planes for the tensor-core screen, and the bound on its error.
 
-The names follow vqtriton/screening.py: y = scale·(x − mean), e_k = scale·(c_k − mean). The score of
-code k is s_k = y·e_k + (E² − ‖e_k‖²)/2 with E = max ‖e_k‖. The constant E²/2 changes no decision and
-makes the best score of a row positive. docs/exactness.md derives the bound step by step.
+The names follow vqtriton/screening.py: y = scale·(x − mean), e_k = scale·(c_k − mean). The score
+of code k is s_k = y·e_k + (E² − ‖e_k‖²)/2 with E = max ‖e_k‖. The constant E²/2 changes no decision
+and keeps the best score of a row from being negative. docs/exactness.md derives the bound.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class CodePlanes(NamedTuple):
     """Codebooks in the form that the tensor-core screen reads."""
 
     codes: Tensor  # [H, K, inner] fp16, K padded, in the order of the columns
-    offset: (
-        Tensor  # [H, K] fp32, (‖e_k‖² − E²)/2, likewise; PAD_OFFSET where there is no finite code
-    )
+    offset: Tensor  # [H, K] fp32, (‖e_k‖² − E²)/2, likewise; PAD_OFFSET: no finite code
     mean: Tensor  # [H, D] fp32
     scale: Tensor  # [H] fp32, a power of two
     norms: Tensor  # [H, 3] fp32, upper bounds: E, max ‖low part of e_k‖, max ‖residual of e_k‖
@@ -102,9 +100,9 @@ def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int
     Args:
         codebook: [H, K, D] float32 / float16 / bfloat16.
         group: codes whose scores are reduced together.
-        lanes, vec: of the accumulator: 4 and 2 on NVIDIA before sm_100.
+        lanes, vec: of the accumulator: `vqtriton.kernels.screen_codes.ACCUMULATOR_ORDER`.
     """
-    heads, size, dim = codebook.shape
+    size, dim = codebook.shape[1:]
     inner, is_split, has_bias_columns = inner_size(dim)
     padding = -size % PAD_CODES
     codes = codebook.double()

@@ -1,0 +1,124 @@
+"""The tensor-core screen in plain torch, and how many rows it leaves in doubt.
+
+The products of the planes are summed in float64; the error that a tensor core may add, whatever
+the sign, is put in by hand. So the certificate is tested against the worst hardware that the bound
+allows. ``python tests/emulation.py`` prints the doubtful rates that docs/exactness.md quotes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqtriton.planes import (
+    ACCUMULATION_UNIT,
+    BIAS_WEIGHTS,
+    CodePlanes,
+    ScreenBound,
+    column_order,
+    prepare_planes,
+    screen_bound,
+    to_plane,
+)
+
+
+class Screened(NamedTuple):
+    """What `vqtriton.kernels.screen_codes.screen_codes` returns, without heads."""
+
+    groups: Tensor
+    best: Tensor
+    second: Tensor
+    error: Tensor
+
+    @property
+    def is_certified(self) -> Tensor:
+        return self.best - self.second > 2 * self.error
+
+
+def row_planes(x: Tensor, planes: CodePlanes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [N, D] -> rows [N, inner] float64; norms of high part, low part and residual, [N]."""
+    y = (x.float() - planes.mean[0]) * planes.scale[0]
+    inner, dim = planes.codes.shape[2], x.shape[1]
+    high = to_plane(y)
+    rest = y - high.float()
+    low = torch.zeros_like(high)
+    weights = torch.tensor(BIAS_WEIGHTS, dtype=torch.float16)
+    if planes.is_split:
+        low = to_plane(rest)
+        rest = rest - low.float()
+        dims = inner // 4
+        columns = torch.zeros(x.shape[0], dims, 4, dtype=torch.float16)
+        columns[:, :dim] = torch.stack([low, high, high, torch.zeros_like(high)], 2)
+        columns[:, :3, 3] = weights
+        rows = columns.flatten(1)
+    else:
+        rows = torch.zeros(x.shape[0], inner, dtype=torch.float16)
+        rows[:, :dim] = high
+        if planes.has_bias_columns:
+            rows[:, dim : dim + 3] = weights
+    norms = (part.double().square().sum(1).sqrt() for part in (high, low, rest))
+    return rows.double(), *norms
+
+
+def screen(
+    x: Tensor, planes: CodePlanes, bound: ScreenBound, worst_for: Tensor | None = None
+) -> Screened:
+    """Screen x [N, D] with the planes of one codebook.
+
+    Args:
+        worst_for: [N] a code per row: its score gets the largest error that is allowed downwards,
+            all others upwards. Sums are exact without it.
+    """
+    rows, high, low, rest = row_planes(x, planes)
+    order = column_order(planes.codes.shape[1], planes.group, planes.lanes, planes.vec)
+    codes, offset = torch.empty_like(planes.codes[0]), torch.empty_like(planes.offset[0])
+    codes[order], offset[order] = planes.codes[0], planes.offset[0]
+    dots = rows @ codes.double().T
+    if worst_for is not None:
+        error = (rows.shape[1] + 2) * ACCUMULATION_UNIT * (rows.abs() @ codes.double().abs().T)
+        columns = torch.arange(codes.shape[0])
+        dots = dots + torch.where(columns == worst_for[:, None], -error, error)
+    scores = dots.float()
+    if not planes.has_bias_columns:
+        scores = scores - offset
+    # a NaN beats everything
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    by_group = scores.view(x.shape[0], -1, planes.group).amax(2)
+    best, groups = by_group.max(1)
+    others = by_group.scatter(1, groups[:, None], -torch.inf)
+    second = others.amax(1).clamp(min=0)
+
+    max_norm, max_low, max_rest = planes.norms[0].double()
+    norm = high + low + rest
+    error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
+    error = error + bound.products * norm * max_norm + bound.bias * max_norm**2
+    error = error + bound.distances * norm**2 + bound.tiny
+    return Screened(groups, best, second, error.nan_to_num(nan=torch.inf).float())
+
+
+def doubtful_rate(x: Tensor, codebook: Tensor, group: int) -> float:
+    planes = prepare_planes(codebook[None], group=group)
+    result = screen(x, planes, screen_bound(planes, 64 if group < 16 else 128))
+    return 1 - result.is_certified.float().mean().item()
+
+
+def main() -> None:
+    from vqtriton.clustering import kmeans
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for dim in (4, 8, 12, 16, 32, 64, 128, 256):
+        for size in (1024, 8192):
+            x = torch.randn(2000, dim)
+            cases = {"gaussian": torch.randn(size, dim)}
+            if size == 1024:
+                cases["k-means"] = kmeans(torch.randn(8 * size, dim), size, iters=5)
+            for name, codebook in cases.items():
+                rates = [f"{doubtful_rate(x, codebook, group):6.2%}" for group in (4, 8, 16)]
+                print(f"{name:9} D={dim:4} K={size:5} groups of 4, 8, 16: {' '.join(rates)}")
+
+
+if __name__ == "__main__":
+    main()

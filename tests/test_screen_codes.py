@@ -1,0 +1,348 @@
+"""The screen may refuse a row; a row that it certifies has its nearest code in its best group."""
+
+from __future__ import annotations
+
+import re
+
+import data
+import emulation
+import oracle
+import pytest
+import torch
+from conftest import INTERPRETED
+from emulation import Screened
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vqtriton.planes import (
+    BIAS_WEIGHTS,
+    PAD_CODES,
+    PAD_OFFSET,
+    column_order,
+    inner_size,
+    prepare_planes,
+    screen_bound,
+)
+
+pytest.importorskip("triton")
+from compiling import SHARED_LIMIT, TARGETS, compile_launch
+from screen_counts import counts, launches_of
+
+from vqtriton.kernels.screen_codes import (
+    ACCUMULATOR_ORDER,
+    ScreenCodesConfig,
+    choose_splits,
+    screen_codes,
+)
+
+HAS_GPU = torch.cuda.is_available()
+runs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not HAS_GPU, reason="needs a GPU or the interpreter"
+)
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+# either side of what is split, of the columns for the bias, and of the parts of the inner size
+DIMS = (1, 3, 4, 5, 8, 9, 12, 14, 16, 33, 64, 100, 150)
+SEEDS = st.integers(0, 2**32 - 1)
+SMALL = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)
+
+
+def near_ties(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Rows off the middle of two codes by every power of two from 1/2 to 2⁻²⁴."""
+    codebook = torch.randn(k, d)
+    a, b = codebook[torch.randint(k, (2, n))].double().unbind(0)
+    off = 2.0 ** -torch.randint(1, 25, (n, 1)).double()
+    return ((a + b) / 2 + (a - b) * off).float(), codebook
+
+
+def one_far_code(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """The bound is that of the longest code; all others are subnormal in fp16 beside it."""
+    codebook = torch.randn(k, d) * 1e-6
+    codebook[k // 2] = 1.0
+    return torch.randn(n, d) * 1e-6, codebook
+
+
+def cancelling(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Products that are large beside their sum."""
+    signs = (-1.0) ** torch.arange(d)
+    return 1 + torch.randn(n, d) * 1e-3, signs * (1 + torch.randn(k, d) * 1e-3)
+
+
+CASES = data.HARD | {f.__name__: f for f in (near_ties, one_far_code, cancelling)}
+
+
+def screen(
+    x: Tensor,
+    codebook: Tensor,
+    config: ScreenCodesConfig = SMALL,
+    splits: int | None = None,
+    order: tuple[int, int] = (4, 2),
+    group: int = 8,
+) -> Screened:
+    lanes, vec = order
+    planes = prepare_planes(codebook[None].to(DEVICE), group=group, lanes=lanes, vec=vec)
+    bound = screen_bound(planes, config.block_k)
+    out = screen_codes(x[None].to(DEVICE), planes, bound, splits=splits, config=config)
+    return Screened(*(t[0].cpu() for t in out))
+
+
+def check_certified(result: Screened, x: Tensor, codebook: Tensor, group: int = 8) -> None:
+    nearest = oracle.nearest_code(x, codebook)
+    wrong = result.is_certified & (result.groups != nearest // group)
+    assert not wrong.any()
+    assert not (result.is_certified & ~x.isfinite().all(1)).any()
+
+
+def check_agree(a: Screened, b: Screened) -> None:
+    """What both certify is in the same group."""
+    both = a.is_certified & b.is_certified
+    assert torch.equal(a.groups[both].long(), b.groups[both].long())
+
+
+# --- the arithmetic, without a kernel ---
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_worst_tensor_core_certifies_nothing_wrong(case: str, dim: int) -> None:
+    x, codebook = CASES[case](400, 100, dim)
+    planes = prepare_planes(codebook[None])
+    nearest = oracle.nearest_code(x, codebook)
+    for worst_for in (None, nearest):
+        result = emulation.screen(x, planes, screen_bound(planes, 64), worst_for)
+        check_certified(result, x, codebook)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_error_of_each_score_is_within_the_bound(dim: int) -> None:
+    for make in (data.gaussian, data.outside_the_hull, data.unit_norm, one_far_code, cancelling):
+        x, codebook = make(200, 64, dim)
+        # a group of one code each: every score can be seen
+        planes = prepare_planes(codebook[None], group=2, lanes=1, vec=2)
+        rows, *_ = emulation.row_planes(x, planes)
+        result = emulation.screen(x, planes, screen_bound(planes, 64))
+        got = rows @ planes.codes[0, :64].double().T
+        if not planes.has_bias_columns:
+            got = got - planes.offset[0, :64].double()
+        scale, mean = planes.scale[0].double(), planes.mean[0].double()
+        y, e = (x.double() - mean) * scale, (codebook.double() - mean) * scale
+        sqnorm = e.square().sum(1)
+        want = y @ e.T + (sqnorm.max() - sqnorm) / 2
+        assert ((got - want).abs() <= result.error.double()[:, None]).all()
+
+
+@pytest.mark.parametrize("dim", [4, 12, 64])
+def test_most_gaussian_rows_are_certified(dim: int) -> None:
+    x, codebook = data.gaussian(1000, 1024, dim)
+    assert emulation.doubtful_rate(x, codebook, 8) < 0.15
+
+
+# --- the planes ---
+
+
+@pytest.mark.parametrize(("group", "lanes", "vec"), [(8, 4, 2), (4, 8, 2), (16, 1, 2), (8, 2, 4)])
+def test_a_thread_holds_whole_groups(group: int, lanes: int, vec: int) -> None:
+    order = column_order(256, group, lanes, vec)
+    assert torch.equal(order.sort().values, torch.arange(256))
+    lane = torch.arange(256) // vec % lanes
+    for first in range(0, 256, group * lanes):
+        for one in range(lanes):
+            chunk = slice(first, first + group * lanes)
+            held = order[chunk][lane[chunk] == one]
+            assert torch.equal(held, torch.arange(group) + first + one * group)
+
+
+@pytest.mark.parametrize("dim", range(1, 400))
+def test_inner_size_holds_the_values_and_the_bias(dim: int) -> None:
+    inner, is_split, has_bias_columns = inner_size(dim)
+    assert inner >= 16
+    values = 4 * max(dim, 3) if is_split else dim + 3 * has_bias_columns
+    assert inner >= values
+    # no more than a third is padding once there is something to pad
+    assert dim < 12 or inner <= 1.5 * dim
+
+
+def test_planes_bound_their_residuals() -> None:
+    for dim in (3, 64):
+        codebook = torch.randn(2, 70, dim)
+        planes = prepare_planes(codebook)
+        assert planes.codes.shape == (2, PAD_CODES, inner_size(dim)[0])
+        assert planes.codes.is_contiguous()
+        exact = (codebook.double() - planes.mean[:, None].double()) * planes.scale[:, None, None]
+        assert 2**9 <= exact.abs().max() < 2**10
+        values = planes.codes[:, column_order(PAD_CODES, 8, 4, 2).argsort()].double()
+        if planes.is_split:
+            values = values.view(2, PAD_CODES, -1, 4)
+            assert torch.equal(values[..., 0], values[..., 2])
+            values = values[..., 0] + values[..., 1]
+        residual = (exact - values[:, :70, :dim]).norm(dim=2).amax(1)
+        assert (residual <= planes.norms[:, 2]).all()
+        assert (residual >= planes.norms[:, 2] * (1 - 1e-5)).all()
+        assert (exact.norm(dim=2).amax(1) <= planes.norms[:, 0]).all()
+
+
+def test_bias_columns_hold_the_offset() -> None:
+    planes = prepare_planes(torch.randn(1, 300, 12))
+    assert planes.has_bias_columns
+    bias = planes.codes[0, :, 12:15].double() @ torch.tensor(BIAS_WEIGHTS).double()
+    error = (bias + planes.offset[0].double()).abs()
+    assert (error <= 2**-24 * planes.norms[0, 0] ** 2 / 2).all()
+
+
+def test_padding_and_codes_that_are_not_finite_never_win() -> None:
+    codebook = torch.randn(1, 300, 16)
+    codebook[0, ::3, 0] = torch.nan
+    planes = prepare_planes(codebook)
+    order = column_order(512, 8, 4, 2)
+    is_code = (order < 300) & (order % 3 != 0)
+    assert (planes.offset[0, ~is_code] == PAD_OFFSET).all()
+    assert (planes.offset[0, is_code] <= 0).all()
+    assert planes.codes.isfinite().all()
+    assert (planes.codes[0, ~is_code] == 0).all()
+
+
+@given(programs=st.integers(1, 10**6), tiles=st.integers(1, 10**5), processors=st.integers(1, 200))
+def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> None:
+    splits = choose_splits(programs, tiles, processors)
+    assert 1 <= splits <= max(1, tiles // 4)
+    assert splits == 1 or splits * programs <= 2 * processors
+
+
+# --- the kernel, in the interpreter or on a GPU ---
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dim", [1, 4, 7, 12, 33, 64])
+def test_certifies_nothing_wrong(case: str, dim: int) -> None:
+    x, codebook = CASES[case](50, 150, dim)
+    result = screen(x, codebook)
+    check_certified(result, x, codebook)
+    planes = prepare_planes(codebook[None])
+    want = emulation.screen(x, planes, screen_bound(planes, SMALL.block_k))
+    check_agree(result, want)
+    # the same scores, up to half of what the bound allows both
+    finite = want.error < torch.inf
+    assert torch.equal(finite, result.error < torch.inf)
+    torch.testing.assert_close(result.error, want.error, rtol=1e-5, atol=0)
+    close = (result.best - want.best).abs() <= result.error
+    assert (close | (want.best <= 0))[finite].all()
+
+
+@pytest.mark.kernel
+@runs_kernels
+@given(
+    n=st.sampled_from([1, 15, 17, 33]),
+    k=st.sampled_from([1, 2, 8, 9, 63, 65, 255, 257, 300]),
+    d=st.sampled_from(DIMS),
+    case=st.sampled_from(sorted(CASES)),
+    block_k=st.sampled_from([64, 128, 256]),
+    order=st.sampled_from(sorted(ACCUMULATOR_ORDER.values())),
+    group=st.sampled_from([4, 8]),
+    splits=st.sampled_from([1, 2, 5]),
+    hold_rows=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(data.LAYOUTS),
+    seed=SEEDS,
+)
+def test_nothing_changes_a_certified_row(
+    n, k, d, case, block_k, order, group, splits, hold_rows, dtype, layout, seed
+) -> None:
+    torch.manual_seed(seed)
+    x, codebook = CASES[case](n, k, d)
+    x = x.to(dtype)
+    # rows of small D are four columns a dimension: there is nothing to stream
+    hold_rows = hold_rows or inner_size(d)[1]
+    config = ScreenCodesConfig(block_n=16, block_k=block_k, hold_rows=hold_rows, num_stages=1)
+    result = screen(data.with_layout(x, layout), codebook, config, splits, order, group)
+    check_certified(result, x, codebook, group)
+    check_agree(result, screen(x, codebook, SMALL, 1, group=group))
+    assert (result.groups >= 0).all()
+    assert (result.groups < -(-k // PAD_CODES) * PAD_CODES // group).all()
+
+
+@pytest.mark.kernel
+@runs_kernels
+def test_splits_change_no_bit() -> None:
+    x, codebook = data.gaussian(40, 1500, 16)
+    whole = screen(x, codebook, splits=1)
+    for splits in (2, 3, 7, 1000):
+        for a, b in zip(screen(x, codebook, splits=splits), whole, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.kernel
+@runs_kernels
+def test_one_bad_row_is_one_bad_row() -> None:
+    x, codebook = data.gaussian(40, 100, 16)
+    want = screen(x, codebook)
+    for bad in (torch.nan, torch.inf, -torch.inf, 3e38):
+        spoiled = x.clone()
+        spoiled[17, 3] = bad
+        got = screen(spoiled, codebook)
+        assert got.error[17] == torch.inf
+        others = torch.arange(40) != 17
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a[others], b[others])
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("splits", [1, 2])
+def test_heads_are_searched_apart(splits: int) -> None:
+    # float32 of other magnitudes for each head: a mean or scale of another head would show
+    x = torch.randn(3, 20, 12) * torch.tensor([1.0, 1e3, 1e-3])[:, None, None]
+    codebook = torch.randn(3, 300, 12) * torch.tensor([1.0, 1e3, 1e-3])[:, None, None]
+    planes = prepare_planes(codebook.to(DEVICE))
+    bound = screen_bound(planes, SMALL.block_k)
+    out = screen_codes(x.to(DEVICE), planes, bound, splits=splits, config=SMALL)
+    for head in range(3):
+        alone = screen(x[head], codebook[head])
+        assert alone.is_certified.any()
+        for a, b in zip(out, alone, strict=True):
+            assert torch.equal(a[head].cpu(), b)
+
+
+# --- the machine code ---
+
+COMPILED_DIMS = (4, 8, 12, 32, 64, 100, 128, 256, 512, 1024)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim", COMPILED_DIMS)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_fits_the_target(target: str, dim: int, layout: str) -> None:
+    launch = launches_of(target, dim, layout)[0]
+    result = compile_launch(launch, target)
+    assert result.spilled_bytes == 0
+    assert result.shared <= SHARED_LIMIT[target]
+    offsets = re.findall(r"tt\.addptr .*: (.*), (.*?)(?: loc.*)?$", result.ttir, re.M)
+    assert offsets
+    # an int32 offset wraps at 2**31 elements
+    assert {offset for _, offset in offsets if not offset.rstrip(">").endswith("i64")} <= {"i32"}
+    dots = re.findall(r"tt\.dot .*: tensor<\d+x(\d+)xf16> \* tensor<(\d+)x\d+xf16>", result.ttir)
+    assert dots
+    assert all(int(inner) >= 16 for pair in dots for inner in pair)
+    if target == "sm_90" and layout == "contiguous" and dim <= 64:
+        alu, everything = counts(launch, result, target)
+        assert alu <= 2.0
+        assert everything <= 3.6
+        assert result.registers <= 168
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("target", TARGETS)
+def test_merge_fits_the_target(target: str) -> None:
+    launch = launches_of(target, 64, splits=2)[1]
+    assert compile_launch(launch, target).spilled_bytes == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_sizes_are_not_part_of_the_program() -> None:
+    for launch in launches_of("sm_90", 64, splits=2):
+        for param in launch.kernel.params:
+            if param.name in ("N", "K", "codes_per_split", "splits"):
+                assert not param.is_constexpr
+                assert param.do_not_specialize
