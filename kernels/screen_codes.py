@@ -62,8 +62,10 @@ def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> Scr
         is_aligned: the rows can be loaded 16 bytes at a time; else each element has an address
             of its own, and those of wide rows do not fit into the registers.
     """
-    if not is_aligned and inner > min(128, HELD_INNER[target] // 2):
-        return ScreenCodesConfig(block_d=32, hold_rows=False, num_warps=8, num_stages=2)
+    if inner > 64 and not is_aligned:
+        # narrow, so that the addresses fit; sm_100 spills with 16
+        block_d = 32 if target == "sm_100" else 16
+        return ScreenCodesConfig(block_d=block_d, hold_rows=False, num_warps=8, num_stages=2)
     if inner > HELD_INNER[target]:
         # wide tiles: the rows are converted again for each of them
         is_small = target == "sm_80"
@@ -75,7 +77,7 @@ def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> Scr
             num_stages=3 if target in ("sm_90", "sm_100") else 2,
         )
     if inner > 64 or (inner > 32 and not is_aligned):
-        # with half as many elements a thread even strided rows fit into its registers
+        # half as many elements a thread
         return ScreenCodesConfig(block_k=128, num_warps=8, num_stages=2)
     return ScreenCodesConfig()
 

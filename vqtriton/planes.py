@@ -32,8 +32,8 @@ MAX_SPLIT_DIM = 8
 # The unit of accumulation on tensor cores, which truncate. Not measured on a GPU.
 ACCUMULATION_UNIT = 2.0**-22
 U32 = 2.0**-24
-# Underflow of squares and of their square roots: see docs/exactness.md.
-TINY = 2.0**-40
+# Underflow, most of all of the bias in fp16: see docs/exactness.md.
+TINY = 2.0**-20
 
 
 class CodePlanes(NamedTuple):
