@@ -241,8 +241,8 @@ def screen_codes_kernel(
     # before the loop: its registers are needed there
     if split == 0:
         max_norm = tl.load(norms_ptr + head * 3)
-        max_low = tl.load(norms_ptr + head * 3 + 1)
-        max_rest = tl.load(norms_ptr + head * 3 + 2)
+        max_low = tl.load(norms_ptr + (head * 3 + 1))
+        max_rest = tl.load(norms_ptr + (head * 3 + 2))
         high, low, rest = tl.sqrt(high_sq), tl.sqrt(low_sq), tl.sqrt(rest_sq)
         norm = high + low + rest
         error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
@@ -255,8 +255,8 @@ def screen_codes_kernel(
     # groups per lane of a tile
     NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
     position = tl.arange(0, NUM)
-    columns = tl.arange(0, BLOCK_K)
-    offs_full = columns.to(tl.int64)[None, :] * INNER + tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_full = columns[None, :] * INNER + tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
     best = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
     second = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
     tile = tl.zeros((BLOCK_N, LANES), tl.int32)
@@ -273,13 +273,11 @@ def screen_codes_kernel(
         scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         if HOLD_ROWS:
             for i in tl.static_range(FULL):
-                codes = tl.load(tile_ptr + i * BLOCK_D + offs_full)
+                codes = tl.load(tile_ptr + (i * BLOCK_D + offs_full))
                 scores = tl.dot(planes[i], codes, scores)
             if TAIL > 0:
-                offs_tail = (
-                    columns.to(tl.int64)[None, :] * INNER + tl.arange(0, TAIL).to(tl.int64)[:, None]
-                )
-                codes = tl.load(tile_ptr + FULL * BLOCK_D + offs_tail)
+                offs_tail = columns[None, :] * INNER + tl.arange(0, TAIL).to(tl.int64)[:, None]
+                codes = tl.load(tile_ptr + (FULL * BLOCK_D + offs_tail))
                 scores = tl.dot(planes[FULL], codes, scores)
         else:
             for start_d in range(0, INNER, BLOCK_D):
@@ -291,7 +289,7 @@ def screen_codes_kernel(
                 if BIAS_COLUMNS:
                     column = start_d + tl.arange(0, BLOCK_D) - D
                     plane = tl.where((column < 0)[None, :], plane, _bias_weights(column)[None, :])
-                codes = tl.load(tile_ptr + tl.cast(start_d, tl.int64) + offs_full)
+                codes = tl.load(tile_ptr + (tl.cast(start_d, tl.int64) + offs_full))
                 scores = tl.dot(plane, codes, scores)
         if not BIAS_COLUMNS:
             # a difference: a sum would become the accumulator's start, a move per score and one
