@@ -395,12 +395,18 @@ def screen_codes(
         splits = choose_splits(programs, tiles, processors)
     if max(heads, splits) > 65535:
         raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
+    chunk = planes.group * planes.lanes
+    if config.block_k % chunk or size % config.block_k:
+        raise ValueError(
+            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
+            f"divide the padded number of codes, {size}"
+        )
     block_d = min(config.block_d, inner)
     if not config.hold_rows:
         # a loop has tiles of one size
         block_d = min(block_d, inner & -inner)
     tail = inner % block_d
-    num = config.block_k // (planes.group * planes.lanes)
+    num = config.block_k // chunk
     tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
     splits = triton.cdiv(tiles, tiles_per_split)
 

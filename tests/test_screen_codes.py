@@ -274,6 +274,14 @@ def test_splits_change_no_bit() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("block_k", [32, 512])
+def test_tiles_that_do_not_fit_are_refused(block_k: int) -> None:
+    planes = prepare_planes(torch.randn(1, 40, 16), group=16)
+    config = ScreenCodesConfig(block_k=block_k)
+    with pytest.raises(ValueError, match=f"block_k is {block_k}"):
+        screen_codes(torch.randn(1, 4, 16), planes, (0.0,) * 4, config=config)
+
+
 @pytest.mark.kernel
 @runs_kernels
 def test_one_bad_row_is_one_bad_row() -> None:
