@@ -82,6 +82,12 @@ def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> Scr
     return ScreenCodesConfig()
 
 
+def rows_are_aligned(x: Tensor) -> bool:
+    """As Triton sees it: a stride of one is known, of others whether 16 divides them."""
+    strides_are_aligned = all(stride % 16 == 0 for stride in (*x.stride()[:-1], x.data_ptr()))
+    return x.stride(-1) == 1 and strides_are_aligned
+
+
 def choose_splits(programs: int, tiles: int, processors: int) -> int:
     """Parts of the codes, so that each processor gets two programs if the rows do not suffice."""
     # a part of fewer than four tiles is mostly prologue
@@ -162,9 +168,12 @@ def _split_rows(
         low_sq = tl.sum(low.to(tl.float32) * low.to(tl.float32), 1)
         # four columns a dimension, so that a thread puts them together without moving data
         weights = tl.broadcast_to(_bias_weights(offs_d)[None, :], (BLOCK_N, DIMS))
-        plane = tl.join(tl.join(low, high), tl.join(high, weights))
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        plane = tl.join(tl.join(low, high), tl.join(high, weights.to(tl.float32)))
         # axes: dimension, then which of a pair, then which pair
         plane = tl.reshape(tl.permute(plane, (0, 1, 3, 2)), (BLOCK_N, WIDTH))
+        # fp16 last: a reshape next to the dot breaks Triton 3.6.0 on sm_100, "Illegal shared layout"
+        plane = plane.to(tl.float16)
     else:
         plane = high
         low_sq = tl.zeros((BLOCK_N,), tl.float32)
@@ -382,10 +391,7 @@ def screen_codes(
     """
     heads, num_rows, dim = x.shape
     size, inner = planes.codes.shape[1:]
-    # as Triton will see it: strides of one are known, of others whether 16 divides them
-    is_aligned = x.stride(2) == 1 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
-    is_aligned = is_aligned and x.data_ptr() % 16 == 0
-    config = config or screen_codes_config(architecture(x.device), inner, is_aligned)
+    config = config or screen_codes_config(architecture(x.device), inner, rows_are_aligned(x))
     tiles = triton.cdiv(size, config.block_k)
     if splits is None:
         programs = heads * triton.cdiv(num_rows, config.block_n)
@@ -467,5 +473,6 @@ def screen_codes(
             splits,
             BLOCK_N=config.merge_block_n,
             num_warps=4,
+            enable_fp_fusion=False,
         )
     return merged[0], merged[1], merged[2], error

@@ -46,7 +46,7 @@ def launches_of(
     x = torch.zeros(1, 256, dim, dtype=dtype)
     if layout == "strided":
         x = torch.zeros(1, dim, 255, dtype=dtype).transpose(1, 2)
-    config = module.screen_codes_config(kind, inner_size(dim)[0], layout == "contiguous")
+    config = module.screen_codes_config(kind, inner_size(dim)[0], module.rows_are_aligned(x))
     fields = {k: getattr(config, k) for k in config.__dataclass_fields__} | changes
     config = module.ScreenCodesConfig(**fields)
     launches: list[Launch] = []

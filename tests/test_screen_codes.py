@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import INTERPRETED
 from emulation import Screened
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -251,6 +251,8 @@ def test_certifies_nothing_wrong(case: str, dim: int) -> None:
 def test_nothing_changes_a_certified_row(
     n, k, d, case, block_k, order, group, splits, hold_rows, dtype, layout, seed
 ) -> None:
+    # Triton's interpreter widens these wrongly
+    assume(not (INTERPRETED and dtype == torch.bfloat16 and case == "subnormal"))
     torch.manual_seed(seed)
     x, codebook = CASES[case](n, k, d)
     x = x.to(dtype)
