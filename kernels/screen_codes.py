@@ -172,8 +172,7 @@ def _split_rows(
         plane = tl.join(tl.join(low, high), tl.join(high, weights.to(tl.float32)))
         # axes: dimension, then which of a pair, then which pair
         plane = tl.reshape(tl.permute(plane, (0, 1, 3, 2)), (BLOCK_N, WIDTH))
-        # fp16 last: with the reshape next to the dot, Triton 3.6.0 fails on sm_100
-        # ("Illegal shared layout")
+        # fp16 last: Triton 3.6.0 fails on sm_100 with the reshape next to the dot
         plane = plane.to(tl.float16)
     else:
         plane = high
