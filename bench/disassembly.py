@@ -162,7 +162,7 @@ class Disassembly:
                 return frozenset(kind)
         raise ValueError("there is no multiplication in this kernel")
 
-    def hot_loop(self, pairs: float, inner: int) -> HotLoop:
+    def hot_loop(self, pairs: float, inner: int) -> HotLoop | None:
         """The loop over the codes, with the loops inside it counted as often as they run.
 
         How often they run is not in the machine code, and a compiler may unroll either loop. But a
@@ -174,6 +174,10 @@ class Disassembly:
         Args:
             pairs: of (row, code) that a thread deals with in one iteration, as written.
             inner: products of a pair, padding included.
+
+        Returns:
+            None if its products cannot be counted, as with tcgen05 (sm_100): the loop may hold parts
+            of several tiles, and nothing says of how many.
 
         Raises:
             ValueError: no loop has the products, they do not come out even, or they are made in
@@ -198,8 +202,7 @@ class Disassembly:
         products = self.multiply_adds(hot.blocks, self.kind)
         counts: Counter[str] | dict[str, float] = self.count(hot.blocks)
         if products == 0:
-            # MMAs that do not tell their shape: nothing to check by
-            return HotLoop(dict(counts), pairs)
+            return None
         times = products / (pairs * inner)
         if times > 0.99:
             pairs *= round(times)

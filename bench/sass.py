@@ -116,8 +116,8 @@ def compile_all(kernels: Iterable[Kernel] = KERNELS, targets: Iterable[str] = TA
     return [
         compile_row(kernel, dim, config, launch, target)
         for kernel in kernels
-        for (dim, config), launch in kernel.launches().items()
         for target in targets
+        for (dim, config), launch in kernel.launches(target).items()
     ]
 
 
@@ -132,8 +132,9 @@ def compile_row(kernel: Kernel, dim: int, config: str, launch: Launch, target: s
             loop = Disassembly(compiled.assembly).hot_loop(pairs, kernel.work(launch.values).inner)
         except ValueError as error:
             raise ValueError(f"{kernel.name}, D={dim}, {config}, {target}: {error}") from error
-        counts = {name: loop.counts.get(name, 0) for name in per_pair} | {"total": loop.total}
-        per_pair = {name: round(count / loop.pairs, 3) for name, count in counts.items()}
+        if loop is not None:
+            counts = {name: loop.counts.get(name, 0) for name in per_pair} | {"total": loop.total}
+            per_pair = {name: round(count / loop.pairs, 3) for name, count in counts.items()}
     return {
         "kernel": kernel.name,
         "D": dim,
@@ -239,7 +240,7 @@ def floor_table(rows: Iterable[Row]) -> str:
     for kernel in KERNELS:
         if not kernel.takes_all_rows or kernel.work is None:
             continue
-        for (dim, config), launch in kernel.launches().items():
+        for (dim, config), launch in kernel.launches("sm_90").items():
             row = counted.get((kernel.name, dim, config))
             for shape in SHAPES:
                 if row is None or shape.dim != dim:

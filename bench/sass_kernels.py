@@ -14,7 +14,8 @@ import torch
 
 from bench.compiling import Launch, launches_of
 from bench.machines import Work
-from vqtriton.kernels import code_sums, gather_codes, nearest_code
+from vqtriton.kernels import code_sums, gather_codes, nearest_code, screen_codes
+from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound, prepare_codebook
 
 NUM_ROWS, CODEBOOK_SIZE = 48, 40
@@ -37,8 +38,8 @@ class Kernel:
 
     # of the jitted function, without its _kernel
     name: str
-    # runs the launcher on x, [48, D]; launches of other kernels are passed over
-    record: Callable[[torch.Tensor], list[Launch]]
+    # runs the launcher on x, [48, D], for a target; launches of other kernels are passed over
+    record: Callable[[torch.Tensor, str], list[Launch]]
     # D and dtype of x
     inputs: tuple[tuple[int, torch.dtype], ...]
     # (row, code) pairs that a CTA deals with in one iteration of its loop over the codes, as
@@ -50,11 +51,11 @@ class Kernel:
     # whether it goes through all rows and codes, so that it alone is a floor under a search
     takes_all_rows: bool = False
 
-    def launches(self) -> dict[tuple[int, str], Launch]:
+    def launches(self, target: str) -> dict[tuple[int, str], Launch]:
         """Launches by D and configuration."""
         found = {}
         for dim, dtype in self.inputs:
-            for launch in self.record(torch.zeros(NUM_ROWS, dim, dtype=dtype)):
+            for launch in self.record(torch.zeros(NUM_ROWS, dim, dtype=dtype), target):
                 if launch.name == self.name:
                     found[dim, configuration(launch, dtype)] = launch
         if not found:
@@ -78,7 +79,7 @@ def codebook_of(dim: int) -> torch.Tensor:
     return torch.randn(CODEBOOK_SIZE, dim, generator=torch.Generator().manual_seed(0))
 
 
-def record_nearest_code(x: torch.Tensor) -> list[Launch]:
+def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
     codebook = codebook_of(x.shape[1])
     return launches_of(
         nearest_code,
@@ -91,14 +92,36 @@ def record_nearest_code(x: torch.Tensor) -> list[Launch]:
     )
 
 
-def record_gather_codes(x: torch.Tensor) -> list[Launch]:
+def record_gather_codes(x: torch.Tensor, target: str) -> list[Launch]:
     indices = torch.zeros(x.shape[0], dtype=torch.int64)
     return launches_of(gather_codes, gather_codes.gather_codes, x, codebook_of(x.shape[1]), indices)
 
 
-def record_code_sums(x: torch.Tensor) -> list[Launch]:
+def record_code_sums(x: torch.Tensor, target: str) -> list[Launch]:
     indices = torch.zeros(x.shape[0], dtype=torch.int64)
     return launches_of(code_sums, code_sums.code_sums, x, indices, CODEBOOK_SIZE)
+
+
+def record_screen_codes(x: torch.Tensor, target: str) -> list[Launch]:
+    """As it is launched on the target; the codes are in two parts, so that they are merged."""
+    # consumer Blackwell multiplies as Ampere does
+    kind = {"sm_120": "sm_80"}.get(target, target)
+    lanes, vec = screen_codes.ACCUMULATOR_ORDER[kind]
+    config = screen_codes.screen_codes_config(
+        kind, inner_size(x.shape[1])[0], screen_codes.rows_are_aligned(x[None])
+    )
+    # of two tiles at least
+    codebook = codebook_of(x.shape[1]).repeat(8, 1)
+    planes = prepare_planes(codebook[None], lanes=lanes, vec=vec)
+    return launches_of(
+        screen_codes,
+        screen_codes.screen_codes,
+        x[None],
+        planes,
+        screen_bound(planes, config.block_k),
+        splits=2,
+        config=config,
+    )
 
 
 def block_of_pairs(values: Values) -> int:
@@ -109,6 +132,12 @@ def screen_work(values: Values) -> Work:
     blocks_d = -(-values["D"] // values["BLOCK_D"])
     code_bytes = values["codes_ptr"].element_size() * values["D"]
     return Work(values["BLOCK_N"], code_bytes, blocks_d * values["BLOCK_D"], uses_mma=False)
+
+
+def screen_codes_work(values: Values) -> Work:
+    offset_bytes = 0 if values["BIAS_COLUMNS"] else values["offset_ptr"].element_size()
+    code_bytes = values["codes_ptr"].element_size() * values["INNER"] + offset_bytes
+    return Work(values["BLOCK_N"], code_bytes, values["INNER"], uses_mma=True)
 
 
 def resolve_work(values: Values) -> Work:
@@ -146,6 +175,16 @@ KERNELS = (
         resolve_work,
         (Limit("sm_90", 64, THREE_CTAS),),
     ),
+    Kernel(
+        "screen_codes",
+        record_screen_codes,
+        tuple((dim, torch.float32) for dim in (4, 8, 12, 32, 64, 128, 256, 512, 1024)),
+        block_of_pairs,
+        screen_codes_work,
+        tuple(Limit("sm_90", dim, TENSOR_CORE_SCREEN) for dim in (4, 8, 12, 32, 64)),
+        takes_all_rows=True,
+    ),
+    Kernel("merge_splits", record_screen_codes, ((64, torch.float32),)),
     Kernel("gather_codes", record_gather_codes, ((64, torch.float32), (512, torch.float16))),
     Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),
     Kernel("combine", record_code_sums, ((64, torch.float32),)),
