@@ -176,8 +176,8 @@ class Disassembly:
             inner: products of a pair, padding included.
 
         Returns:
-            None if its products cannot be counted, as with tcgen05 (sm_100): the loop may hold parts
-            of several tiles, and nothing says of how many.
+            None if its products cannot be counted, as with tcgen05 (sm_100): the loop may hold
+            parts of several tiles, and nothing says of how many.
 
         Raises:
             ValueError: no loop has the products, they do not come out even, or they are made in

@@ -151,6 +151,8 @@ class Work:
     inner: int
     # whether tensor cores make the products
     uses_mma: bool
+    # bytes of rows that are streamed with each code, where a CTA cannot hold its rows
+    row_bytes: float = 0.0
 
 
 def floors(
@@ -159,7 +161,8 @@ def floors(
     """Least milliseconds of a search, by what it would wait for; the largest is the floor.
 
     memory: x in and quantized out, 2 bytes an element each, 4 bytes of index, the codes once.
-    dot: the products on tensor cores. L2: the codes, once for each block of rows.
+    dot: the products on tensor cores. L2: the codes, once for each block of rows, and the rows that
+    are read again.
     alu, issue: instructions per pair, over lanes per clock; the FMA pipe has as many lanes as are
     issued, so that issue is its floor too.
     """
@@ -170,7 +173,7 @@ def floors(
     seconds = {
         "memory": (shape.num_rows * (4 * shape.dim + 4) + codes) / machine.memory,
         "dot": 2 * pairs * work.inner / machine.dot if work.uses_mma else 0.0,
-        "L2": blocks * codes / machine.l2,
+        "L2": blocks * (codes + shape.codebook_size * work.row_bytes) / machine.l2,
         "alu": pairs * alu_per_pair / (machine.alu * clocks),
         "issue": pairs * total_per_pair / (machine.issue * clocks),
     }

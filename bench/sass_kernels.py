@@ -137,7 +137,11 @@ def screen_work(values: Values) -> Work:
 def screen_codes_work(values: Values) -> Work:
     offset_bytes = 0 if values["BIAS_COLUMNS"] else values["offset_ptr"].element_size()
     code_bytes = values["codes_ptr"].element_size() * values["INNER"] + offset_bytes
-    return Work(values["BLOCK_N"], code_bytes, values["INNER"], uses_mma=True)
+    # of 2 bytes an element, as the floor of the memory has it; once for each tile of codes
+    row_bytes = 2 * values["BLOCK_N"] * values["D"] / values["BLOCK_K"]
+    if values["HOLD_ROWS"]:
+        row_bytes = 0.0
+    return Work(values["BLOCK_N"], code_bytes, values["INNER"], uses_mma=True, row_bytes=row_bytes)
 
 
 def resolve_work(values: Values) -> Work:

@@ -237,6 +237,20 @@ def test_floors_are_those_of_the_design(shape, expected) -> None:
     assert least["issue"] == pytest.approx(least["alu"] * 3.5 / 1.91 / 2)
 
 
+def test_streamed_rows_are_read_for_each_tile_of_codes() -> None:
+    kernel = next(kernel for kernel in kernels.KERNELS if kernel.name == "screen_codes")
+    works = {
+        dim: kernel.work(launch.values) for (dim, _), launch in kernel.launches("sm_90").items()
+    }
+    # of 128 rows, 2 bytes an element, for 256 codes
+    assert works[512].row_bytes == 128 * 512 * 2 / 256
+    assert works[64].row_bytes == 0
+    shape = machines.Shape(128, 256, 512)
+    least = machines.floors(shape, works[512], alu_per_pair=1, total_per_pair=1)
+    codes, rows = 256 * (512 * 2 + 4), 128 * 512 * 2
+    assert least["L2"] == pytest.approx(1e3 * (codes + rows) / machines.H100.l2)
+
+
 def test_stored_figures_pass() -> None:
     assert {row["triton"] for row in STORED} == set(sass.VERSIONS)
     assert {row["target"] for row in STORED} == set(sass.TARGETS)
