@@ -143,6 +143,17 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"argument --batch-size: {args.batch_size}; not a multiple of {ranks} ranks")
     if args.limit is not None and args.limit < ranks:
         parser.error(f"argument --limit: {args.limit}; it must be at least the {ranks} ranks")
+    check_places(parser, args)
+    try:
+        vq = vqtriton.VectorQuantize(**args.quantizer).to(args.device).eval()
+        # whether its backend works on this device
+        vq(torch.zeros(1, args.dim, 1, 1, device=args.device))
+    except (TypeError, ValueError, RuntimeError) as error:
+        parser.error(f"quantizer: {str(error).splitlines()[0]}")
+
+
+def check_places(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The same for where data come from, and where work and results go."""
     if args.data_dir is not None and not args.data_dir.is_dir():
         parser.error(f"argument --data-dir: {args.data_dir} is not a folder")
     try:
@@ -154,12 +165,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.device = tensor.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         parser.error(f"argument --device: {str(error).splitlines()[0]}")
-    try:
-        vq = vqtriton.VectorQuantize(**args.quantizer).to(args.device).eval()
-        # whether its backend works on this device
-        vq(torch.zeros(1, args.dim, 1, 1, device=args.device))
-    except (TypeError, ValueError, RuntimeError) as error:
-        parser.error(f"quantizer: {str(error).splitlines()[0]}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         # whether it can be written to

@@ -37,7 +37,7 @@ from checkpoints import load_checkpoint, save_checkpoint, write_atomically
 from mnist_data import CLASS_NAMES, load
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_args import flag
+from train_args import check_places, flag
 from vqvae import VQVAE
 
 import vqtriton
@@ -247,19 +247,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"argument {flag(name)}: {value}; it must be in [{low}, {high})")
     if args.width % args.heads:
         parser.error(f"argument --width: {args.width}; not a multiple of {args.heads} heads")
-    if args.data_dir is not None and not args.data_dir.is_dir():
-        parser.error(f"argument --data-dir: {args.data_dir} is not a folder")
-    try:
-        tensor = torch.zeros(1, device=args.device)
-        # the device "meta" makes tensors but no values
-        tensor.item()
-        args.device = tensor.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"argument --device: {str(error).splitlines()[0]}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
+    check_places(parser, args)
 
 
 def build_parser() -> argparse.ArgumentParser:
