@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.row_planes import row_error, row_planes, tile_scores
+
 
 @dataclass(frozen=True)
 class ScreenCodesConfig:
@@ -96,12 +98,6 @@ def choose_splits(programs: int, tiles: int, processors: int) -> int:
 
 
 @triton.jit
-def _to_plane(y):
-    """fp16 with subnormals as zeros, so that it does not matter whether hardware flushes them."""
-    return tl.where(tl.abs(y) < 0.00006103515625, 0.0, y).to(tl.float16)
-
-
-@triton.jit
 def _halves(a, ROWS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(a, (ROWS, HALF, 2, LANES)), (0, 1, 3, 2)))
 
@@ -120,69 +116,6 @@ def _two_best(a, ROWS: tl.constexpr, NUM: tl.constexpr, LOG_NUM: tl.constexpr, L
     return tl.reshape(best, (ROWS, LANES)), tl.reshape(second, (ROWS, LANES))
 
 
-@triton.jit
-def _bias_weights(column):
-    """`vqtriton.planes.BIAS_WEIGHTS` for the columns of a bias, zeros behind them."""
-    weights = tl.where(column == 0, 32768.0, 0.0)
-    weights = tl.where(column == 1, 16.0, weights)
-    weights = tl.where(column == 2, 0.0078125, weights)
-    return weights.to(tl.float16)
-
-
-@triton.jit
-def _load_rows(
-    x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D: tl.constexpr, DIMS: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """y = scale·(x − mean), [BLOCK_N, DIMS] fp32, from dimension ``start_d`` on."""
-    offs_d = (start_d + tl.arange(0, DIMS)).to(tl.int64)
-    x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
-    if EVEN:
-        x = tl.load(x_ptrs)
-        mean = tl.load(mean_ptr + offs_d)
-    else:
-        x = tl.load(x_ptrs, mask=(offs_d < D)[None, :], other=0.0)
-        mean = tl.load(mean_ptr + offs_d, mask=offs_d < D, other=0.0)
-    return (x.to(tl.float32) - mean[None, :]) * scale
-
-
-@triton.jit
-def _split_rows(
-    x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Inner columns of the rows' plane, from ``start_d`` on, and three sums of squares.
-
-    Returns:
-        plane [BLOCK_N, WIDTH] fp16; [BLOCK_N] fp32 sums of squares of its high parts, of its low
-        parts and of what neither holds.
-    """
-    DIMS: tl.constexpr = WIDTH // 4 if SPLIT else WIDTH
-    y = _load_rows(x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D, DIMS, EVEN)
-    high = _to_plane(y)
-    rest = y - high.to(tl.float32)
-    high_sq = tl.sum(high.to(tl.float32) * high.to(tl.float32), 1)
-    offs_d = start_d + tl.arange(0, DIMS)
-    if SPLIT:
-        low = _to_plane(rest)
-        rest -= low.to(tl.float32)
-        low_sq = tl.sum(low.to(tl.float32) * low.to(tl.float32), 1)
-        # four columns a dimension, so that a thread puts them together without moving data
-        weights = tl.broadcast_to(_bias_weights(offs_d)[None, :], (BLOCK_N, DIMS))
-        low, high = low.to(tl.float32), high.to(tl.float32)
-        plane = tl.join(tl.join(low, high), tl.join(high, weights.to(tl.float32)))
-        # axes: dimension, then which of a pair, then which pair
-        plane = tl.reshape(tl.permute(plane, (0, 1, 3, 2)), (BLOCK_N, WIDTH))
-        # fp16 last: Triton 3.6.0 fails on sm_100 with the reshape next to the dot
-        plane = plane.to(tl.float16)
-    else:
-        plane = high
-        low_sq = tl.zeros((BLOCK_N,), tl.float32)
-        if BIAS_COLUMNS and not EVEN:
-            plane = tl.where((offs_d < D)[None, :], plane, _bias_weights(offs_d - D)[None, :])
-    return plane, high_sq, low_sq, tl.sum(rest * rest, 1)
-
-
 # a program must not be compiled for each batch size
 @triton.jit(do_not_specialize=["N", "K", "codes_per_split"])
 def screen_codes_kernel(
@@ -191,11 +124,12 @@ def screen_codes_kernel(
     offset_ptr,         # [H, K] fp32, (‖e_k‖² − E²)/2, in the order of the columns
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
-    norms_ptr,          # [H, 3] fp32: the largest norm of a code, of its low part, of its residual
+    norms_ptr,          # [H, 4] fp32: the largest norm of a code, of its low part, of its residual
     groups_ptr,         # [splits, H, N] int32, out
     best_ptr,           # [splits, H, N] fp32, out
     second_ptr,         # [splits, H, N] fp32, out
     error_ptr,          # [H, N] fp32, out
+    row_scale_ptr,      # [H, N] fp32, out
     bound_products, bound_bias, bound_distances, bound_tiny,
     N, K, codes_per_split, stride_xh, stride_xn, stride_xd,
     D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
@@ -213,60 +147,23 @@ def screen_codes_kernel(
     mean_ptr += head * D
     scale = tl.load(scale_ptr + head)
 
-    high_sq = tl.zeros((BLOCK_N,), tl.float32)
-    low_sq = tl.zeros((BLOCK_N,), tl.float32)
-    rest_sq = tl.zeros((BLOCK_N,), tl.float32)
-    FULL: tl.constexpr = INNER // BLOCK_D
-    planes = ()
-    if HOLD_ROWS:
-        for i in tl.static_range(FULL):
-            plane, high, low, rest = _split_rows(
-                x_rows_ptr, mean_ptr, scale, i * BLOCK_D, stride_xd,
-                D, SPLIT, BIAS_COLUMNS, BLOCK_N, BLOCK_D, (i + 1) * BLOCK_D <= D,
-            )  # fmt: skip
-            # ruff's form of this is not one that Triton takes
-            planes = planes + (plane,)  # noqa: RUF005
-            high_sq += high
-            low_sq += low
-            rest_sq += rest
-        if TAIL > 0:
-            plane, high, low, rest = _split_rows(
-                x_rows_ptr, mean_ptr, scale, FULL * BLOCK_D, stride_xd,
-                D, SPLIT, BIAS_COLUMNS, BLOCK_N, TAIL, FULL * BLOCK_D + TAIL <= D,
-            )  # fmt: skip
-            # ruff's form of this is not one that Triton takes
-            planes = planes + (plane,)  # noqa: RUF005
-            high_sq += high
-            low_sq += low
-            rest_sq += rest
-    else:
-        for start_d in range(0, INNER, BLOCK_D):
-            _, high, low, rest = _split_rows(
-                x_rows_ptr, mean_ptr, scale, start_d, stride_xd,
-                D, False, False, BLOCK_N, BLOCK_D, INNER == D,
-            )  # fmt: skip
-            high_sq += high
-            rest_sq += rest
+    planes, row_scale, ratio, high, low, rest = row_planes(
+        x_rows_ptr, mean_ptr, scale, stride_xd,
+        D, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL,
+    )  # fmt: skip
 
     # before the loop: its registers are needed there
     if split == 0:
-        max_norm = tl.load(norms_ptr + head * 3)
-        max_low = tl.load(norms_ptr + (head * 3 + 1))
-        max_rest = tl.load(norms_ptr + (head * 3 + 2))
-        high, low, rest = tl.sqrt(high_sq), tl.sqrt(low_sq), tl.sqrt(rest_sq)
-        norm = high + low + rest
-        error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
-        error += bound_products * norm * max_norm + bound_bias * max_norm * max_norm
-        error += bound_distances * norm * norm + bound_tiny
-        # NaN, from a row that is not finite or overflows
-        error = tl.where(error < float("inf"), error, float("inf"))
+        error = row_error(
+            high, low, rest, ratio, norms_ptr + head * 4,
+            bound_products, bound_bias, bound_distances, bound_tiny,
+        )  # fmt: skip
         tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
+        tl.store(row_scale_ptr + head * N + offs_n, row_scale, mask=row_mask)
 
     # groups per lane of a tile
     NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
     position = tl.arange(0, NUM)
-    columns = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_full = columns[None, :] * INNER + tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
     best = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
     second = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
     tile = tl.zeros((BLOCK_N, LANES), tl.int32)
@@ -279,32 +176,10 @@ def screen_codes_kernel(
     for start in range(first, last, BLOCK_K):
         # of the whole tile: else the loads do not know that they are aligned
         start_k = tl.multiple_of(tl.cast(start, tl.int64), BLOCK_K)
-        tile_ptr = codes_ptr + start_k * INNER
-        scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        if HOLD_ROWS:
-            for i in tl.static_range(FULL):
-                codes = tl.load(tile_ptr + (i * BLOCK_D + offs_full))
-                scores = tl.dot(planes[i], codes, scores)
-            if TAIL > 0:
-                offs_tail = columns[None, :] * INNER + tl.arange(0, TAIL).to(tl.int64)[:, None]
-                codes = tl.load(tile_ptr + (FULL * BLOCK_D + offs_tail))
-                scores = tl.dot(planes[FULL], codes, scores)
-        else:
-            for start_d in range(0, INNER, BLOCK_D):
-                # subnormals stay: their residual was measured as if they were flushed
-                y = _load_rows(
-                    x_rows_ptr, mean_ptr, scale, start_d, stride_xd, D, BLOCK_D, INNER == D
-                )
-                plane = y.to(tl.float16)
-                if BIAS_COLUMNS:
-                    column = start_d + tl.arange(0, BLOCK_D) - D
-                    plane = tl.where((column < 0)[None, :], plane, _bias_weights(column)[None, :])
-                codes = tl.load(tile_ptr + (tl.cast(start_d, tl.int64) + offs_full))
-                scores = tl.dot(plane, codes, scores)
-        if not BIAS_COLUMNS:
-            # a difference: a sum would become the accumulator's start, a move per score and one
-            # more term for the tensor cores to truncate
-            scores -= tl.load(offset_ptr + start_k + columns)[None, :]
+        scores = tile_scores(
+            planes, x_rows_ptr, mean_ptr, row_scale, ratio, codes_ptr, offset_ptr, start_k,
+            stride_xd, D, INNER, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_K, BLOCK_D, TAIL,
+        )  # fmt: skip
 
         # the columns are ordered so that a thread holds whole groups on the targets it was chosen
         # for; on others the same reductions move data between threads
@@ -372,7 +247,7 @@ def screen_codes(
     *,
     splits: int | None = None,
     config: ScreenCodesConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Best group of codes of each row, with what a certificate needs.
 
     The nearest code of a row is in its group if ``best - second > 2 * error``; such a row is
@@ -387,8 +262,9 @@ def screen_codes(
         config: tiles.
 
     Returns:
-        groups [H, N] int32 (codes ``group * planes.group`` and up), best, second and error
-        [H, N] float32; error is +inf for a row that is not finite or overflows.
+        groups [H, N] int32 (codes ``group * planes.group`` and up), best, second, error and
+        row_scale [H, N] float32; error is +inf for a row that is not finite or overflows, scores
+        are in units of ``scale * row_scale``.
     """
     heads, num_rows, dim = x.shape
     size, inner = planes.codes.shape[1:]
@@ -422,6 +298,7 @@ def screen_codes(
     best = torch.empty(shape, dtype=torch.float32, device=x.device)
     second = torch.empty(shape, dtype=torch.float32, device=x.device)
     error = torch.empty(shape[1:], dtype=torch.float32, device=x.device)
+    row_scale = torch.empty_like(error)
     limits = {}
     if config.max_registers and not torch.version.hip:
         limits = {"maxnreg": config.max_registers}
@@ -438,6 +315,7 @@ def screen_codes(
             best,
             second,
             error,
+            row_scale,
             *bound,
             num_rows,
             size,
@@ -463,7 +341,7 @@ def screen_codes(
             **limits,
         )
         if splits == 1:
-            return groups[0], best[0], second[0], error
+            return groups[0], best[0], second[0], error, row_scale
         merged = [torch.empty_like(t[0]) for t in (groups, best, second)]
         merge_splits_kernel[(triton.cdiv(heads * num_rows, config.merge_block_n),)](
             groups,
@@ -476,4 +354,4 @@ def screen_codes(
             num_warps=4,
             enable_fp_fusion=False,
         )
-    return merged[0], merged[1], merged[2], error
+    return merged[0], merged[1], merged[2], error, row_scale

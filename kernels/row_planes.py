@@ -1,0 +1,214 @@
+"""Rows as fp16 planes, and their scores against a tile of codes: shared by screen and rescue.
+
+The names follow vqtriton/planes.py, which prepares the codes. Here y = row_scale·(x − mean), where
+the scale of a row is that of the codes, or as much less as it takes to stay within fp16. Scores are
+scaled likewise: y·e_k + ratio·(E² − ‖e_k‖²)/2, ratio = row_scale / scale.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _to_plane(y):
+    """fp16 with subnormals as zeros, so that it does not matter whether hardware flushes them."""
+    return tl.where(tl.abs(y) < 0.00006103515625, 0.0, y).to(tl.float16)
+
+
+@triton.jit
+def _bias_weights(column, ratio):
+    """`vqtriton.planes.BIAS_WEIGHTS` for the columns of a bias, zeros behind them.
+
+    column [C], ratio [R] -> [R, C] fp16.
+    """
+    weights = tl.where(column == 0, 32768.0, 0.0)
+    weights = tl.where(column == 1, 16.0, weights)
+    weights = tl.where(column == 2, 0.0078125, weights)
+    return _to_plane(weights[None, :] * ratio[:, None])
+
+
+@triton.jit
+def _load_rows(
+    x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D: tl.constexpr, DIMS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """y, [BLOCK_N, DIMS] fp32, from dimension ``start_d`` on."""
+    offs_d = (start_d + tl.arange(0, DIMS)).to(tl.int64)
+    x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
+    if EVEN:
+        x = tl.load(x_ptrs)
+        mean = tl.load(mean_ptr + offs_d)
+    else:
+        x = tl.load(x_ptrs, mask=(offs_d < D)[None, :], other=0.0)
+        mean = tl.load(mean_ptr + offs_d, mask=offs_d < D, other=0.0)
+    return (x.to(tl.float32) - mean[None, :]) * row_scale[:, None]
+
+
+@triton.jit
+def _choose_scale(
+    x_rows_ptr, mean_ptr, scale, stride_xd, D: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIMS: tl.constexpr,
+):  # fmt: skip
+    """row_scale and ratio, [BLOCK_N] fp32, powers of two: |y| < 2¹⁵."""
+    ones = tl.full((BLOCK_N,), 1.0, tl.float32)
+    largest = tl.zeros((BLOCK_N,), tl.int32)
+    for start_d in range(0, D, DIMS):
+        y = _load_rows(x_rows_ptr, mean_ptr, ones, start_d, stride_xd, D, DIMS, D % DIMS == 0)
+        # as integers NaN is the largest
+        largest = tl.maximum(largest, tl.max(tl.abs(y).to(tl.int32, bitcast=True), 1))
+    # biased exponents: largest < 2^((largest >> 23) − 126)
+    exponent = tl.cast(scale, tl.int32, bitcast=True) >> 23
+    row_exponent = tl.minimum(exponent, 268 - (largest >> 23))
+    ratio_exponent = tl.maximum(row_exponent - exponent + 127, 0)
+    row_scale = (row_exponent << 23).to(tl.float32, bitcast=True)
+    return row_scale, (ratio_exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split_rows(
+    x_rows_ptr, mean_ptr, row_scale, ratio, start_d, stride_xd, D: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Inner columns of the rows' plane, from ``start_d`` on, and three sums of squares.
+
+    Returns:
+        plane [BLOCK_N, WIDTH] fp16; [BLOCK_N] fp32 sums of squares of its high parts, of its low
+        parts and of what neither holds.
+    """
+    DIMS: tl.constexpr = WIDTH // 4 if SPLIT else WIDTH
+    y = _load_rows(x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D, DIMS, EVEN)
+    high = _to_plane(y)
+    rest = y - high.to(tl.float32)
+    high_sq = tl.sum(high.to(tl.float32) * high.to(tl.float32), 1)
+    low_sq = tl.zeros_like(high_sq)
+    offs_d = start_d + tl.arange(0, DIMS)
+    if SPLIT:
+        low = _to_plane(rest)
+        rest -= low.to(tl.float32)
+        low_sq = tl.sum(low.to(tl.float32) * low.to(tl.float32), 1)
+        # four columns a dimension, so that a thread puts them together without moving data
+        weights = _bias_weights(offs_d, ratio).to(tl.float32)
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        plane = tl.join(tl.join(low, high), tl.join(high, weights))
+        # axes: dimension, then which of a pair, then which pair
+        plane = tl.reshape(tl.permute(plane, (0, 1, 3, 2)), (y.shape[0], WIDTH))
+        # fp16 last: Triton 3.6.0 fails on sm_100 with the reshape next to the dot
+        plane = plane.to(tl.float16)
+    else:
+        plane = high
+        if BIAS_COLUMNS and not EVEN:
+            plane = tl.where((offs_d < D)[None, :], plane, _bias_weights(offs_d - D, ratio))
+    return plane, high_sq, low_sq, tl.sum(rest * rest, 1)
+
+
+@triton.jit
+def row_planes(
+    x_rows_ptr, mean_ptr, scale, stride_xd,
+    D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
+    HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The rows whose addresses are ``x_rows_ptr``, [BLOCK_N], as `tile_scores` takes them.
+
+    Returns:
+        planes: a tuple of [BLOCK_N, BLOCK_D or TAIL] fp16; empty unless HOLD_ROWS.
+        row_scale, ratio, high, low, rest: [BLOCK_N] fp32; the last three are the norms of the high
+        parts, of the low parts and of what neither holds.
+    """
+    FULL: tl.constexpr = INNER // BLOCK_D
+    # columns of a plane that `_split_rows` makes at a time are of fewer dimensions if they are split
+    WIDTH: tl.constexpr = BLOCK_D if FULL > 0 else TAIL
+    row_scale, ratio = _choose_scale(
+        x_rows_ptr, mean_ptr, scale, stride_xd, D, BLOCK_N, WIDTH // 4 if SPLIT else WIDTH
+    )
+    high_sq = tl.zeros((BLOCK_N,), tl.float32)
+    low_sq = tl.zeros((BLOCK_N,), tl.float32)
+    rest_sq = tl.zeros((BLOCK_N,), tl.float32)
+    planes = ()
+    if HOLD_ROWS:
+        for i in tl.static_range(FULL):
+            plane, high, low, rest = _split_rows(
+                x_rows_ptr, mean_ptr, row_scale, ratio, i * BLOCK_D, stride_xd,
+                D, SPLIT, BIAS_COLUMNS, BLOCK_D, (i + 1) * BLOCK_D <= D,
+            )  # fmt: skip
+            # ruff's form of this is not one that Triton takes
+            planes = planes + (plane,)  # noqa: RUF005
+            high_sq += high
+            low_sq += low
+            rest_sq += rest
+        if TAIL > 0:
+            plane, high, low, rest = _split_rows(
+                x_rows_ptr, mean_ptr, row_scale, ratio, FULL * BLOCK_D, stride_xd,
+                D, SPLIT, BIAS_COLUMNS, TAIL, FULL * BLOCK_D + TAIL <= D,
+            )  # fmt: skip
+            # ruff's form of this is not one that Triton takes
+            planes = planes + (plane,)  # noqa: RUF005
+            high_sq += high
+            low_sq += low
+            rest_sq += rest
+    else:
+        for start_d in range(0, INNER, BLOCK_D):
+            _, high, low, rest = _split_rows(
+                x_rows_ptr, mean_ptr, row_scale, ratio, start_d, stride_xd,
+                D, False, False, BLOCK_D, INNER == D,
+            )  # fmt: skip
+            high_sq += high
+            rest_sq += rest
+    return planes, row_scale, ratio, tl.sqrt(high_sq), tl.sqrt(low_sq), tl.sqrt(rest_sq)
+
+
+@triton.jit
+def row_error(
+    high, low, rest, ratio, norms_ptr,
+    bound_products, bound_bias, bound_distances, bound_tiny,
+):  # fmt: skip
+    """[BLOCK_N] fp32, the bound on the error of a score, +inf for a row that is not finite."""
+    max_norm = tl.load(norms_ptr)
+    max_low = tl.load(norms_ptr + 1)
+    max_rest = tl.load(norms_ptr + 2)
+    norm = high + low + rest
+    error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
+    error += bound_products * norm * max_norm + ratio * (bound_bias * max_norm * max_norm)
+    error += bound_distances * norm * (norm / ratio) + bound_tiny
+    # NaN, from a row that is not finite or overflows
+    return tl.where(error < float("inf"), error, float("inf"))
+
+
+@triton.jit
+def tile_scores(
+    planes, x_rows_ptr, mean_ptr, row_scale, ratio, codes_ptr, offset_ptr, start_k, stride_xd,
+    D: tl.constexpr, INNER: tl.constexpr, BIAS_COLUMNS: tl.constexpr, HOLD_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_K] fp32 scores of the codes in the columns from ``start_k`` (int64) on."""
+    FULL: tl.constexpr = INNER // BLOCK_D
+    columns = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_full = columns[None, :] * INNER + tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
+    tile_ptr = codes_ptr + start_k * INNER
+    scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if HOLD_ROWS:
+        for i in tl.static_range(FULL):
+            codes = tl.load(tile_ptr + (i * BLOCK_D + offs_full))
+            scores = tl.dot(planes[i], codes, scores)
+        if TAIL > 0:
+            offs_tail = columns[None, :] * INNER + tl.arange(0, TAIL).to(tl.int64)[:, None]
+            codes = tl.load(tile_ptr + (FULL * BLOCK_D + offs_tail))
+            scores = tl.dot(planes[FULL], codes, scores)
+    else:
+        for start_d in range(0, INNER, BLOCK_D):
+            # subnormals stay: their residual was measured as if they were flushed
+            y = _load_rows(
+                x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D, BLOCK_D, INNER == D
+            )
+            plane = y.to(tl.float16)
+            if BIAS_COLUMNS:
+                column = start_d + tl.arange(0, BLOCK_D) - D
+                plane = tl.where((column < 0)[None, :], plane, _bias_weights(column, ratio))
+            codes = tl.load(tile_ptr + (tl.cast(start_d, tl.int64) + offs_full))
+            scores = tl.dot(plane, codes, scores)
+    if not BIAS_COLUMNS:
+        # a difference: a sum would become the accumulator's start, a move per score and one
+        # more term for the tensor cores to truncate
+        scores -= tl.load(offset_ptr + start_k + columns)[None, :] * ratio[:, None]
+    return scores
