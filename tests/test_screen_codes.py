@@ -188,6 +188,9 @@ def test_planes_bound_their_residuals() -> None:
         assert (residual <= planes.norms[:, 2]).all()
         assert (residual >= planes.norms[:, 2] * (1 - 1e-5)).all()
         assert (exact.norm(dim=2).amax(1) <= planes.norms[:, 0]).all()
+        # as it is in the offset: to the rounding of float32, with nothing on top
+        half_max = exact.square().sum(2).amax(1) / 2
+        torch.testing.assert_close(planes.norms[:, 3], half_max.float(), rtol=0, atol=0)
 
 
 def test_bias_columns_hold_the_offset() -> None:

@@ -43,7 +43,9 @@ class CodePlanes(NamedTuple):
     offset: Tensor  # [H, K] fp32, (‖e_k‖² − E²)/2, likewise; PAD_OFFSET: no finite code
     mean: Tensor  # [H, D] fp32
     scale: Tensor  # [H] fp32, a power of two
-    norms: Tensor  # [H, 3] fp32, upper bounds: E, max ‖low part of e_k‖, max ‖residual of e_k‖
+    # [H, 4] fp32; upper bounds: E, max ‖low part of e_k‖, max ‖residual of e_k‖; then the E²/2 that
+    # is in `offset`, rounded to nearest
+    norms: Tensor
     group: int  # codes in a group: group j is codes [j·group, (j + 1)·group)
     lanes: int  # threads that share a row of an accumulator
     vec: int  # columns that follow one another in a thread
@@ -124,14 +126,13 @@ def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int
         rest = rest - low.double()
     sqnorm = codes.square().sum(2)
     max_sqnorm = sqnorm.amax(1)
-    norms = torch.stack(
-        [
-            torch.maximum(max_sqnorm, high.double().square().sum(2).amax(1)).sqrt(),
-            low.double().square().sum(2).amax(1).sqrt(),
-            rest.square().sum(2).amax(1).sqrt(),
-        ],
-        1,
-    )
+    sqnorms = [
+        torch.maximum(max_sqnorm, high.double().square().sum(2).amax(1)),
+        low.double().square().sum(2).amax(1),
+        rest.square().sum(2).amax(1),
+    ]
+    # upper bounds stay upper bounds when they are rounded
+    norms = torch.stack([*(sq.sqrt() * (1 + 2.0**-22) for sq in sqnorms), max_sqnorm / 2], 1)
     offset = ((sqnorm - max_sqnorm[:, None]) / 2).where(is_finite, PAD_OFFSET)
     offset = torch.nn.functional.pad(offset, (0, padding), value=PAD_OFFSET).float()
 
@@ -156,8 +157,7 @@ def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int
         offset=offset[:, order].contiguous(),
         mean=mean,
         scale=scale,
-        # upper bounds stay upper bounds when they are rounded
-        norms=(norms * (1 + 2.0**-22)).float(),
+        norms=norms.float(),
         group=group,
         lanes=lanes,
         vec=vec,
