@@ -47,6 +47,14 @@ def _load_rows(
 
 
 @triton.jit
+def scale_ratio(row_scale, scale):
+    """row_scale / scale, powers of two, without the rounding of a fast division; or 0."""
+    exponent = row_scale.to(tl.int32, bitcast=True) >> 23
+    exponent -= tl.cast(scale, tl.int32, bitcast=True) >> 23
+    return (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _choose_scale(
     x_rows_ptr, mean_ptr, scale, stride_xd, D: tl.constexpr, BLOCK_N: tl.constexpr,
     DIMS: tl.constexpr,
@@ -59,11 +67,9 @@ def _choose_scale(
         # as integers NaN is the largest
         largest = tl.maximum(largest, tl.max(tl.abs(y).to(tl.int32, bitcast=True), 1))
     # biased exponents: largest < 2^((largest >> 23) − 126)
-    exponent = tl.cast(scale, tl.int32, bitcast=True) >> 23
-    row_exponent = tl.minimum(exponent, 268 - (largest >> 23))
-    ratio_exponent = tl.maximum(row_exponent - exponent + 127, 0)
-    row_scale = (row_exponent << 23).to(tl.float32, bitcast=True)
-    return row_scale, (ratio_exponent << 23).to(tl.float32, bitcast=True)
+    exponent = tl.minimum(tl.cast(scale, tl.int32, bitcast=True) >> 23, 268 - (largest >> 23))
+    row_scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return row_scale, scale_ratio(row_scale, scale)
 
 
 @triton.jit

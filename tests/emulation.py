@@ -31,20 +31,31 @@ class Screened(NamedTuple):
     best: Tensor
     second: Tensor
     error: Tensor
+    row_scale: Tensor
 
     @property
     def is_certified(self) -> Tensor:
         return self.best - self.second > 2 * self.error
 
 
+def row_scale_of(x: Tensor, planes: CodePlanes) -> Tensor:
+    """x [N, D] -> [N] the scale of the codes, or less where |y| would reach 2**15."""
+    largest = (x.float() - planes.mean[0]).abs().nan_to_num(nan=torch.inf).amax(1)
+    exponent = torch.frexp(largest).exponent.where(largest < torch.inf, 129)
+    fitting = torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(max=126))
+    return torch.minimum(fitting, planes.scale[0])
+
+
 def row_planes(x: Tensor, planes: CodePlanes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, D] -> rows [N, inner] float64; norms of high part, low part and residual, [N]."""
-    y = (x.float() - planes.mean[0]) * planes.scale[0]
+    row_scale = row_scale_of(x, planes)
+    ratio = row_scale / planes.scale[0]
+    y = (x.float() - planes.mean[0]) * row_scale[:, None]
     inner, dim = planes.codes.shape[2], x.shape[1]
     high = to_plane(y)
     rest = y - high.float()
     low = torch.zeros_like(high)
-    weights = torch.tensor(BIAS_WEIGHTS, dtype=torch.float16)
+    weights = to_plane(torch.tensor(BIAS_WEIGHTS) * ratio[:, None])
     if planes.is_split:
         low = to_plane(rest)
         rest = rest - low.float()
@@ -81,8 +92,10 @@ def screen(
         columns = torch.arange(codes.shape[0])
         dots = dots + torch.where(columns == worst_for[:, None], -error, error)
     scores = dots.float()
+    row_scale = row_scale_of(x, planes)
+    ratio = (row_scale / planes.scale[0])[:, None]
     if not planes.has_bias_columns:
-        scores = scores - offset
+        scores = scores - offset * ratio
     # a NaN beats everything
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     by_group = scores.view(x.shape[0], -1, planes.group).amax(2)
@@ -93,9 +106,10 @@ def screen(
     max_norm, max_low, max_rest, _ = planes.norms[0].double()
     norm = high + low + rest
     error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
-    error = error + bound.products * norm * max_norm + bound.bias * max_norm**2
-    error = error + bound.distances * norm**2 + bound.tiny
-    return Screened(groups, best, second, error.nan_to_num(nan=torch.inf).float())
+    ratio = ratio[:, 0].double()
+    error = error + bound.products * norm * max_norm + bound.bias * max_norm**2 * ratio
+    error = error + bound.distances * norm**2 / ratio + bound.tiny
+    return Screened(groups, best, second, error.nan_to_num(nan=torch.inf).float(), row_scale)
 
 
 def doubtful_rate(x: Tensor, codebook: Tensor, group: int) -> float:

@@ -8,12 +8,17 @@ it is opaque to `torch.compile`, which sees the fake kernels.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vqtriton import blocked
-from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
+from vqtriton.planes import prepare_planes, screen_bound
+from vqtriton.screening import error_bound, screen_dtype
+
+if TYPE_CHECKING:
+    from vqtriton.kernels.nearest_code import NearestCode
 
 PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
@@ -70,11 +75,27 @@ def _nearest_code(x: Tensor, codebook: Tensor, precision: str, backend: str) -> 
         return torch.empty(0, dtype=torch.int64, device=x.device)
     if resolve_backend(backend, x.device) == "torch":
         return blocked.nearest_code(x, codebook, precision)
-    from vqtriton.kernels import nearest_code as kernel
+    return _kernel_nearest_code(x, codebook, exact=precision == "exact").indices[0]
 
-    prepared = prepare_codebook(codebook, torch.float32)
-    bound = error_bound(x.shape[1], torch.float32)
-    return kernel.nearest_code(x, codebook, prepared, bound, exact=precision == "exact")
+
+def _kernel_nearest_code(x: Tensor, codebook: Tensor, *, exact: bool) -> NearestCode:
+    """Of one head."""
+    from vqtriton.kernels.nearest_code import nearest_code, nearest_code_config
+    from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture, rows_are_aligned
+
+    target = architecture(x.device)
+    lanes, vec = ACCUMULATOR_ORDER[target]
+    planes = prepare_planes(codebook[None], lanes=lanes, vec=vec)
+    config = nearest_code_config(target, planes.codes.shape[2], rows_are_aligned(x[None]))
+    return nearest_code(
+        x[None],
+        codebook[None],
+        planes,
+        screen_bound(planes, config.screen.block_k),
+        error_bound(x.shape[1], torch.float32),
+        exact=exact,
+        config=config,
+    )
 
 
 def _gather_codes(
