@@ -11,7 +11,7 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +37,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.float64: "*fp64",
+    torch.bool: "*i1",
 }
 
 
@@ -76,20 +78,23 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
 
 
-def launches_of(module: ModuleType, launcher: Callable, *args: Any, **kwargs: Any) -> list[Launch]:
-    """What the launcher would launch from its module.
+def launches_of(
+    modules: ModuleType | Sequence[ModuleType], launcher: Callable, *args: Any, **kwargs: Any
+) -> list[Launch]:
+    """What the launcher would launch by the names of kernels in ``modules``.
 
     Raises:
         ValueError: it launches nothing.
     """
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            recorder = Recorder(getattr(module, name), launches)
-            stack.enter_context(mock.patch.object(module, name, recorder))
+        for module in modules if isinstance(modules, Sequence) else [modules]:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                recorder = Recorder(getattr(module, name), launches)
+                stack.enter_context(mock.patch.object(module, name, recorder))
         launcher(*args, **kwargs)
     if not launches:
-        raise ValueError(f"{launcher.__name__} launched nothing of {module.__name__}")
+        raise ValueError(f"{launcher.__name__} launched nothing")
     return launches
 
 
@@ -124,7 +129,8 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     for position, param in enumerate(kernel.params):
         value = values[param.name]
         may_specialize = not param.do_not_specialize
-        if param.is_constexpr or (may_specialize and type(value) is int and value == 1):
+        is_one = may_specialize and type(value) is int and value == 1
+        if param.is_constexpr or value is None or is_one:
             signature[param.name] = "constexpr"
             constants[param.name] = value
             continue

@@ -15,8 +15,8 @@ import torch
 from bench.compiling import Launch, launches_of
 from bench.machines import Work
 from vqtriton.kernels import code_sums, gather_codes, nearest_code, screen_codes
-from vqtriton.planes import inner_size, prepare_planes, screen_bound
-from vqtriton.screening import error_bound, prepare_codebook
+from vqtriton.planes import prepare_planes, screen_bound
+from vqtriton.screening import error_bound
 
 NUM_ROWS, CODEBOOK_SIZE = 48, 40
 # what a kernel was launched with, by parameter
@@ -79,16 +79,33 @@ def codebook_of(dim: int) -> torch.Tensor:
     return torch.randn(CODEBOOK_SIZE, dim, generator=torch.Generator().manual_seed(0))
 
 
+def accumulator_of(target: str) -> str:
+    """A key of `screen_codes.ACCUMULATOR_ORDER`: consumer Blackwell multiplies as Ampere does."""
+    return {"sm_120": "sm_80"}.get(target, target)
+
+
 def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
-    codebook = codebook_of(x.shape[1])
+    """As it is launched on the target; the codes are in two parts, so that they are merged."""
+    target = accumulator_of(target)
+    lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
+    # of two tiles at least
+    codebook = codebook_of(x.shape[1]).repeat(8, 1)[None]
+    planes = prepare_planes(codebook, lanes=lanes, vec=vec)
+    config = nearest_code.nearest_code_config(
+        target, planes.codes.shape[2], screen_codes.rows_are_aligned(x[None])
+    )
     return launches_of(
-        nearest_code,
+        (screen_codes, nearest_code),
         nearest_code.nearest_code,
-        x,
+        x[None],
         codebook,
-        prepare_codebook(codebook, torch.float32),
+        planes,
+        screen_bound(planes, config.screen.block_k),
         error_bound(x.shape[1], torch.float32),
         exact=True,
+        gather=True,
+        splits=2,
+        config=config,
     )
 
 
@@ -102,36 +119,8 @@ def record_code_sums(x: torch.Tensor, target: str) -> list[Launch]:
     return launches_of(code_sums, code_sums.code_sums, x, indices, CODEBOOK_SIZE)
 
 
-def record_screen_codes(x: torch.Tensor, target: str) -> list[Launch]:
-    """As it is launched on the target; the codes are in two parts, so that they are merged."""
-    # consumer Blackwell multiplies as Ampere does
-    kind = {"sm_120": "sm_80"}.get(target, target)
-    lanes, vec = screen_codes.ACCUMULATOR_ORDER[kind]
-    config = screen_codes.screen_codes_config(
-        kind, inner_size(x.shape[1])[0], screen_codes.rows_are_aligned(x[None])
-    )
-    # of two tiles at least
-    codebook = codebook_of(x.shape[1]).repeat(8, 1)
-    planes = prepare_planes(codebook[None], lanes=lanes, vec=vec)
-    return launches_of(
-        screen_codes,
-        screen_codes.screen_codes,
-        x[None],
-        planes,
-        screen_bound(planes, config.block_k),
-        splits=2,
-        config=config,
-    )
-
-
 def block_of_pairs(values: Values) -> int:
     return values["BLOCK_N"] * values["BLOCK_K"]
-
-
-def screen_work(values: Values) -> Work:
-    blocks_d = -(-values["D"] // values["BLOCK_D"])
-    code_bytes = values["codes_ptr"].element_size() * values["D"]
-    return Work(values["BLOCK_N"], code_bytes, blocks_d * values["BLOCK_D"], uses_mma=False)
 
 
 def screen_codes_work(values: Values) -> Work:
@@ -144,11 +133,6 @@ def screen_codes_work(values: Values) -> Work:
     return Work(values["BLOCK_N"], code_bytes, values["INNER"], uses_mma=True, row_bytes=row_bytes)
 
 
-def resolve_work(values: Values) -> Work:
-    code_bytes = values["codebook_ptr"].element_size() * values["D"]
-    return Work(values["BLOCK_N"], code_bytes, values["D"], uses_mma=False)
-
-
 # with 4 warps these let three CTAs reside, so that the dot of one overlaps the rest of another
 THREE_CTAS = {"registers": 168}
 # what a screen on tensor cores is held to: its epilogue then stays below the dot of D=64
@@ -156,39 +140,19 @@ TENSOR_CORE_SCREEN = {"alu_per_pair": 2.0, "total_per_pair": 3.6, **THREE_CTAS}
 
 KERNELS = (
     Kernel(
-        "screen",
-        record_nearest_code,
-        (
-            (8, torch.float32),
-            (64, torch.float32),
-            (128, torch.float32),
-            (256, torch.float32),
-            (512, torch.float32),
-            (64, torch.float16),
-        ),
-        block_of_pairs,
-        screen_work,
-        (Limit("sm_90", 64, THREE_CTAS),),
-        takes_all_rows=True,
-    ),
-    Kernel(
-        "resolve",
-        record_nearest_code,
-        ((64, torch.float32),),
-        block_of_pairs,
-        resolve_work,
-        (Limit("sm_90", 64, THREE_CTAS),),
-    ),
-    Kernel(
         "screen_codes",
-        record_screen_codes,
+        record_nearest_code,
         tuple((dim, torch.float32) for dim in (4, 8, 12, 32, 64, 128, 256, 512, 1024)),
         block_of_pairs,
         screen_codes_work,
         tuple(Limit("sm_90", dim, TENSOR_CORE_SCREEN) for dim in (4, 8, 12, 32, 64)),
         takes_all_rows=True,
     ),
-    Kernel("merge_splits", record_screen_codes, ((64, torch.float32),)),
+    Kernel("merge_splits", record_nearest_code, ((64, torch.float32),)),
+    *(
+        Kernel(name, record_nearest_code, ((8, torch.float32), (64, torch.float32), (512, torch.float16)))
+        for name in ("finish_rows", "rescue_rows", "settle_rows")
+    ),
     Kernel("gather_codes", record_gather_codes, ((64, torch.float32), (512, torch.float16))),
     Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),
     Kernel("combine", record_code_sums, ((64, torch.float32),)),

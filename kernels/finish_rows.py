@@ -18,9 +18,11 @@ from vqtriton.kernels.row_planes import scale_ratio
 class FinishRowsConfig:
     """Elements of a tile of candidates, [rows, GROUP, dims], and its dims at most."""
 
-    block_elements: int = 8192
+    block_elements: int = 4096
     block_d: int = 64
-    num_warps: int = 4
+    num_warps: int = 8
+    # NVIDIA only; without it ptxas spills a little to reach the next step of occupancy
+    max_registers: int = 255
 
 
 @triton.jit

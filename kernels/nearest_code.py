@@ -17,7 +17,6 @@ from torch import Tensor
 from vqtriton.kernels.finish_rows import FinishRowsConfig, finish_rows_kernel
 from vqtriton.kernels.rescue_rows import RescueRowsConfig, rescue_rows_kernel, settle_rows_kernel
 from vqtriton.kernels.screen_codes import (
-    HELD_INNER,
     ScreenCodesConfig,
     architecture,
     rows_are_aligned,
@@ -46,12 +45,14 @@ class NearestCode(NamedTuple):
 
 def nearest_code_config(target: str, inner: int, is_aligned: bool = True) -> NearestCodeConfig:
     """Tiles that neither spill nor overflow shared memory: see `screen_codes_config`."""
-    holds = inner <= HELD_INNER[target] and (inner <= 64 or is_aligned)
-    narrow = 16 if inner > 64 and not is_aligned else 64
+    is_wide = inner > 64 and not is_aligned
     return NearestCodeConfig(
         screen_codes_config(target, inner, is_aligned),
         FinishRowsConfig(),
-        RescueRowsConfig(block_d=narrow, hold_rows=holds),
+        RescueRowsConfig(
+            block_d=16 if is_wide else 64,
+            hold_rows=inner <= 128 and not is_wide,
+        ),
     )
 
 
@@ -104,6 +105,10 @@ def nearest_code(
         mask = mask.contiguous()
     strides = (*x.stride(), *codebook.stride())
     width = triton.next_power_of_2(dim)
+
+    def limit(registers: int) -> dict[str, int]:
+        return {} if torch.version.hip else {"maxnreg": registers}
+
     with torch.cuda.device_of(x):
         block_d = min(config.finish.block_d, width)
         block_n = max(1, config.finish.block_elements // (planes.group * block_d))
@@ -137,6 +142,7 @@ def nearest_code(
             BLOCK_D=block_d,
             num_warps=config.finish.num_warps,
             enable_fp_fusion=True,
+            **limit(config.finish.max_registers),
         )
         if not exact:
             return NearestCode(indices, quantized, sq_error, num_doubtful)
@@ -190,6 +196,7 @@ def nearest_code(
             num_stages=rescue.num_stages,
             # a fused multiply-add rounds once where the definition rounds twice
             enable_fp_fusion=False,
+            **limit(rescue.max_registers),
         )
         block_d = min(rescue.settle_block_d, width)
         settle_rows_kernel[(programs, heads)](

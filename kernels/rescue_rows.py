@@ -30,6 +30,8 @@ class RescueRowsConfig:
     chunk_tiles: int = 8
     num_warps: int = 4
     num_stages: int = 2
+    # NVIDIA only; without it ptxas spills a little to reach the next step of occupancy
+    max_registers: int = 255
     # programs that share the rows in doubt, however many they are
     programs: int = 264
     settle_block_elements: int = 2048

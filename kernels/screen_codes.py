@@ -163,7 +163,8 @@ def screen_codes_kernel(
 
     # groups per lane of a tile
     NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
-    position = tl.arange(0, NUM)
+    # the first of equal scores is the largest
+    position = NUM - 1 - tl.arange(0, NUM)
     best = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
     second = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
     tile = tl.zeros((BLOCK_N, LANES), tl.int32)
@@ -199,7 +200,7 @@ def screen_codes_kernel(
     is_best = lanes == lane[:, None]
     row_second = tl.max(tl.where(is_best, second, best), 1)
     row_tile = tl.sum(tl.where(is_best, tile, 0), 1)
-    group = row_tile // GROUP + (row_best & (NUM - 1)) * LANES + lane
+    group = row_tile // GROUP + (NUM - 1 - (row_best & (NUM - 1))) * LANES + lane
     # negative scores are not in order: whatever they are, zero is above them
     row_second = tl.maximum(row_second & (0 - NUM), 0)
     row_best = row_best & (0 - NUM)

@@ -13,13 +13,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from vqtriton.kernels import code_sums, gather_codes, nearest_code
-from vqtriton.screening import error_bound, prepare_codebook
+from vqtriton.kernels import code_sums, gather_codes
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
 compiling = importlib.import_module("bench.compiling")
 machines = importlib.import_module("bench.machines")
+sass_kernels = importlib.import_module("bench.sass_kernels")
 launches_of, TARGETS = compiling.launches_of, compiling.TARGETS
 
 # D, dtype and layout of x: multiples of the tiles and not, each dtype, each layout
@@ -34,8 +34,13 @@ INPUTS = (
 )
 
 
+# of nearest_code: tests/test_screen_codes.py has the screen
+FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
+NAMES = (*FINISHING, "gather_codes", "chunk_sums", "combine")
+
+
 @functools.cache
-def all_launches() -> dict[str, compiling.Launch]:
+def all_launches(target: str) -> dict[str, compiling.Launch]:
     cases = {}
     for dim, dtype, layout in INPUTS:
         x = torch.zeros(48, dim, dtype=dtype)
@@ -44,30 +49,27 @@ def all_launches() -> dict[str, compiling.Launch]:
         codebook = torch.randn(40, dim)
         indices = torch.zeros(x.shape[0], dtype=torch.int64)
         launches = (
-            launches_of(
-                nearest_code,
-                nearest_code.nearest_code,
-                x,
-                codebook,
-                prepare_codebook(codebook, torch.float32),
-                error_bound(dim, torch.float32),
-                exact=True,
-            )
+            sass_kernels.record_nearest_code(x, target)
             + launches_of(gather_codes, gather_codes.gather_codes, x, codebook, indices)
             + launches_of(code_sums, code_sums.code_sums, x, indices, 40)
         )
         for launch in launches:
-            cases[f"{launch.name}-{dim}-{str(dtype).removeprefix('torch.')}-{layout}"] = launch
+            if launch.name in NAMES:
+                dtype_name = str(dtype).removeprefix("torch.")
+                cases[f"{launch.name}-{dim}-{dtype_name}-{layout}"] = launch
     return cases
+
+
+CASES = tuple(all_launches("sm_90"))
 
 
 @functools.cache
 def compiled(case: str, target: str) -> compiling.Compiled:
-    return compiling.compile_launch(all_launches()[case], target)
+    return compiling.compile_launch(all_launches(target)[case], target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", all_launches())
+@pytest.mark.parametrize("case", CASES)
 def test_fits_the_target(case: str, target: str) -> None:
     result = compiled(case, target)
     assert result.spilled_bytes == 0
@@ -75,7 +77,7 @@ def test_fits_the_target(case: str, target: str) -> None:
     assert result.registers <= (512 if target == "gfx942" else 255)
 
 
-@pytest.mark.parametrize("case", all_launches())
+@pytest.mark.parametrize("case", CASES)
 def test_offsets_are_int64(case: str) -> None:
     # an int32 offset wraps at 2**31 elements: 8 GiB of float32
     offsets = re.findall(
@@ -85,17 +87,19 @@ def test_offsets_are_int64(case: str) -> None:
     assert {offset for _, offset in offsets if not offset.rstrip(">").endswith("i64")} == set()
 
 
-@pytest.mark.parametrize("case", [case for case in all_launches() if case.startswith("screen")])
-def test_dot_has_an_inner_size_that_gpus_take(case: str) -> None:
-    dots = re.findall(r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* ", compiled(case, "sm_90").ttir)
+RESCUES = [case for case in CASES if case.startswith("rescue_rows")]
+
+
+@pytest.mark.parametrize("case", RESCUES)
+def test_rescue_has_dots_that_gpus_take(case: str) -> None:
+    dots = re.findall(
+        r"tt\.dot .*: tensor<\d+x(\d+)xf16> \* tensor<(\d+)x\d+xf16>", compiled(case, "sm_90").ttir
+    )
     assert dots
-    assert all(int(inner) >= 16 for _, inner in dots)
-    # the bound of the screen is that of IEEE float32
-    assert "tf32" not in compiled(case, "sm_90").ttir
-    assert "HMMA" not in compiled(case, "sm_90").assembly
+    assert all(int(inner) >= 16 for pair in dots for inner in pair)
 
 
-@pytest.mark.parametrize("case", [case for case in all_launches() if case.startswith("resolve")])
+@pytest.mark.parametrize("case", RESCUES)
 def test_canonical_distance_is_not_fused(case: str) -> None:
     # a fused multiply-add would round once where the definition of the distance rounds twice
     sass = compiled(case, "sm_90").assembly
@@ -105,8 +109,8 @@ def test_canonical_distance_is_not_fused(case: str) -> None:
 
 
 def test_batch_size_is_not_part_of_the_program() -> None:
-    for launch in all_launches().values():
+    for launch in all_launches("sm_90").values():
         for param in launch.kernel.params:
-            if param.name in ("N", "K"):
+            if param.name in ("N", "K", "padded_K", "tiles", "rescue_programs"):
                 assert not param.is_constexpr
                 assert param.do_not_specialize

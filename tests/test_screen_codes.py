@@ -336,7 +336,7 @@ COMPILED_DIMS = (4, 8, 12, 32, 64, 100, 128, 256, 512, 1024)
 def launches_of(target: str, dim: int, layout: str = "contiguous") -> list[compiling.Launch]:
     """Of the screen, then of the merge of its splits."""
     x = torch.zeros(dim, 47).T if layout == "strided" else torch.zeros(48, dim)
-    return sass_kernels.record_screen_codes(x, target)
+    return sass_kernels.record_nearest_code(x, target)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
