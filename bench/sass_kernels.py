@@ -14,7 +14,7 @@ import torch
 
 from bench.compiling import Launch, launches_of
 from bench.machines import Work
-from vqtriton.kernels import code_sums, gather_codes, nearest_code, screen_codes
+from vqtriton.kernels import code_sums, nearest_code, screen_codes
 from vqtriton.planes import prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 
@@ -109,11 +109,6 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
     )
 
 
-def record_gather_codes(x: torch.Tensor, target: str) -> list[Launch]:
-    indices = torch.zeros(x.shape[0], dtype=torch.int64)
-    return launches_of(gather_codes, gather_codes.gather_codes, x, codebook_of(x.shape[1]), indices)
-
-
 def record_code_sums(x: torch.Tensor, target: str) -> list[Launch]:
     indices = torch.zeros(x.shape[0], dtype=torch.int64)
     return launches_of(code_sums, code_sums.code_sums, x, indices, CODEBOOK_SIZE)
@@ -153,7 +148,6 @@ KERNELS = (
         Kernel(name, record_nearest_code, ((8, torch.float32), (64, torch.float32), (512, torch.float16)))
         for name in ("finish_rows", "rescue_rows", "settle_rows")
     ),
-    Kernel("gather_codes", record_gather_codes, ((64, torch.float32), (512, torch.float16))),
     Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),
     Kernel("combine", record_code_sums, ((64, torch.float32),)),
 )

@@ -19,6 +19,7 @@ from vqtriton.kernels.rescue_rows import RescueRowsConfig, rescue_rows_kernel, s
 from vqtriton.kernels.screen_codes import (
     ScreenCodesConfig,
     architecture,
+    num_processors,
     rows_are_aligned,
     screen_codes,
     screen_codes_config,
@@ -148,9 +149,10 @@ def nearest_code(
             return NearestCode(indices, quantized, sq_error, num_doubtful)
 
         rescue = config.rescue
-        programs = max(1, rescue.programs // heads)
-        # of the rows in doubt there are no more than all
-        programs = min(programs, triton.cdiv(num_rows, rescue.block_n) * padded_size // rescue.block_k)
+        programs = rescue.programs_per_processor * num_processors(x.device)
+        tiles = padded_size // rescue.block_k
+        # if every row is in doubt there is no more work than this
+        programs = min(triton.cdiv(programs, heads), triton.cdiv(num_rows, rescue.block_n) * tiles)
         list_size = 2 * rescue.chunk_tiles * rescue.block_k // planes.group
         counts = empty(heads, programs, rescue.block_n, dtype=torch.int32)
         lists = empty(heads, programs, rescue.block_n, list_size, dtype=torch.int32)
@@ -211,7 +213,7 @@ def nearest_code(
             sq_error,
             num_rows,
             programs,
-            padded_size // rescue.block_k,
+            tiles,
             *strides,
             D=dim,
             GATHER=gather,

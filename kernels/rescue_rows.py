@@ -32,8 +32,8 @@ class RescueRowsConfig:
     num_stages: int = 2
     # NVIDIA only; without it ptxas spills a little to reach the next step of occupancy
     max_registers: int = 255
-    # programs that share the rows in doubt, however many they are
-    programs: int = 264
+    # of those that share the rows in doubt, however many they are
+    programs_per_processor: int = 2
     settle_block_elements: int = 2048
     settle_block_d: int = 64
     settle_num_warps: int = 4

@@ -91,6 +91,12 @@ def rows_are_aligned(x: Tensor) -> bool:
     return x.stride(-1) == 1 and strides_are_aligned
 
 
+def num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def choose_splits(programs: int, tiles: int, processors: int) -> int:
     """Parts of the codes, so that each processor gets two programs if the rows do not suffice."""
     # a part of fewer than four tiles is mostly prologue
@@ -273,10 +279,7 @@ def screen_codes(
     tiles = triton.cdiv(size, config.block_k)
     if splits is None:
         programs = heads * triton.cdiv(num_rows, config.block_n)
-        processors = 1
-        if x.is_cuda:
-            processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        splits = choose_splits(programs, tiles, processors)
+        splits = choose_splits(programs, tiles, num_processors(x.device))
     if max(heads, splits) > 65535:
         raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
     chunk = planes.group * planes.lanes

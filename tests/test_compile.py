@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from vqtriton.kernels import code_sums, gather_codes
+from vqtriton.kernels import code_sums
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,7 +36,7 @@ INPUTS = (
 
 # of nearest_code: tests/test_screen_codes.py has the screen
 FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
-NAMES = (*FINISHING, "gather_codes", "chunk_sums", "combine")
+NAMES = (*FINISHING, "chunk_sums", "combine")
 
 
 @functools.cache
@@ -46,11 +46,9 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
         x = torch.zeros(48, dim, dtype=dtype)
         if layout == "strided":
             x = torch.zeros(dim, 47, dtype=dtype).T
-        codebook = torch.randn(40, dim)
         indices = torch.zeros(x.shape[0], dtype=torch.int64)
         launches = (
             sass_kernels.record_nearest_code(x, target)
-            + launches_of(gather_codes, gather_codes.gather_codes, x, codebook, indices)
             + launches_of(code_sums, code_sums.code_sums, x, indices, 40)
         )
         for launch in launches:

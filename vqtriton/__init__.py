@@ -3,11 +3,18 @@
 from vqtriton import metrics, reference
 from vqtriton._version import __version__
 from vqtriton.clustering import kmeans
-from vqtriton.functional import code_sums, nearest_code, vector_quantize
+from vqtriton.functional import (
+    PreparedCodebook,
+    code_sums,
+    nearest_code,
+    prepare_codebook,
+    vector_quantize,
+)
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.serialization import load, save
 
 __all__ = [
+    "PreparedCodebook",
     "VectorQuantize",
     "__version__",
     "code_sums",
@@ -15,6 +22,7 @@ __all__ = [
     "load",
     "metrics",
     "nearest_code",
+    "prepare_codebook",
     "reference",
     "save",
     "vector_quantize",

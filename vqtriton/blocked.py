@@ -6,10 +6,12 @@ memory is O(N + K·D), never O(N·K).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
+from vqtriton.screening import PreparedCodebook, error_bound, prepare_codebook, screen_dtype
 
 # Scores held at a time: 8 MiB in float32, about what stays in a cache between two passes.
 BLOCK_SCORES = 1 << 21
@@ -21,12 +23,17 @@ BLOCK_PAIRS_ELEMENTS = 1 << 17
 BLOCK_ROWS = 1 << 14
 
 
-def nearest_code(x: Tensor, codebook: Tensor, precision: str) -> Tensor:
-    """x [N, D], codebook [K, D] -> [N] int64."""
+def nearest_code(
+    x: Tensor, codebook: Tensor, precision: str, tensors: Sequence[Tensor] = ()
+) -> Tensor:
+    """x [N, D], codebook [K, D], perhaps the tensors of its `PreparedCodebook` -> [N] int64."""
     num_rows, dim = x.shape
     size = codebook.shape[0]
     dtype = screen_dtype(x, codebook)
-    prepared = prepare_codebook(codebook, dtype)
+    if tensors and tensors[0].dtype == dtype:
+        prepared = PreparedCodebook(*tensors)
+    else:
+        prepared = prepare_codebook(codebook, dtype)
     bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
 
     # padding to whole groups: a code with an infinite norm has the score -inf

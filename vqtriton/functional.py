@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,41 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
+class PreparedCodebook(NamedTuple):
+    """A codebook, and what a search makes of it first, which need not be made again.
+
+    Later changes of the codebook that it was made from do not reach it.
+    """
+
+    codebook: Tensor  # [K, D]
+    tensors: tuple[Tensor, ...]
+    backend: str
+
+
+def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCodebook:
+    """What `nearest_code` makes of a codebook, made once: for a codebook that stays as it is.
+
+    Args:
+        codebook: [K, D]. It is copied.
+        backend: see `nearest_code`, which then uses this one.
+
+    Raises:
+        ValueError: K == 0, D == 0, or an unknown backend.
+        TypeError: not a tensor, or a dtype that is not a float.
+    """
+    _check_codebook(codebook, codebook)
+    _check_options("exact", backend, codebook)
+    backend = ops.resolve_backend(backend, codebook.device)
+    copy = codebook.detach().clone(memory_format=torch.contiguous_format)
+    return PreparedCodebook(copy, tuple(ops.prepare_codebook_op(copy, backend)), backend)
+
+
 def nearest_code(
-    x: Tensor, codebook: Tensor, *, precision: str = "exact", backend: str = "auto"
+    x: Tensor,
+    codebook: Tensor | PreparedCodebook,
+    *,
+    precision: str = "exact",
+    backend: str = "auto",
 ) -> Tensor:
     """Index of the nearest code by squared L2 distance.
 
@@ -24,25 +57,44 @@ def nearest_code(
 
     Args:
         x: vectors, [..., D], float32 / float16 / bfloat16 (float64 with the torch backend).
-        codebook: [K, D], same device, K >= 1. The dtype may differ from that of ``x``.
+        codebook: [K, D], same device, K >= 1. The dtype may differ from that of ``x``. Or what
+            `prepare_codebook` made of one, which saves that work; the result is the same.
         precision: "exact" gives the argmin of the float64 distances of the values as given, so
             the indices depend neither on the device nor on the batch. "fast" skips the step that
             makes sure; close calls may fall either way.
         backend: "triton" runs the kernels (GPU), "torch" blocked torch code (any device), "auto"
-            the first of them that ``x``'s device can run.
+            the first of them that ``x``'s device can run, or the one that the codebook was
+            prepared for.
 
     Returns:
         indices, [...], int64 in [0, K); the lowest index on ties. A distance that is not finite
         ranks as +inf; a row with no finite distance gets index 0.
 
     Raises:
-        ValueError: the last dim of ``x`` is not D, K == 0, D == 0, or an unknown option.
+        ValueError: the last dim of ``x`` is not D, K == 0, D == 0, an unknown option, or a
+            codebook that was prepared for another backend.
         TypeError: not a tensor, or a dtype that is not a float.
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 1.
     """
-    check_arguments(x, codebook, precision=precision, backend=backend)
-    return _nearest_code(x, codebook, precision, backend).reshape(x.shape[:-1])
+    if not isinstance(codebook, PreparedCodebook):
+        check_arguments(x, codebook, precision=precision, backend=backend)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        indices = ops.nearest_code(flat, codebook.detach(), precision, backend)
+        return indices.reshape(x.shape[:-1])
+    if backend not in ("auto", codebook.backend):
+        raise ValueError(
+            f"backend is {backend!r}, but codebook was prepared for {codebook.backend!r}"
+        )
+    check_arguments(x, codebook.codebook, precision=precision, backend=codebook.backend)
+    indices = ops.nearest_code_prepared(
+        x.detach().reshape(-1, x.shape[-1]),
+        codebook.codebook,
+        codebook.tensors,
+        precision,
+        codebook.backend,
+    )
+    return indices.reshape(x.shape[:-1])
 
 
 def vector_quantize(
@@ -98,15 +150,13 @@ def vector_quantize(
             raise TypeError(f"{name} is {weight!r:.80}; it must be a number")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
-    indices = _nearest_code(x, codebook, precision, backend)
-    if mask is not None:
-        indices = indices.where(mask.reshape(-1), -1)
-    quantized, loss = _VectorQuantize.apply(
+    quantized, loss, indices = _VectorQuantize.apply(
         x.reshape(-1, x.shape[-1]),
         codebook,
-        indices,
+        None if mask is None else mask.reshape(-1),
         float(commitment_weight),
         float(codebook_weight),
+        precision,
         backend,
     )
     indices = indices.reshape(x.shape[:-1])
@@ -175,11 +225,6 @@ def snapshot(tensor: Tensor) -> Tensor:
     return _Snapshot.apply(tensor)
 
 
-def _nearest_code(x: Tensor, codebook: Tensor, precision: str, backend: str) -> Tensor:
-    flat = x.detach().reshape(-1, x.shape[-1])
-    return ops.nearest_code(flat, codebook.detach(), precision, backend)
-
-
 class _Snapshot(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -219,7 +264,7 @@ class _CodeSums(torch.autograd.Function):
 
 
 class _VectorQuantize(torch.autograd.Function):
-    """(x, codebook, indices) -> (quantized, loss of each row).
+    """(x, codebook, mask) -> (quantized, loss of each row, indices).
 
     Backward is made of differentiable operations, with the stop-gradients of the paper where they
     belong, so that it can be differentiated again.
@@ -231,21 +276,23 @@ class _VectorQuantize(torch.autograd.Function):
     def forward(
         x: Tensor,
         codebook: Tensor,
-        indices: Tensor,
+        mask: Tensor | None,
         commitment_weight: float,
         codebook_weight: float,
+        precision: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        quantized, sq_error = ops.gather_codes(x, codebook, indices, backend)
-        return quantized, (commitment_weight + codebook_weight) * sq_error
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        indices, quantized, sq_error = ops.vector_quantize(x, codebook, mask, precision, backend)
+        return quantized, (commitment_weight + codebook_weight) * sq_error, indices
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, indices, ctx.commitment_weight, ctx.codebook_weight, ctx.backend = inputs
-        ctx.save_for_backward(x, codebook, indices)
+        x, codebook, _, ctx.commitment_weight, ctx.codebook_weight, _, ctx.backend = inputs
+        ctx.save_for_backward(x, codebook, output[2])
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor) -> tuple:
+    def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor, _: Tensor) -> tuple:
         x, codebook, indices = ctx.saved_tensors
         # in the dtype of the loss: a difference of halves may overflow
         codes = gather(codebook, indices).to(grad_loss.dtype)
@@ -264,7 +311,7 @@ class _VectorQuantize(torch.autograd.Function):
             # 0 when all is well, else NaN
             sums = sums + 0 * pull.sum()
             grad_codebook = sums.to(codebook.dtype)
-        return grad_x, grad_codebook, None, None, None, None
+        return grad_x, grad_codebook, None, None, None, None, None
 
 
 def _num_elements(x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor | int:
@@ -302,8 +349,10 @@ def check_x(x: Tensor) -> None:
 def _check_codebook(codebook: Tensor, x: Tensor) -> None:
     if not isinstance(codebook, Tensor) or codebook.dtype not in FLOATS:
         raise TypeError(f"codebook is {_kind(codebook)}; it must be a floating-point tensor")
-    if codebook.ndim != 2 or codebook.shape[0] == 0:
-        raise ValueError(f"codebook has shape {_shape(codebook)}; it must be [K, D] with K >= 1")
+    if codebook.ndim != 2 or codebook.numel() == 0:
+        raise ValueError(
+            f"codebook has shape {_shape(codebook)}; it must be [K, D] with K >= 1 and D >= 1"
+        )
     if codebook.shape[1] != x.shape[-1]:
         raise ValueError(
             f"codebook has {codebook.shape[1]} columns but x has {x.shape[-1]} in its last dim"

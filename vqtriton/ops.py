@@ -8,25 +8,36 @@ it is opaque to `torch.compile`, which sees the fake kernels.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vqtriton import blocked
-from vqtriton.planes import prepare_planes, screen_bound
-from vqtriton.screening import error_bound, screen_dtype
+from vqtriton.planes import CodePlanes, inner_size, prepare_planes, screen_bound
+from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
 
 if TYPE_CHECKING:
     from vqtriton.kernels.nearest_code import NearestCode
 
 PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
+# codes whose scores the kernels reduce together
+GROUP = 8
+# the tensors of `CodePlanes`, which come first
+PLANE_TENSORS = 5
 
 _library = torch.library.Library("vqtriton", "DEF")
 _library.define("nearest_code(Tensor x, Tensor codebook, str precision, str backend) -> Tensor")
 _library.define(
-    "gather_codes(Tensor x, Tensor codebook, Tensor indices, str backend) -> (Tensor, Tensor)"
+    "nearest_code.prepared(Tensor x, Tensor codebook, Tensor[] prepared, str precision, "
+    "str backend) -> Tensor"
+)
+_library.define("prepare_codebook(Tensor codebook, str backend) -> Tensor[]")
+_library.define(
+    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, str precision, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "code_sums(Tensor x, Tensor indices, SymInt codebook_size, str backend) -> (Tensor, Tensor)"
@@ -71,22 +82,58 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def _nearest_code(x: Tensor, codebook: Tensor, precision: str, backend: str) -> Tensor:
+    return _nearest_code_prepared(x, codebook, (), precision, backend)
+
+
+def _nearest_code_prepared(
+    x: Tensor, codebook: Tensor, prepared: Sequence[Tensor], precision: str, backend: str
+) -> Tensor:
+    """``prepared``: what `_prepare_codebook` gave for the same backend, or nothing."""
     if x.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
     if resolve_backend(backend, x.device) == "torch":
-        return blocked.nearest_code(x, codebook, precision)
-    return _kernel_nearest_code(x, codebook, exact=precision == "exact").indices[0]
+        return blocked.nearest_code(x, codebook, precision, prepared)
+    return run_kernels(x, codebook, prepared, exact=precision == "exact").indices[0]
 
 
-def _kernel_nearest_code(x: Tensor, codebook: Tensor, *, exact: bool) -> NearestCode:
-    """Of one head."""
+def _prepare_codebook(codebook: Tensor, backend: str) -> list[Tensor]:
+    if resolve_backend(backend, codebook.device) == "torch":
+        return list(prepare_codebook(codebook, screen_dtype(codebook, codebook)))
+    return list(_prepare_planes(codebook)[:PLANE_TENSORS])
+
+
+def _vector_quantize(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, precision: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices, -1 where ``mask`` [N] is false; codes; squared distances."""
+    is_triton = resolve_backend(backend, x.device) == "triton"
+    if x.shape[0] > 0 and is_triton:
+        out = run_kernels(x, codebook, exact=precision == "exact", mask=mask, gather=True)
+        assert out.quantized is not None and out.sq_error is not None
+        return out.indices[0], out.quantized[0], out.sq_error[0]
+    indices = _nearest_code(x, codebook, precision, backend)
+    if mask is not None:
+        indices = indices.where(mask, -1)
+    return indices, *blocked.gather_codes(x, codebook, indices)
+
+
+def run_kernels(
+    x: Tensor,
+    codebook: Tensor,
+    prepared: Sequence[Tensor] = (),
+    *,
+    exact: bool,
+    mask: Tensor | None = None,
+    gather: bool = False,
+) -> NearestCode:
+    """`vqtriton.kernels.nearest_code` for one head; N >= 1."""
     from vqtriton.kernels.nearest_code import nearest_code, nearest_code_config
-    from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture, rows_are_aligned
+    from vqtriton.kernels.screen_codes import architecture, rows_are_aligned
 
-    target = architecture(x.device)
-    lanes, vec = ACCUMULATOR_ORDER[target]
-    planes = prepare_planes(codebook[None], lanes=lanes, vec=vec)
-    config = nearest_code_config(target, planes.codes.shape[2], rows_are_aligned(x[None]))
+    planes = _prepare_planes(codebook, prepared)
+    config = nearest_code_config(
+        architecture(x.device), planes.codes.shape[2], rows_are_aligned(x[None])
+    )
     return nearest_code(
         x[None],
         codebook[None],
@@ -94,18 +141,21 @@ def _kernel_nearest_code(x: Tensor, codebook: Tensor, *, exact: bool) -> Nearest
         screen_bound(planes, config.screen.block_k),
         error_bound(x.shape[1], torch.float32),
         exact=exact,
+        mask=None if mask is None else mask[None],
+        gather=gather,
         config=config,
     )
 
 
-def _gather_codes(
-    x: Tensor, codebook: Tensor, indices: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    if resolve_backend(backend, x.device) == "torch":
-        return blocked.gather_codes(x, codebook, indices)
-    from vqtriton.kernels import gather_codes as kernel
+def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePlanes:
+    """Of one head, for the device that the codebook is on."""
+    from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture
 
-    return kernel.gather_codes(x, codebook, indices)
+    lanes, vec = ACCUMULATOR_ORDER[architecture(codebook.device)]
+    if not prepared:
+        return prepare_planes(codebook[None], group=GROUP, lanes=lanes, vec=vec)
+    _, is_split, has_bias_columns = inner_size(codebook.shape[1])
+    return CodePlanes(*prepared, GROUP, lanes, vec, is_split, has_bias_columns)
 
 
 def _code_sums(
@@ -130,12 +180,26 @@ def _nearest_code_fake(x: Tensor, codebook: Tensor, precision: str, backend: str
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-def _gather_codes_fake(
-    x: Tensor, codebook: Tensor, indices: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    # not new_empty, which would keep the order of x's strides
-    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return quantized, x.new_empty(x.shape[0], dtype=screen_dtype(x, codebook))
+def _nearest_code_prepared_fake(
+    x: Tensor, codebook: Tensor, prepared: Sequence[Tensor], precision: str, backend: str
+) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
+    # made of torch operations alone, whatever the backend
+    return _prepare_codebook(codebook, backend)
+
+
+def _vector_quantize_fake(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, precision: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape[0], dtype=torch.int64),
+        # not new_empty, which would keep the order of x's strides
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        x.new_empty(x.shape[0], dtype=screen_dtype(x, codebook)),
+    )
 
 
 def _code_sums_fake(
@@ -148,7 +212,9 @@ def _code_sums_fake(
 
 for _name, _implementation, _fake in (
     ("nearest_code", _nearest_code, _nearest_code_fake),
-    ("gather_codes", _gather_codes, _gather_codes_fake),
+    ("nearest_code.prepared", _nearest_code_prepared, _nearest_code_prepared_fake),
+    ("prepare_codebook", _prepare_codebook, _prepare_codebook_fake),
+    ("vector_quantize", _vector_quantize, _vector_quantize_fake),
     ("code_sums", _code_sums, _code_sums_fake),
     ("snapshot", _snapshot, _snapshot_fake),
 ):
@@ -156,6 +222,8 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
 
 nearest_code = torch.ops.vqtriton.nearest_code.default
-gather_codes = torch.ops.vqtriton.gather_codes.default
+nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared
+prepare_codebook_op = torch.ops.vqtriton.prepare_codebook.default
+vector_quantize = torch.ops.vqtriton.vector_quantize.default
 code_sums = torch.ops.vqtriton.code_sums.default
 snapshot = torch.ops.vqtriton.snapshot.default
