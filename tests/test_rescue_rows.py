@@ -1,0 +1,216 @@
+"""Finish and rescue: who is in doubt, and that doubt never costs exactness."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from unittest import mock
+
+import data
+import oracle
+import pytest
+import torch
+from conftest import INTERPRETED
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vqtriton.planes import CodePlanes, ScreenBound, prepare_planes, screen_bound
+from vqtriton.screening import Bound, error_bound
+
+pytest.importorskip("triton")
+from vqtriton.kernels import nearest_code as module
+from vqtriton.kernels.nearest_code import NearestCode, NearestCodeConfig, nearest_code
+from vqtriton.kernels.rescue_rows import RescueRowsConfig
+from vqtriton.kernels.screen_codes import ScreenCodesConfig, screen_codes
+
+# bench is not installed, and plain `pytest` does not look for modules in the root
+sys.path.insert(0, str(Path(__file__).parents[1]))
+compiling = importlib.import_module("bench.compiling")
+
+HAS_GPU = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(not INTERPRETED and not HAS_GPU, reason="needs a GPU or the interpreter"),
+]
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+SCREEN = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)
+RESCUE = RescueRowsConfig(block_n=16, num_stages=1)
+# every row is in doubt, and every code a rival
+NO_BOUND = ScreenBound(torch.inf, torch.inf, torch.inf, torch.inf)
+
+
+def search(
+    x: Tensor,
+    codebook: Tensor,
+    bound: ScreenBound | None = None,
+    rescue: RescueRowsConfig = RESCUE,
+    **options,
+) -> NearestCode:
+    """x [H, N, D], codebook [H, K, D]."""
+    x, codebook = x.to(DEVICE), codebook.to(DEVICE)
+    planes = prepare_planes(codebook)
+    return nearest_code(
+        x,
+        codebook,
+        planes,
+        bound or screen_bound(planes, SCREEN.block_k),
+        error_bound(x.shape[2], torch.float32),
+        **{"exact": True, "config": NearestCodeConfig(SCREEN, rescue=rescue)} | options,
+    )
+
+
+@pytest.mark.parametrize("dim", [3, 12, 40])
+@pytest.mark.parametrize("programs", [1, 3, 100])
+def test_exact_when_every_row_is_in_doubt(dim: int, programs: int) -> None:
+    x, codebook = data.gaussian(40, 300, dim)
+    rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
+    out = search(x[None], codebook[None], NO_BOUND, rescue)
+    assert out.num_doubtful.tolist() == [40]
+    assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
+
+
+@pytest.mark.parametrize("case", ["collapsed", "duplicates", "lattice", "not_finite", "ulp_codes"])
+@pytest.mark.parametrize("chunk_tiles", [1, 8])
+def test_lists_that_overflow_are_worked_off(case: str, chunk_tiles: int) -> None:
+    # 32 groups of rivals a row: the shorter lists hold 16
+    x, codebook = data.HARD[case](20, 250, 3)
+    rescue = dataclasses.replace(RESCUE, chunk_tiles=chunk_tiles, programs_per_processor=1)
+    out = search(x[None], codebook[None], rescue=rescue)
+    assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
+
+
+@given(
+    n=st.sampled_from([1, 15, 17, 40]),
+    k=st.sampled_from([1, 7, 8, 9, 65, 257]),
+    d=st.sampled_from([1, 4, 9, 33]),
+    case=st.sampled_from(["gaussian", "midpoints", "duplicates", "zeros", "not_finite"]),
+    programs=st.sampled_from([1, 2, 7]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_how_the_rescue_is_shared_changes_no_bit(n, k, d, case, programs, seed) -> None:
+    torch.manual_seed(seed)
+    x, codebook = (t[None] for t in data.HARD[case](n, k, d))
+    mask = torch.rand(1, n) < 0.8
+    rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
+    one = search(x, codebook, gather=True, mask=mask.to(DEVICE))
+    other = search(x, codebook, rescue=rescue, gather=True, mask=mask.to(DEVICE))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    want = oracle.nearest_code(x[0], codebook[0]).where(mask[0], -1)
+    assert torch.equal(one.indices[0].cpu(), want)
+    # masked rows are nobody's doubt
+    assert one.num_doubtful.item() <= mask.sum()
+
+
+@pytest.mark.parametrize("case", ["gaussian", "duplicates", "not_finite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_codes_and_errors_of_certain_and_doubtful_rows(case: str, dtype: torch.dtype) -> None:
+    x, codebook = data.HARD[case](50, 70, 20)
+    x = x.to(dtype)
+    mask = torch.arange(50) % 6 > 0
+    out = search(x[None], codebook[None], gather=True, mask=mask[None].to(DEVICE))
+    doubtful = out.num_doubtful.item()
+    assert doubtful < 50
+    # duplicates are in doubt by construction: both ways are looked at
+    assert doubtful > 5 or case != "duplicates"
+    indices = out.indices[0].cpu()
+    assert torch.equal(indices, oracle.nearest_code(x, codebook).where(mask, -1))
+    codes = codebook[indices].where(mask[:, None], 0)
+    torch.testing.assert_close(out.quantized[0].cpu(), codes.to(dtype), rtol=0, atol=0)
+    want = (x.double() - codes.double()).square().sum(1)
+    want = want.where(x.isfinite().all(1), torch.nan).where(mask, 0)
+    torch.testing.assert_close(
+        out.sq_error[0].cpu(), want.float(), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
+
+
+def test_heads_have_codebooks_and_doubts_of_their_own() -> None:
+    # another magnitude for each head: a mean or scale of another head would show
+    scales = torch.tensor([1.0, 1e3, 1e-3])[:, None, None]
+    x, codebook = torch.randn(3, 20, 12) * scales, torch.randn(3, 300, 12) * scales
+    # the second head alone has every row in doubt
+    codebook[1, 150:] = codebook[1, :150]
+    # strided as [N, H, D] is
+    x = x.movedim(0, 1).contiguous().movedim(1, 0)
+    out = search(x, codebook, gather=True)
+    assert out.num_doubtful.tolist()[1] == 20
+    assert max(out.num_doubtful.tolist()[::2]) < 10
+    for head in range(3):
+        want = oracle.nearest_code(x[head], codebook[head])
+        assert torch.equal(out.indices[head].cpu(), want)
+        assert torch.equal(out.quantized[head].cpu(), codebook[head][want])
+
+
+# --- what the certificate and the thresholds are, from float64 ---
+
+
+def expected(x: Tensor, codebook: Tensor, planes: CodePlanes) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each row is from being in doubt, what it is compared with, and its threshold."""
+    bound, own = screen_bound(planes, SCREEN.block_k), error_bound(x.shape[1], torch.float32)
+    groups, _, second, error, row_scale = (
+        t[0].cpu().double() for t in screen_codes(x[None], planes, bound, config=SCREEN)
+    )
+    mean, scale = planes.mean[0].double(), planes.scale[0].double()
+    ratio = row_scale / scale
+    y, e = (x.double() - mean) * row_scale[:, None], (codebook.double() - mean) * scale
+    sqnorm = e.square().sum(1)
+    scores = y @ e.T + ratio[:, None] * (sqnorm.max() - sqnorm) / 2
+    is_member = torch.arange(codebook.shape[0]) // 8 == groups[:, None]
+    members = scores.where(is_member, -torch.inf).topk(2, 1).values
+    own_error = own_bound(y, e, ratio, own)
+    if codebook.shape[0] <= 8:
+        second = torch.full_like(second, -torch.inf)
+    outside = (members[:, 0] - second) / (error + own_error)
+    inside = (members[:, 0] - members[:, 1]) / (2 * own_error)
+    return torch.minimum(outside, inside), members[:, 0] - error - own_error, error + own_error
+
+
+def own_bound(y: Tensor, e: Tensor, ratio: Tensor, own: Bound) -> Tensor:
+    """docs/exactness.md, of the scores that the finish makes in float32."""
+    norm, max_norm = y.norm(dim=1), e.norm(dim=1).max()
+    products = own.products * max_norm * (norm + ratio * max_norm / 2)
+    return products + own.distances * norm.square() / ratio + own.tiny
+
+
+def along_a_line(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Rows between neighbours, nearer and nearer to the middle: margins of every size."""
+    codebook = torch.zeros(k, d)
+    codebook[:, 0] = torch.arange(k)
+    codebook += torch.randn(k, d) * 0.1
+    first = torch.randint(k - 1, (n,))
+    t = 0.5 - 2.0 ** -(torch.arange(n) % 22 + 2).double()[:, None] * torch.rand(n, 1)
+    return torch.lerp(codebook[first].double(), codebook[first + 1].double(), t).float(), codebook
+
+
+@pytest.mark.parametrize("size", [8, 60])
+@pytest.mark.parametrize("far", [1.0, 1e6])
+@pytest.mark.parametrize("dim", [3, 12, 40])
+def test_doubt_and_thresholds_are_what_the_bounds_say(size: int, far: float, dim: int) -> None:
+    x, codebook = along_a_line(300, size, dim)
+    x[::2, -1] *= far
+    planes = prepare_planes(codebook[None])
+    margin, threshold, error = expected(x, codebook, planes)
+    launches = []
+    recorder = compiling.Recorder(module.rescue_rows_kernel, launches)
+    settle = compiling.Recorder(module.settle_rows_kernel, [])
+    with (
+        mock.patch.object(module, "rescue_rows_kernel", recorder),
+        mock.patch.object(module, "settle_rows_kernel", settle),
+    ):
+        search(x[None], codebook[None])
+    values = launches[0].values
+    count = values["num_rows_ptr"].item()
+    rows = values["rows_ptr"][0, :count].long().cpu()
+    is_doubtful = torch.zeros(300, dtype=torch.bool)
+    is_doubtful[rows] = True
+    # the finish's scores are rounded, to a third of what its bound allows; half of it would show
+    assert ((margin > 0.5) & (margin < 0.65)).any()
+    assert is_doubtful[margin < 0.65].all()
+    assert not is_doubtful[margin > 1.35].any()
+    assert is_doubtful.any()
+    assert not is_doubtful.all()
+    got = values["thresholds_ptr"][0, :count].double().cpu()
+    assert ((got - threshold[rows]).abs() <= 0.35 * error[rows]).all()
