@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import data
 import pytest
 import torch
 from backends import Backend, on_every_backend
@@ -56,3 +62,27 @@ def test_nothing_is_as_large_as_n_times_k(backend: Backend) -> None:
 def test_the_measure_sees_what_is_large() -> None:
     x, codebook = torch.randn(50, 4), torch.randn(40, 4)
     assert largest(reference.squared_distances, x, codebook) == 50 * 40
+
+
+LIMIT = 64 << 20
+SHAPES = [(16384, 8192, 64), (4096, 65536, 16)]
+can_measure = pytest.mark.skipif(
+    INTERPRETED or not Path("/proc/self/clear_refs").exists(), reason="needs Linux; once is enough"
+)
+
+
+def check_peak_memory(n: int, k: int, d: int, *cases: str) -> None:
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), *map(str, (n, k, d)), *cases]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    peaks = json.loads(done.stdout)
+    assert peaks.keys() == set(cases)
+    assert {case: peak for case, peak in peaks.items() if not 0 < peak <= LIMIT} == {}
+
+
+@can_measure
+@pytest.mark.parametrize(("n", "k", "d"), SHAPES)
+def test_peak_memory_is_bounded(n: int, k: int, d: int) -> None:
+    check_peak_memory(n, k, d, "gaussian", "collapsed", "lattice", "ulp_codes")
+    # where nearly all pairs are in doubt a search takes long; two blocks of rows show it
+    check_peak_memory(2 * blocked.BLOCK_SCORES // k, k, d, *data.HARD)

@@ -206,6 +206,9 @@ def test_exact_where_matmuls_round_their_inputs(monkeypatch: pytest.MonkeyPatch)
         ([[1.0]], [[5.0], [1.0], [1e160]]),
         ([[1e308]], [[-1e308], [1e307]]),
         ([[1e-200]], [[1e-180], [2e-200], [1e-200]]),
+        # no distance is finite, though one code is
+        ([[1e200]], [[float("nan")], [1.0]]),
+        ([[1.0, 1e155]], [[float("inf"), 0.0], [0.0, 0.0]]),
     ],
 )
 def test_float64_beyond_the_range_of_its_squares(x, codebook) -> None:

@@ -1,7 +1,7 @@
 """The ops in plain torch, block by block: ``backend="torch"``, for CPU and whatever has no kernels.
 
-Beyond inputs and outputs they hold one block of scores and a copy of the codebook, so the extra
-memory is O(N + K·D), never O(N·K).
+Beyond inputs and outputs they hold one block of scores and copies of the codebook, so the extra
+memory is O(N + K·D), never O(N·K), whatever the data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from vqtriton.screening import PreparedCodebook, error_bound, prepare_codebook, 
 BLOCK_SCORES = 1 << 21
 # Codes whose scores are reduced together: strided `amax` is vectorised, `argmax` is not.
 GROUP = 8
+# Groups whose codes in doubt are listed at a time: hard data can have all of them in doubt.
+BLOCK_GROUPS = 1 << 14
 # Elements of the vectors whose float64 distances are evaluated at a time: more leave the cache.
 BLOCK_PAIRS_ELEMENTS = 1 << 17
 # Rows that are converted to another dtype at a time.
@@ -27,6 +29,13 @@ def nearest_code(
     x: Tensor, codebook: Tensor, precision: str, tensors: Sequence[Tensor] = ()
 ) -> Tensor:
     """x [N, D], codebook [K, D], perhaps the tensors of its `PreparedCodebook` -> [N] int64."""
+    return search(x, codebook, precision, tensors)[0]
+
+
+def search(
+    x: Tensor, codebook: Tensor, precision: str, tensors: Sequence[Tensor] = ()
+) -> tuple[Tensor, int]:
+    """The indices, and how many rows were in doubt: those with more than one candidate."""
     num_rows, dim = x.shape
     size = codebook.shape[0]
     dtype = screen_dtype(x, codebook)
@@ -43,10 +52,12 @@ def nearest_code(
     bias = -torch.nn.functional.pad(prepared.half_sqnorm, (0, padding), value=torch.inf)
     is_candidate = torch.nn.functional.pad(codebook.isfinite().all(1), (0, padding))
 
-    indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
+    # rows without a finite distance keep index 0
+    indices = torch.zeros(num_rows, dtype=torch.int64, device=x.device)
     block = max(16, min(BLOCK_SCORES // bias.numel(), BLOCK_ROWS))
     scores = torch.empty(min(block, num_rows), bias.numel(), dtype=dtype, device=x.device)
-    first_equal = None
+    has_repeats = precision == "exact"
+    in_doubt = 0
     for start in range(0, num_rows, block):
         rows = x[start : start + block]
         y = (rows.to(dtype) - prepared.mean) * prepared.scale
@@ -67,50 +78,55 @@ def nearest_code(
         threshold = best - 2 * error if precision == "exact" else best
         # `not below`, so that a NaN from overflow leaves the code in the race
         row, group = (~(group_best < threshold[:, None]) & is_finite[:, None]).nonzero().unbind(1)
-        pair, member = (~(by_group[row, :, group] < threshold[row, None])).nonzero().unbind(1)
-        row, code = row[pair], member * num_groups + group[pair]
-        # padding and codes that are not finite are no candidates
-        row, code = row[is_candidate[code]], code[is_candidate[code]]
+        if has_repeats and row.numel() > 2 * rows.shape[0]:
+            # of equal codes the first will do; the others are out from now on
+            is_candidate[:size] &= _is_first(codebook)
+            bias = bias.where(is_candidate, -torch.inf)
+            has_repeats = False
 
-        out = indices[start : start + block]
-        if precision == "exact":
-            if first_equal is None and row.numel() > 2 * rows.shape[0]:
-                first_equal = _first_equal(codebook)
-            if first_equal is not None:
-                is_first = first_equal[code] == code
-                row, code = row[is_first], code[is_first]
-            row, code = _resolve(rows, codebook, row, code)
-        # what is left of a row's codes are ties; rows without a finite distance keep index 0
-        out.fill_(size).scatter_reduce_(0, row, code, "amin")
-        out[out == size] = 0
-    return indices
+        groups_per_row = torch.bincount(row, minlength=rows.shape[0])
+        least = torch.full_like(groups_per_row, torch.inf, dtype=torch.float64)
+        is_contested = groups_per_row > 1
+        for part in range(0, row.numel(), BLOCK_GROUPS):
+            part_row, part_group = (t[part : part + BLOCK_GROUPS] for t in (row, group))
+            member_scores = by_group[part_row, :, part_group]
+            pair, member = (~(member_scores < threshold[part_row, None])).nonzero().unbind(1)
+            pair_row, code = part_row[pair], member * num_groups + part_group[pair]
+            # padding and codes that are not finite are no candidates
+            keep = is_candidate[code]
+            pair_row, code = pair_row[keep], code[keep]
+            is_contested |= torch.bincount(pair_row, minlength=rows.shape[0]) > 1
+            # a row's only candidate is taken unseen, unless its distance may overflow
+            evaluated = is_contested[pair_row] | (dtype == torch.float64)
+            distances = torch.zeros_like(code, dtype=torch.float64)
+            if precision == "exact":
+                distances[evaluated] = _distances_of_pairs(
+                    rows, codebook, pair_row[evaluated], code[evaluated]
+                )
+            _keep_nearest(least, indices[start : start + block], pair_row, code, distances)
+        in_doubt += int(is_contested.sum())
+    return indices, in_doubt
 
 
-def _resolve(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the candidate codes of each row, keep those at the least float64 distance.
+def _keep_nearest(
+    least: Tensor, indices: Tensor, row: Tensor, code: Tensor, distances: Tensor
+) -> None:
+    """Update what is the nearest so far in each row; of equal distances, the lowest index."""
+    before = least.clone()
+    least.scatter_reduce_(0, row, distances, "amin")
+    indices[least < before] = torch.iinfo(indices.dtype).max
+    is_least = (distances == least[row]) & (distances < torch.inf)
+    indices.scatter_reduce_(0, row[is_least], code[is_least], "amin")
 
-    Rows with one candidate keep it unseen.
-    """
-    candidates = torch.bincount(row, minlength=x.shape[0])
-    is_contested = candidates[row] > 1
-    settled = ~is_contested
-    contested_row, contested_code = row[is_contested], code[is_contested]
-    distances = torch.empty(contested_row.shape, dtype=torch.float64, device=x.device)
+
+def _distances_of_pairs(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> Tensor:
+    """[P] float64 distances between x[row] and codebook[code]; a NaN ranks as +inf."""
+    distances = torch.empty(row.shape, dtype=torch.float64, device=x.device)
     block = max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1])
     for start in range(0, distances.numel(), block):
         pairs = slice(start, start + block)
-        distances[pairs] = _squared_distances(
-            x[contested_row[pairs]], codebook[contested_code[pairs]]
-        )
-    # a NaN ranks as +inf
-    distances = distances.where(distances < torch.inf, torch.inf)
-    least = torch.full_like(candidates, torch.inf, dtype=torch.float64)
-    least.scatter_reduce_(0, contested_row, distances, "amin")
-    is_least = (distances == least[contested_row]) & (distances < torch.inf)
-    return (
-        torch.cat([row[settled], contested_row[is_least]]),
-        torch.cat([code[settled], contested_code[is_least]]),
-    )
+        distances[pairs] = _squared_distances(x[row[pairs]], codebook[code[pairs]])
+    return distances.where(distances < torch.inf, torch.inf)
 
 
 def _squared_distances(x: Tensor, codes: Tensor) -> Tensor:
@@ -124,12 +140,12 @@ def _squared_distances(x: Tensor, codes: Tensor) -> Tensor:
     return distances
 
 
-def _first_equal(codebook: Tensor) -> Tensor:
-    """[K] the lowest index of a code with the same values."""
+def _is_first(codebook: Tensor) -> Tensor:
+    """[K] whether no code with the same values has a lower index."""
     _, group = torch.unique(codebook, dim=0, return_inverse=True)
     index = torch.arange(codebook.shape[0], device=codebook.device)
     first = torch.full_like(index, codebook.shape[0]).scatter_reduce_(0, group, index, "amin")
-    return first[group]
+    return first[group] == index
 
 
 def matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:

@@ -51,21 +51,24 @@ def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> PreparedCodebook:
     is far from the origin; scaling keeps the products away from overflow and underflow. In float64
     there is no scale: there the screen must overflow and underflow where the distances do.
     """
-    codes = codebook.double()
-    is_finite = codes.isfinite().all(1)
-    codes = codes.where(is_finite[:, None], 0)
+    # in place: float64 copies of a codebook are what takes the most memory
+    codes = codebook.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    is_not_finite = ~codes.isfinite().all(1, keepdim=True)
+    codes.masked_fill_(is_not_finite, 0)
     # an average of values below the largest double cannot overflow, their sum can
-    mean = (codes / is_finite.sum().clamp(min=1)).sum(0).to(dtype)
-    codes = (codes - mean.double()).where(is_finite[:, None], 0)
+    mean = (codes / (~is_not_finite).sum().clamp(min=1)).sum(0).to(dtype)
+    codes.sub_(mean.double()).masked_fill_(is_not_finite, 0)
     scale = torch.ones_like(codes[0, 0])
     if dtype == torch.float32:
-        exponent = torch.frexp(codes.abs().amax()).exponent
+        low, high = codes.aminmax()
+        exponent = torch.frexp(torch.maximum(-low, high)).exponent
         scale = torch.ldexp(scale, -exponent.clamp(-120, 120))
-    codes = (codes * scale).to(dtype).contiguous()
-    sqnorm = codes.double().square().sum(1)
-    half_sqnorm = (sqnorm / 2).where(is_finite, torch.inf).to(dtype)
+    rounded = codes.mul_(scale).to(dtype, copy=True)
+    # of the codes as they were rounded
+    sqnorm = codes.copy_(rounded).square_().sum(1)
+    half_sqnorm = (sqnorm / 2).masked_fill(is_not_finite[:, 0], torch.inf).to(dtype)
     return PreparedCodebook(
-        codes, half_sqnorm, mean, scale.to(dtype), sqnorm.amax().sqrt().to(dtype)
+        rounded, half_sqnorm, mean, scale.to(dtype), sqnorm.amax().sqrt().to(dtype)
     )
 
 
