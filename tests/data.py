@@ -99,6 +99,170 @@ def no_finite_code(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, d), torch.full((k, d), torch.nan)
 
 
+def near_ties(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Rows off the middle of two codes by every power of two from 1/2 to 2⁻²⁴."""
+    codebook = torch.randn(k, d)
+    a, b = codebook[torch.randint(k, (2, n))].double().unbind(0)
+    off = 2.0 ** -torch.randint(1, 25, (n, 1)).double()
+    return ((a + b) / 2 + (a - b) * off).float(), codebook
+
+
+def one_far_code(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """The bound is that of the longest code; all others are subnormal in fp16 beside it."""
+    codebook = torch.randn(k, d) * 1e-6
+    codebook[k // 2] = 1.0
+    return torch.randn(n, d) * 1e-6, codebook
+
+
+def cancelling(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Products that are large beside their sum."""
+    signs = (-1.0) ** torch.arange(d)
+    return 1 + torch.randn(n, d) * 1e-3, signs * (1 + torch.randn(k, d) * 1e-3)
+
+
+def far_rows(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Rows 2⁶ to 2⁴⁰ times as far out as the codes: all directions, no distances."""
+    return torch.randn(n, d) * 2.0 ** torch.randint(6, 41, (n, 1)), torch.randn(k, d)
+
+
+def uniform_codes(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """A common initialisation: codes that are tiny beside the rows."""
+    return torch.randn(n, d), torch.empty(k, d).uniform_(-1 / k, 1 / k)
+
+
+def wide_range(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Elements of every magnitude that float32 has, subnormals among them."""
+    x, codebook = (
+        torch.ldexp(torch.randn(size, d), torch.randint(-140, 120, (size, d))) for size in (n, k)
+    )
+    return x, codebook
+
+
+def _pairs(k: int, d: int, across: bool) -> Tensor:
+    """Codes in pairs, far apart: j and j + 8 if across groups of eight, else j and j + 1."""
+    first = torch.randn(-(-k // 16) * 8, d) * 4
+    second = first + torch.randn(first.shape) * (2.0 / d**0.5)
+    if across:
+        first, second = first.view(-1, 8, d), second.view(-1, 8, d)
+    return torch.stack([first, second], 1).reshape(-1, d)[:k]
+
+
+def _ulp_ties(n: int, codebook: Tensor) -> Tensor:
+    """Rows whose two least distances differ by 0, 1, 2, 4, … 64 ulp of the float32 distance.
+
+    Rows are put on the bisector of their two nearest codes, then moved by units in the last place
+    of single elements. Where nothing hits, as with one code, rows are what they were.
+    """
+    k, d = codebook.shape
+    codes = codebook.double()
+    start = torch.randint(k, (n,))
+    x = codes[start] + torch.randn(n, d).double() / d**0.5
+    if k == 1:
+        return x.float()
+
+    def two_nearest(x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [(codes.square().sum(1) - 2 * rows @ codes.T) for rows in x.double().split(1024)]
+        nearest = torch.cat([part.topk(2, largest=False).indices for part in parts])
+        return codes[nearest[:, 0]], codes[nearest[:, 1]]
+
+    def difference(x: Tensor) -> Tensor:
+        return ((x - b) * (x - b) - (x - a) * (x - a)).sum(1)
+
+    a, b = two_nearest(x)
+    normal = a - b
+    sqnorm = normal.square().sum(1).clamp(min=1e-300)
+    x = x - normal * (difference(x) / (2 * sqnorm))[:, None]
+    distance = (x - a).square().sum(1).float()
+    ulp = (torch.nextafter(distance, torch.tensor(torch.inf)) - distance).double()
+    wanted = ulp * 2.0 ** torch.randint(-1, 7, (n,)) * (1 - 2 * torch.randint(2, (n,)))
+    x = x.float()
+    # the largest steps first; the smallest 64 of them are enough
+    step = (torch.nextafter(x.abs(), torch.tensor(torch.inf)) - x.abs()).double()
+    change = 2 * normal * step
+    order = change.abs().argsort(1, descending=True)[:, -64:]
+    rest = wanted - difference(x.double())
+    for column in order.T[:, :, None]:
+        gain, before = change.gather(1, column), x.gather(1, column)
+        steps = (rest[:, None] / gain).round().nan_to_num(0, 0, 0).clamp(-1024, 1024)
+        moved = (before + steps * step.gather(1, column)).float()
+        x.scatter_(1, column, moved)
+        # the move as it was rounded
+        rest -= (2 * normal.gather(1, column) * (moved.double() - before))[:, 0]
+    nearest = two_nearest(x)[0]
+    hit = (nearest == a).all(1) | (nearest == b).all(1)
+    hit &= difference(x.double()).abs() < 64.5 * ulp
+    return x if not hit.any() else x[hit][torch.arange(n) % hit.sum()]
+
+
+def ulp_ties_across_groups(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    codebook = _pairs(k, d, across=True)
+    return _ulp_ties(n, codebook), codebook
+
+
+def ulp_ties_in_a_group(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    codebook = _pairs(k, d, across=False)
+    return _ulp_ties(n, codebook), codebook
+
+
+def ulp_ties_of_float64(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Distances that differ by 0, 1, 2, 4, … ulp of float64: codes are nothing beside the rows."""
+    x = torch.randint(-1, 2, (n, d)).float()
+    x[:, -1] = (1 - 2 * torch.randint(2, (n,))) * 2.0 ** torch.randint(7, (n,))
+    codebook = torch.zeros(k, d)
+    unit = 2.0 ** (d.bit_length() // 2 - 50)
+    codebook[:, -1] = (torch.randperm(k) - k // 2) * unit
+    return x, codebook
+
+
+def permuted_codes(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """One offset in any order: distances from the centre differ by how their sums are rounded."""
+    offset = torch.randn(d)
+    codebook = offset[torch.rand(k, d).argsort(1)] * (1 - 2 * torch.randint(2, (k, d)))
+    return torch.randn(n, 1) * torch.randint(0, 2, (n, 1)) * 2.0**-30 * torch.ones(d), codebook
+
+
+def _symmetric(values: Tensor, k: int) -> Tensor:
+    """[K, D] codes of mean 0 that `vqtriton.planes` scales by 2⁹ exactly: one of them is 1s."""
+    values[0] = 1
+    return torch.cat([values, -values, torch.zeros_like(values[:1])])[:k]
+
+
+def _nudged(values: Tensor) -> Tensor:
+    """Give or take two units in the last place."""
+    ulps = torch.randint(-2, 3, values.shape).int()
+    return (values.contiguous().view(torch.int32) + ulps).view(torch.float32)
+
+
+def rows_at_fp16_limits(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Scaled elements where fp16 overflows: 65504 is its largest, 65520 is rounded to infinity."""
+    limits = torch.tensor([65504.0, 65504.0, 65519.996, 65520.0, 65536.0]) / 2**9
+    x = _nudged(limits[torch.randint(5, (n, d))]) * (1 - 2 * torch.randint(2, (n, d)))
+    # in most rows one element alone is that large
+    x = x.where((torch.arange(d) == torch.randint(d, (n, 1))) | (torch.rand(n, 1) < 0.2), 0)
+    x = x + torch.randn(n, d) * (x == 0)
+    return x, _symmetric(torch.empty(-(-k // 2), d).uniform_(-1, 1), k)
+
+
+def at_fp16_subnormals(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Scaled elements around 2⁻¹⁴, the smallest that fp16 holds with all its bits."""
+    x, codebook = (
+        _nudged(torch.full((size, d), 2.0**-23))
+        * (1 - 2 * torch.randint(2, (size, d)))
+        * 2.0 ** torch.randint(-1, 2, (size, d))
+        for size in (n, -(-k // 2))
+    )
+    return x, _symmetric(codebook, k)
+
+
+def at_fp16_midpoints(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Scaled elements half way between two of fp16, so that what rounding leaves is largest."""
+    x, codebook = (
+        (torch.randint(1024, 2048, (size, d)) + 0.5) / 2048 * (1 - 2 * torch.randint(2, (size, d)))
+        for size in (n, -(-k // 2))
+    )
+    return x * 2.0 ** torch.randint(-4, 5, (n, 1)), _symmetric(codebook, k)
+
+
 HARD = {
     make.__name__: make
     for make in (
@@ -120,6 +284,19 @@ HARD = {
         codes_among_the_rows,
         not_finite,
         no_finite_code,
+        near_ties,
+        one_far_code,
+        cancelling,
+        far_rows,
+        uniform_codes,
+        wide_range,
+        ulp_ties_across_groups,
+        ulp_ties_in_a_group,
+        ulp_ties_of_float64,
+        permuted_codes,
+        rows_at_fp16_limits,
+        at_fp16_subnormals,
+        at_fp16_midpoints,
     )
 }
 

@@ -33,19 +33,6 @@ def test_equals_the_oracle_on_hard_data(backend: Backend, case: str, dim: int) -
     assert torch.equal(nearest(x, codebook, backend), oracle.nearest_code(x, codebook))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow for a million rows")
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
-def test_equals_the_oracle_on_a_million_rows(backend: Backend) -> None:
-    rows = 0
-    while rows < 1_000_000:
-        for n, k, d in ((4000, 700, 33), (3000, 1024, 64), (6000, 100, 3), (8000, 64, 1)):
-            for make in data.HARD.values():
-                x, codebook = make(n, k, d)
-                assert torch.equal(nearest(x, codebook, backend), oracle.nearest_code(x, codebook))
-                rows += n
-
-
 @on_every_backend
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 @pytest.mark.parametrize("codebook_dtype", EXACT_DTYPES)

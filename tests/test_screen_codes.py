@@ -54,30 +54,6 @@ SEEDS = st.integers(0, 2**32 - 1)
 SMALL = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)
 
 
-def near_ties(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Rows off the middle of two codes by every power of two from 1/2 to 2⁻²⁴."""
-    codebook = torch.randn(k, d)
-    a, b = codebook[torch.randint(k, (2, n))].double().unbind(0)
-    off = 2.0 ** -torch.randint(1, 25, (n, 1)).double()
-    return ((a + b) / 2 + (a - b) * off).float(), codebook
-
-
-def one_far_code(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """The bound is that of the longest code; all others are subnormal in fp16 beside it."""
-    codebook = torch.randn(k, d) * 1e-6
-    codebook[k // 2] = 1.0
-    return torch.randn(n, d) * 1e-6, codebook
-
-
-def cancelling(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
-    """Products that are large beside their sum."""
-    signs = (-1.0) ** torch.arange(d)
-    return 1 + torch.randn(n, d) * 1e-3, signs * (1 + torch.randn(k, d) * 1e-3)
-
-
-CASES = data.HARD | {f.__name__: f for f in (near_ties, one_far_code, cancelling)}
-
-
 def screen(
     x: Tensor,
     codebook: Tensor,
@@ -109,10 +85,10 @@ def check_agree(a: Screened, b: Screened) -> None:
 # --- the arithmetic, without a kernel ---
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", DIMS)
 def test_worst_tensor_core_certifies_nothing_wrong(case: str, dim: int) -> None:
-    x, codebook = CASES[case](400, 100, dim)
+    x, codebook = data.HARD[case](400, 100, dim)
     planes = prepare_planes(codebook[None])
     nearest = oracle.nearest_code(x, codebook)
     for worst_for in (None, nearest):
@@ -122,7 +98,13 @@ def test_worst_tensor_core_certifies_nothing_wrong(case: str, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_error_of_each_score_is_within_the_bound(dim: int) -> None:
-    for make in (data.gaussian, data.outside_the_hull, data.unit_norm, one_far_code, cancelling):
+    for make in (
+        data.gaussian,
+        data.outside_the_hull,
+        data.unit_norm,
+        data.one_far_code,
+        data.cancelling,
+    ):
         x, codebook = make(200, 64, dim)
         # a group of one code each: every score can be seen
         planes = prepare_planes(codebook[None], group=2, lanes=1, vec=2)
@@ -227,10 +209,10 @@ def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> 
 
 @pytest.mark.kernel
 @runs_kernels
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", [1, 4, 7, 12, 33, 64])
 def test_certifies_nothing_wrong(case: str, dim: int) -> None:
-    x, codebook = CASES[case](50, 150, dim)
+    x, codebook = data.HARD[case](50, 150, dim)
     result = screen(x, codebook)
     check_certified(result, x, codebook)
     planes = prepare_planes(codebook[None])
@@ -250,7 +232,7 @@ def test_certifies_nothing_wrong(case: str, dim: int) -> None:
     n=st.sampled_from([1, 15, 17, 33]),
     k=st.sampled_from([1, 2, 8, 9, 63, 65, 255, 257, 300]),
     d=st.sampled_from(DIMS),
-    case=st.sampled_from(sorted(CASES)),
+    case=st.sampled_from(sorted(data.HARD)),
     block_k=st.sampled_from([64, 128, 256]),
     order=st.sampled_from(sorted(ACCUMULATOR_ORDER.values())),
     group=st.sampled_from([4, 8]),
@@ -266,7 +248,7 @@ def test_nothing_changes_a_certified_row(
     # Triton's interpreter widens these wrongly
     assume(not (INTERPRETED and dtype == torch.bfloat16 and case == "subnormal"))
     torch.manual_seed(seed)
-    x, codebook = CASES[case](n, k, d)
+    x, codebook = data.HARD[case](n, k, d)
     x = x.to(dtype)
     # rows of small D are four columns a dimension: there is nothing to stream
     hold_rows = hold_rows or inner_size(d)[1]

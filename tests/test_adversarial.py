@@ -1,0 +1,132 @@
+"""Equality with the float64 oracle in bulk, and that the hard data is as hard as it says."""
+
+from __future__ import annotations
+
+import adversarial
+import data
+import numpy as np
+import oracle
+import pytest
+import torch
+from backends import Backend, on_every_backend
+from conftest import INTERPRETED
+
+import vqtriton
+from vqtriton import blocked
+from vqtriton.planes import prepare_planes
+
+
+def check_total(rows: int, max_codes: int, backend: str, dims=adversarial.DIMS) -> None:
+    tallies = dict(adversarial.check_all(rows, max_codes, backend, dims))
+    for case, tally in tallies.items():
+        print(f"{case:24} {tally}")
+    assert {case: t.mismatches for case, t in tallies.items() if t.mismatches} == {}
+    assert sum(t.rows for t in tallies.values()) >= rows
+
+
+@pytest.mark.kernel
+@on_every_backend
+def test_equals_the_oracle_on_a_part_of_a_million_rows(backend: Backend) -> None:
+    if INTERPRETED:
+        check_total(600, 17, backend.name, dims=(2, 12, 100))
+    else:
+        check_total(30_000, 1001, backend.name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow for a million rows")
+@on_every_backend
+def test_equals_the_oracle_on_a_million_rows(backend: Backend) -> None:
+    check_total(1_000_000, 1001, backend.name)
+
+
+# --- the error bound, with the worst that it allows ---
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels do not use torch's matmul")
+@pytest.mark.parametrize("case", ["near_ties", "ulp_ties_across_groups", "unit_norm"])
+@pytest.mark.parametrize("dim", [33, 128, 1024])
+def test_exact_with_the_worst_sums(monkeypatch: pytest.MonkeyPatch, case: str, dim: int) -> None:
+    # γ over D products and the half norm, against the nearest code and for all the others
+    x, codebook = data.HARD[case](400, 64, dim)
+    want = oracle.nearest_code(x, codebook)
+
+    def worst(bias, y, codes, *, out):
+        y, codes, half = y.double(), codes.double(), -bias.double()
+        error = y.norm(dim=1)[:, None] * codes.norm(dim=0) + half.where(half < torch.inf, 0)
+        error *= (dim + 1) * 2.0**-24
+        is_nearest = torch.arange(bias.numel()) == want[:, None]
+        return out.copy_(y @ codes - half + torch.where(is_nearest, -error, error))
+
+    monkeypatch.setattr(torch, "addmm", worst)
+    assert torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
+
+
+# --- rows in doubt ---
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels count for themselves")
+def test_rows_in_doubt_are_counted() -> None:
+    codebook = torch.tensor([[0.0], [0.0], [1.0], [3.0]])
+    x = torch.tensor([[0.0], [0.5], [0.9], [2.0], [torch.nan]])
+    indices, in_doubt = blocked.search(x, codebook, "exact")
+    assert indices.tolist() == [0, 0, 2, 2, 0]
+    # equal codes, and two middles
+    assert in_doubt == 3
+
+
+# --- the data ---
+
+pure = pytest.mark.skipif(INTERPRETED, reason="once is enough")
+
+
+@pure
+@pytest.mark.parametrize("dim", adversarial.DIMS)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("ulp_ties_across_groups", np.float32),
+        ("ulp_ties_in_a_group", np.float32),
+        ("ulp_ties_of_float64", np.float64),
+    ],
+)
+def test_distances_differ_by_few_ulp(case: str, dtype: type, dim: int) -> None:
+    x, codebook = data.HARD[case](1000, 64, dim)
+    least, second = np.sort(oracle.distances(x, codebook), axis=1)[:, :2].T
+    gap = (second - least) / np.spacing(least.astype(dtype))
+    assert gap.max() <= 65
+    hits = [(np.abs(gap / ulps - 1) < 0.25).any() for ulps in (1, 2, 4, 8, 16, 32, 64)]
+    # in one dimension an ulp of the row is several of the float32 distance
+    assert sum(hits) >= 3 if dim == 1 or dtype == np.float64 else all(hits[1:])
+
+
+@pure
+@pytest.mark.parametrize("dim", [8, 64, 1024])
+@pytest.mark.parametrize(("case", "step"), [("across_groups", 8), ("in_a_group", 1)])
+def test_ulp_ties_are_where_they_should_be(case: str, step: int, dim: int) -> None:
+    x, codebook = data.HARD[f"ulp_ties_{case}"](500, 64, dim)
+    two = np.argsort(oracle.distances(x, codebook), axis=1)[:, :2]
+    first, last = two.min(1), two.max(1)
+    assert np.mean((last - first == step) & ((first // 8 == last // 8) == (step == 1))) > 0.95
+
+
+@pure
+@pytest.mark.parametrize("dim", [1, 12, 64])
+def test_planes_scale_to_the_limits_of_fp16(dim: int) -> None:
+    for case in ("rows_at_fp16_limits", "at_fp16_subnormals", "at_fp16_midpoints"):
+        x, codebook = data.HARD[case](500, 64, dim)
+        planes = prepare_planes(codebook[None])
+        assert planes.scale.item() == 2.0**9
+        y = (x - planes.mean[0]) * planes.scale
+        if case == "rows_at_fp16_limits":
+            for low, high in ((65503, 65504), (65504, 65505), (65519, 65520), (65520, 65521)):
+                assert ((y.abs() >= low) & (y.abs() <= high)).any()
+            assert y.half().isinf().any()
+        elif case == "at_fp16_subnormals":
+            assert (y.abs() < 2.0**-14).any()
+            assert (y.abs() == 2.0**-14).any()
+            assert (y.abs() > 2.0**-14).any()
+        else:
+            ulp = torch.ldexp(torch.ones_like(y), torch.frexp(y).exponent - 11)
+            assert ((y - y.half().float()).abs() == ulp / 2).all()
