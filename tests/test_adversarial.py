@@ -41,6 +41,16 @@ def test_equals_the_oracle_on_a_million_rows(backend: Backend) -> None:
     check_total(1_000_000, 1001, backend.name)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the kernels have other blocks")
+@pytest.mark.parametrize("case", data.HARD)
+def test_parts_of_the_list_change_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    x, codebook = data.HARD[case](60, 70, 5)
+    want = oracle.nearest_code(x, codebook)
+    for groups in (1, 3, 10):
+        monkeypatch.setattr(blocked, "BLOCK_GROUPS", groups)
+        assert torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
+
+
 # --- the error bound, with the worst that it allows ---
 
 
