@@ -110,9 +110,7 @@ def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int
     codes = codebook.double()
     is_finite = codes.isfinite().all(2)
     codes = codes.where(is_finite[..., None], 0)
-    # an average of values below the largest double cannot overflow, their sum can
-    count = is_finite.sum(1).clamp(min=1)[:, None, None]
-    mean = (codes / count).sum(1).float()
+    mean = (codes.sum(1) / is_finite.sum(1).clamp(min=1)[:, None]).float()
     codes = (codes - mean.double()[:, None]).where(is_finite[..., None], 0)
     exponent = torch.frexp(codes.abs().amax((1, 2))).exponent
     scale = torch.ldexp(torch.ones_like(mean[:, 0]), (EXPONENT - exponent).clamp(-126, 126))
@@ -164,6 +162,19 @@ def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int
         is_split=is_split,
         has_bias_columns=has_bias_columns,
     )
+
+
+def prepare_planes_with_kernels(
+    codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int = 2
+) -> CodePlanes:
+    """`prepare_planes` in three launches. Only the order of the sums in float64 is another."""
+    from vqtriton.kernels import prepare_planes as kernel
+
+    inner, is_split, has_bias_columns = inner_size(codebook.shape[2])
+    tensors = kernel.prepare_planes(
+        codebook, inner, is_split, has_bias_columns, group=group, lanes=lanes, vec=vec
+    )
+    return CodePlanes(*tensors, group, lanes, vec, is_split, has_bias_columns)
 
 
 def screen_bound(planes: CodePlanes, block_k: int) -> ScreenBound:

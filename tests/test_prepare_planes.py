@@ -1,0 +1,272 @@
+"""The kernels that prepare planes give what the torch version gives."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import data
+import oracle
+import pytest
+import torch
+from conftest import INTERPRETED
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vqtriton import planes as torch_version
+from vqtriton.planes import (
+    CodePlanes,
+    column_order,
+    inner_size,
+    prepare_planes,
+    prepare_planes_with_kernels,
+    screen_bound,
+)
+
+pytest.importorskip("triton")
+from vqtriton.kernels import prepare_planes as kernels
+from vqtriton.kernels.prepare_planes import PreparePlanesConfig
+from vqtriton.kernels.screen_codes import ScreenCodesConfig, screen_codes
+
+# bench is not installed, and plain `pytest` does not look for modules in the root
+sys.path.insert(0, str(Path(__file__).parents[1]))
+compiling = importlib.import_module("bench.compiling")
+machines = importlib.import_module("bench.machines")
+
+HAS_GPU = torch.cuda.is_available()
+runs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not HAS_GPU, reason="needs a GPU or the interpreter"
+)
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+# either side of what is split and of the columns for the bias; powers of two and not
+DIMS = (1, 2, 3, 4, 5, 8, 9, 12, 14, 16, 33, 64, 100, 150)
+# several tiles in a part and several parts, of few codes
+SMALL = PreparePlanesConfig(block_elements=2048, most_parts=3, num_warps=4)
+
+
+def prepare(codebook: Tensor, config: PreparePlanesConfig | None = None, **order: int):
+    inner, is_split, has_bias_columns = inner_size(codebook.shape[2])
+    tensors = kernels.prepare_planes(
+        codebook.to(DEVICE), inner, is_split, has_bias_columns, config=config, **order
+    )
+    order = {"group": 8, "lanes": 4, "vec": 2} | order
+    return CodePlanes(*(t.cpu() for t in tensors), **order, **flags(is_split, has_bias_columns))
+
+
+def flags(is_split: bool, has_bias_columns: bool) -> dict[str, bool]:
+    return {"is_split": is_split, "has_bias_columns": has_bias_columns}
+
+
+def check_same(got: CodePlanes, want: CodePlanes) -> None:
+    assert got[5:] == want[5:]
+    assert torch.equal(got.mean, want.mean)
+    assert torch.equal(got.scale, want.scale)
+    # sums in another order, rounded to float32: nearly always the same
+    torch.testing.assert_close(got.norms, want.norms, rtol=2**-22, atol=0)
+    for head in range(len(got.scale)):
+        least = 2**-50 * want.norms[head, 3].item()
+        torch.testing.assert_close(got.offset[head], want.offset[head], rtol=2**-23, atol=least)
+    same = got.offset == want.offset
+    assert same.double().mean() > 0.99
+    assert got.codes.dtype == torch.float16
+    # the bias is in some of the columns
+    assert torch.equal(got.codes[same], want.codes[same])
+
+
+def stored_parts(planes: CodePlanes, size: int) -> tuple[Tensor, Tensor]:
+    """High and low parts in the planes, [H, K, D] float64, in the order of the codes."""
+    order = column_order(planes.codes.shape[1], planes.group, planes.lanes, planes.vec)
+    dim = planes.mean.shape[1]
+    values = planes.codes[:, order.argsort()[:size]].double()
+    if not planes.is_split:
+        return values[..., :dim], torch.zeros_like(values[..., :dim])
+    values = values.unflatten(2, (-1, 4))[:, :, :dim]
+    return values[..., 0], values[..., 1]
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("case", data.HARD)
+@pytest.mark.parametrize("dim", DIMS)
+def test_equals_the_torch_version(case: str, dim: int) -> None:
+    codebook = data.HARD[case](1, 150, dim)[1][None]
+    check_same(prepare(codebook, SMALL), prepare_planes(codebook))
+
+
+@pytest.mark.kernel
+@runs_kernels
+@given(
+    heads=st.integers(1, 3),
+    k=st.sampled_from([1, 2, 7, 63, 65, 255, 256, 257, 600]),
+    d=st.sampled_from(DIMS),
+    case=st.sampled_from(sorted(data.HARD)),
+    order=st.sampled_from([(8, 4, 2), (8, 8, 2), (8, 1, 2), (8, 2, 4), (4, 4, 2), (16, 4, 2)]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(data.LAYOUTS),
+    block_elements=st.sampled_from([1, 64, 4096]),
+    most_parts=st.sampled_from([1, 4, 256]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equals_the_torch_version_whatever_the_shape(
+    heads, k, d, case, order, dtype, layout, block_elements, most_parts, seed
+) -> None:
+    # Triton's interpreter widens these wrongly
+    assume(not (INTERPRETED and dtype == torch.bfloat16 and case == "subnormal"))
+    # minutes of programs, in the interpreter
+    assume(not (INTERPRETED and block_elements == 1 and k * heads > 300))
+    torch.manual_seed(seed)
+    codebook = data.HARD[case](1, heads * k, d)[1].to(dtype)
+    codebook = data.with_layout(codebook, layout).unflatten(0, (heads, k))
+    config = PreparePlanesConfig(block_elements, most_parts, num_warps=4)
+    group, lanes, vec = order
+    got = prepare(codebook, config, group=group, lanes=lanes, vec=vec)
+    check_same(got, prepare_planes(codebook, group=group, lanes=lanes, vec=vec))
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("dim", [300, 1021, 1024])
+def test_wide_codes(dim: int) -> None:
+    codebook = torch.randn(1, 20, dim)
+    codebook[0, 3, -1] = torch.inf
+    check_same(prepare(codebook), prepare_planes(codebook))
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("dim", [1, 8, 16])
+def test_heads_have_nothing_in_common(dim: int) -> None:
+    codebook = torch.randn(4, 300, dim) * torch.tensor([1.0, 1e30, 1e-40, 1])[:, None, None]
+    codebook[3] = torch.nan
+    together = prepare(codebook, SMALL)
+    check_same(together, prepare_planes(codebook))
+    for head in range(4):
+        alone = prepare(codebook[head : head + 1], SMALL)
+        for a, b in zip(together[:5], alone[:5], strict=True):
+            assert torch.equal(a[head], b[0])
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize(
+    "largest", [0.0, 2.0**-149, 2.0**-127, 2.0**-117, 2.0**-116, 1.0, 2.0**127, 3.4028234e38]
+)
+def test_scale_of_the_smallest_and_the_largest(largest: float) -> None:
+    # the mean is zero; the second pair is farther from zero than float32 reaches
+    for values in ([largest, -largest], [largest, largest, largest, -largest]):
+        codebook = torch.tensor(values).view(1, -1, 1)
+        check_same(prepare(codebook), prepare_planes(codebook))
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("case", data.HARD)
+@pytest.mark.parametrize("dim", [1, 5, 12, 64, 100])
+def test_bounds_hold_for_what_is_stored(case: str, dim: int) -> None:
+    codebook = data.HARD[case](1, 70, dim)[1].view(2, 35, dim)
+    planes = prepare(codebook, SMALL)
+    is_finite = codebook.isfinite().all(2, keepdim=True)
+    exact = (codebook.double() - planes.mean[:, None].double()) * planes.scale[:, None, None]
+    exact = exact.where(is_finite, 0)
+    high, low = stored_parts(planes, 35)
+    for part in (high, low):
+        assert ((part == 0) | (part.abs() >= 2**-14)).all()
+    norms = [part.norm(dim=2).amax(1) for part in (exact, low, exact - high - low)]
+    bounds = planes.norms.double()
+    largest = torch.maximum(norms[0], high.norm(dim=2).amax(1))
+    for measured, bound in zip((largest, *norms[1:]), bounds.T, strict=False):
+        assert (measured <= bound).all()
+        assert (bound <= measured * (1 + 1e-6)).all()
+    half_max = exact.square().sum(2).amax(1) / 2
+    torch.testing.assert_close(bounds[:, 3], half_max, rtol=2**-24, atol=0)
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("case", data.HARD)
+@pytest.mark.parametrize("dim", [3, 12, 64])
+def test_screen_certifies_nothing_wrong(case: str, dim: int) -> None:
+    x, codebook = data.HARD[case](50, 150, dim)
+    planes = prepare_planes_with_kernels(codebook[None].to(DEVICE))
+    config = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)
+    bound = screen_bound(planes, config.block_k)
+    out = screen_codes(x[None].to(DEVICE), planes, bound, config=config)
+    groups, best, second, error = (t[0].cpu() for t in out)
+    is_certified = best - second > 2 * error
+    wrong = is_certified & (groups != oracle.nearest_code(x, codebook) // planes.group)
+    assert not wrong.any()
+    assert is_certified.any() or case != "gaussian"
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("dim", [4, 64])
+def test_repeats_bit_for_bit(dim: int) -> None:
+    codebook = torch.randn(2, 2000, dim)
+    codebook[:, ::9] = torch.nan
+    first = prepare(codebook)
+    for _ in range(2 if INTERPRETED else 50):
+        assert all(torch.equal(a, b) for a, b in zip(first[:5], prepare(codebook)[:5], strict=True))
+
+
+@pytest.mark.parametrize(("group", "lanes", "vec"), [(8, 64, 2), (6, 4, 2), (8, 4, 16)])
+def test_an_order_that_does_not_fit_is_refused(group: int, lanes: int, vec: int) -> None:
+    with pytest.raises(ValueError, match=f"group is {group}, lanes {lanes}, vec {vec}"):
+        prepare(torch.randn(1, 40, 16), group=group, lanes=lanes, vec=vec)
+
+
+def test_constants_are_those_of_the_torch_version() -> None:
+    assert kernels.PAD_CODES == torch_version.PAD_CODES
+    for name in ("EXPONENT", "MIN_NORMAL", "PAD_OFFSET"):
+        assert getattr(kernels, name).value == getattr(torch_version, name)
+
+
+# --- the machine code ---
+
+
+def launches(dim: int, dtype: torch.dtype, is_strided: bool) -> list[compiling.Launch]:
+    codebook = torch.zeros(2, 47, dim, dtype=dtype)
+    if is_strided:
+        codebook = torch.zeros(dim, 47, 2, dtype=dtype).permute(2, 1, 0)
+    return compiling.launches_of(kernels, kernels.prepare_planes, codebook, *inner_size(dim))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("target", compiling.TARGETS)
+@pytest.mark.parametrize(
+    ("dim", "dtype", "is_strided"),
+    [
+        (1, torch.float32, False),
+        (8, torch.bfloat16, True),
+        (12, torch.float32, False),
+        (64, torch.float32, False),
+        (100, torch.float16, True),
+        (256, torch.float32, False),
+        (1024, torch.float32, True),
+        (4094, torch.bfloat16, False),
+    ],
+)
+def test_fits_the_target(dim: int, dtype: torch.dtype, is_strided: bool, target: str) -> None:
+    found = launches(dim, dtype, is_strided)
+    assert [launch.name for launch in found] == ["part_sums", "centred_norms", "planes"]
+    for launch in found:
+        result = compiling.compile_launch(launch, target)
+        assert result.spilled_bytes == 0
+        assert result.shared <= machines.ARCHITECTURES[target].shared_limit
+        offsets = re.findall(r"tt\.addptr .*: (.*), (.*?)(?: loc.*)?$", result.ttir, re.M)
+        assert offsets
+        # an int32 offset wraps at 2**31 elements
+        narrow = {offset for _, offset in offsets if not offset.rstrip(">").endswith("i64")}
+        assert narrow == set()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_sizes_are_not_part_of_the_program() -> None:
+    for launch in launches(64, torch.float32, False):
+        for param in launch.kernel.params:
+            if param.name in ("K", "codes_per_part"):
+                assert not param.is_constexpr
+                assert param.do_not_specialize
