@@ -15,7 +15,8 @@ import torch
 from bench.compiling import Launch, launches_of
 from bench.machines import Work
 from vqtriton.kernels import code_sums, nearest_code, screen_codes
-from vqtriton.planes import prepare_planes, screen_bound
+from vqtriton.kernels import prepare_planes as planes_kernels
+from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 
 NUM_ROWS, CODEBOOK_SIZE = 48, 40
@@ -114,6 +115,15 @@ def record_code_sums(x: torch.Tensor, target: str) -> list[Launch]:
     return launches_of(code_sums, code_sums.code_sums, x, indices, CODEBOOK_SIZE)
 
 
+def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
+    return launches_of(
+        planes_kernels,
+        planes_kernels.prepare_planes,
+        codebook_of(x.shape[1])[None],
+        *inner_size(x.shape[1]),
+    )
+
+
 def block_of_pairs(values: Values) -> int:
     return values["BLOCK_N"] * values["BLOCK_K"]
 
@@ -150,4 +160,7 @@ KERNELS = (
     ),
     Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),
     Kernel("combine", record_code_sums, ((64, torch.float32),)),
+    Kernel("part_sums", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
+    Kernel("centred_norms", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
+    Kernel("planes", record_prepare_planes, tuple((d, torch.float32) for d in (8, 64, 256))),
 )

@@ -33,7 +33,10 @@ class PreparePlanesConfig:
     # parts of a codebook: two for each processor of a large GPU. Each part reads the sums of all,
     # so more of them cost more than they hide
     most_parts: int = 256
-    num_warps: int = 8
+    # of the two kernels that go through parts, of which few fit into a processor
+    part_warps: int = 8
+    # of the last kernel: the more elements a thread has, the less its square roots weigh
+    plane_warps: int = 4
 
 
 @triton.jit
@@ -147,7 +150,8 @@ def _to_plane(values):
     It may choose the neighbour of two that is farther by 2⁻¹³ of their distance. What is left is
     measured against what was chosen.
     """
-    return tl.where(tl.abs(values) < MIN_NORMAL, 0.0, values).to(tl.float32).to(tl.float16)
+    values = values.to(tl.float32)
+    return tl.where(tl.abs(values) < MIN_NORMAL, 0.0, values).to(tl.float16)
 
 
 @triton.jit
@@ -194,7 +198,7 @@ def planes_kernel(
     max_sqnorm = tl.load(peaks_ptr + (head * 2 + 1)) * scale * scale
     sqnorm = tl.load(sqnorm_ptr + (head * K + offs_k), mask=offs_k < K, other=-1.0)
     is_finite = sqnorm >= 0
-    offset = (sqnorm * scale * scale - max_sqnorm) / 2
+    offset = (sqnorm * scale * scale - max_sqnorm) * 0.5
     offset = tl.where(is_finite, offset, PAD_OFFSET).to(tl.float32)
     tl.store(offset_ptr + place, offset)
 
@@ -210,7 +214,9 @@ def planes_kernel(
         other=0.0,
     )
     mean = tl.load(mean_ptr + (head * D + offs_d), mask=offs_d < D, other=0.0).to(tl.float64)
-    codes = tl.where(mask, codes.to(tl.float32).to(tl.float64) - mean[None, :], 0.0) * scale
+    # what is not finite, or beyond K, is zeros
+    row_scale = tl.where(is_finite, scale, 0.0)[:, None]
+    codes = (codes.to(tl.float32).to(tl.float64) - mean[None, :]) * row_scale
     high = _to_plane(codes)
     rest = codes - high.to(tl.float64)
     plane = high
@@ -224,7 +230,8 @@ def planes_kernel(
         # `vqtriton.planes.BIAS_WEIGHTS`: each is 2⁻¹¹ of the one before
         weight = 32768.0
         for i in tl.static_range(3):
-            bias = _to_plane(left / weight)
+            # a product: Triton's division by a power of two is not exact
+            bias = _to_plane(left * (1 / weight))
             left -= bias.to(tl.float32) * weight
             weight /= 2048
             is_place = inner == (4 * i + 3 if SPLIT else D + i)
@@ -242,7 +249,7 @@ def planes_kernel(
         _raise_bound(norms_ptr + (head * 4 + 1), tl.sum(low_sq, 1))
     _raise_bound(norms_ptr + (head * 4 + 2), tl.sum(tl.where(is_first, rest * rest, 0.0), 1))
     if tl.program_id(0) == 0:
-        tl.store(norms_ptr + (head * 4 + 3), (max_sqnorm / 2).to(tl.float32))
+        tl.store(norms_ptr + (head * 4 + 3), (max_sqnorm * 0.5).to(tl.float32))
 
 
 def prepare_planes(
@@ -296,15 +303,16 @@ def prepare_planes(
     codes = empty(heads, columns, inner, dtype=torch.float16)
     offset, mean = empty(heads, columns), empty(heads, dim)
     scale, norms = empty(heads), empty(heads, 4)
-    # harmless: the scale is a power of two, so the products that are fused are exact, but for those
-    # in sums of squares
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    tiles = {"D": dim, "BLOCK_K": block_k, "BLOCK_D": block_d, **options}
+    # harmless: products with the scale, a power of two, are exact, and squares are for sums
+    fuse = {"enable_fp_fusion": True}
+    tiles = {"D": dim, "BLOCK_K": block_k, "BLOCK_D": block_d, "num_warps": config.part_warps}
     sizes = (size, codes_per_part, *codebook.stride())
     with torch.cuda.device_of(codebook):
-        part_sums_kernel[(parts, heads)](codebook, sums, counts, peaks, norms, *sizes, **tiles)
+        part_sums_kernel[(parts, heads)](
+            codebook, sums, counts, peaks, norms, *sizes, **tiles, **fuse
+        )
         centred_norms_kernel[(parts, heads)](
-            codebook, sums, counts, mean, sqnorm, peaks, *sizes, **tiles
+            codebook, sums, counts, mean, sqnorm, peaks, *sizes, **tiles, **fuse
         )
         planes_kernel[(columns // block_columns, heads)](
             codebook,
@@ -326,6 +334,7 @@ def prepare_planes(
             VEC=vec,
             BLOCK_K=block_columns,
             BLOCK_INNER=block_inner,
-            **options,
+            num_warps=config.plane_warps,
+            **fuse,
         )
     return codes, offset, mean, scale, norms

@@ -42,9 +42,9 @@ runs_kernels = pytest.mark.skipif(
 )
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 # either side of what is split and of the columns for the bias; powers of two and not
-DIMS = (1, 2, 3, 4, 5, 8, 9, 12, 14, 16, 33, 64, 100, 150)
+DIMS = (1, 3, 4, 5, 8, 9, 12, 14, 33, 64, 150)
 # several tiles in a part and several parts, of few codes
-SMALL = PreparePlanesConfig(block_elements=2048, most_parts=3, num_warps=4)
+SMALL = PreparePlanesConfig(block_elements=2048, most_parts=3)
 
 
 def prepare(codebook: Tensor, config: PreparePlanesConfig | None = None, **order: int):
@@ -106,7 +106,7 @@ def test_equals_the_torch_version(case: str, dim: int) -> None:
     order=st.sampled_from([(8, 4, 2), (8, 8, 2), (8, 1, 2), (8, 2, 4), (4, 4, 2), (16, 4, 2)]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     layout=st.sampled_from(data.LAYOUTS),
-    block_elements=st.sampled_from([1, 64, 4096]),
+    block_elements=st.sampled_from([1, 512, 4096]),
     most_parts=st.sampled_from([1, 4, 256]),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -116,11 +116,11 @@ def test_equals_the_torch_version_whatever_the_shape(
     # Triton's interpreter widens these wrongly
     assume(not (INTERPRETED and dtype == torch.bfloat16 and case == "subnormal"))
     # minutes of programs, in the interpreter
-    assume(not (INTERPRETED and block_elements == 1 and k * heads > 300))
+    assume(not (INTERPRETED and block_elements == 1 and (heads > 1 or k > 256)))
     torch.manual_seed(seed)
     codebook = data.HARD[case](1, heads * k, d)[1].to(dtype)
     codebook = data.with_layout(codebook, layout).unflatten(0, (heads, k))
-    config = PreparePlanesConfig(block_elements, most_parts, num_warps=4)
+    config = PreparePlanesConfig(block_elements, most_parts)
     group, lanes, vec = order
     got = prepare(codebook, config, group=group, lanes=lanes, vec=vec)
     check_same(got, prepare_planes(codebook, group=group, lanes=lanes, vec=vec))
@@ -205,7 +205,7 @@ def test_screen_certifies_nothing_wrong(case: str, dim: int) -> None:
 @runs_kernels
 @pytest.mark.parametrize("dim", [4, 64])
 def test_repeats_bit_for_bit(dim: int) -> None:
-    codebook = torch.randn(2, 2000, dim)
+    codebook = torch.randn(2, 700, dim)
     codebook[:, ::9] = torch.nan
     first = prepare(codebook)
     for _ in range(2 if INTERPRETED else 50):

@@ -92,7 +92,12 @@ def column_order(size: int, group: int, lanes: int, vec: int) -> Tensor:
 
 
 def to_plane(values: Tensor) -> Tensor:
-    """float64 -> fp16 without subnormals."""
+    """float64 -> fp16 without subnormals, by way of float32, as torch on a CPU does in any case.
+
+    To round twice may choose the neighbour that is farther, by 2⁻¹³ of what lies between the two.
+    It does no harm: what is left is measured against what was chosen.
+    """
+    values = values.float()
     return values.where(values.abs() >= MIN_NORMAL, 0).half()
 
 
