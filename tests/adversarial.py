@@ -19,8 +19,7 @@ import oracle
 import torch
 from torch import Tensor
 
-import vqtriton
-from vqtriton import blocked
+from vqtriton import blocked, ops
 
 DIMS = (1, 2, 3, 4, 8, 12, 16, 32, 64, 100, 128, 256, 512, 1024)
 # K·D of a case: what it costs the oracle
@@ -30,30 +29,22 @@ CODE_ELEMENTS = 1 << 15
 class Tally(NamedTuple):
     rows: int = 0
     mismatches: int = 0
-    # None where the backend does not say
-    in_doubt: int | None = 0
+    in_doubt: int = 0
 
     def __add__(self, other: tuple) -> Tally:
-        rows, mismatches, in_doubt = other
-        counted = self.in_doubt is not None and in_doubt is not None
-        return Tally(
-            self.rows + rows,
-            self.mismatches + mismatches,
-            self.in_doubt + in_doubt if counted else None,
-        )
+        return Tally(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        rate = "-" if self.in_doubt is None else f"{self.in_doubt / self.rows:.2%}"
-        return f"{self.rows:8} {self.mismatches:10} {rate:>10}"
+        return f"{self.rows:8} {self.mismatches:10} {self.in_doubt / self.rows:>10.2%}"
 
 
-def search(x: Tensor, codebook: Tensor, backend: str) -> tuple[Tensor, int | None]:
-    """Indices, and how many rows were in doubt where the backend says so."""
+def search(x: Tensor, codebook: Tensor, backend: str) -> tuple[Tensor, int]:
+    """Indices, and how many rows were in doubt."""
     if backend == "torch":
         return blocked.search(x, codebook, "exact")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, codebook = x.to(device), codebook.to(device)
-    return vqtriton.nearest_code(x, codebook, backend=backend).cpu(), None
+    out = ops.run_kernels(x.to(device), codebook.to(device), exact=True)
+    return out.indices[0].cpu(), int(out.num_doubtful)
 
 
 def check(case: str, dim: int, rows: int, max_codes: int, backend: str) -> Tally:

@@ -248,3 +248,61 @@ def test_kernels_refuse_cpu_tensors() -> None:
 def test_kernels_refuse_float64() -> None:
     with pytest.raises(TypeError, match="float64"):
         vqtriton.nearest_code(X.double(), CODEBOOK, backend="triton")
+
+
+# --- prepared codebooks ---
+
+
+@on_every_backend
+@pytest.mark.parametrize("case", ["gaussian", "duplicates", "not_finite", "far_from_the_origin"])
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+def test_prepared_codebook_changes_no_index(backend: Backend, case: str, dtype) -> None:
+    x, codebook = data.HARD[case](40, 70, 12)
+    codebook = codebook.to(dtype)
+    prepared = vqtriton.prepare_codebook(codebook.to(backend.device), backend=backend.name)
+    want = oracle.nearest_code(x, codebook)
+    for rows in (x, x[:7], x[:0]):
+        got = vqtriton.nearest_code(rows.to(backend.device), prepared)
+        assert torch.equal(got.cpu(), want[: rows.shape[0]])
+
+
+@on_every_backend
+def test_prepared_codebook_stays_as_it_was(backend: Backend) -> None:
+    x, codebook = data.gaussian(40, 70, 12)
+    want = oracle.nearest_code(x, codebook)
+    codebook = codebook.to(backend.device)
+    prepared = vqtriton.prepare_codebook(codebook, backend=backend.name)
+    codebook.zero_()
+    assert torch.equal(vqtriton.nearest_code(x.to(backend.device), prepared).cpu(), want)
+
+
+@on_every_backend
+def test_prepared_codebook_compiles(backend: Backend) -> None:
+    x, codebook = (t.to(backend.device) for t in data.gaussian(40, 70, 12))
+    prepared = vqtriton.prepare_codebook(codebook, backend=backend.name)
+    compiled = torch.compile(lambda x: vqtriton.nearest_code(x, prepared), fullgraph=True)
+    assert torch.equal(compiled(x), vqtriton.nearest_code(x, prepared))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels take no float64")
+def test_codebook_prepared_for_another_precision() -> None:
+    x, codebook = data.midpoints(200, 70, 12)
+    prepared = vqtriton.prepare_codebook(codebook, backend="torch")
+    want = oracle.nearest_code(x.double() * (1 + 2**-40), codebook)
+    got = vqtriton.nearest_code(x.double() * (1 + 2**-40), prepared)
+    assert torch.equal(got, want)
+
+
+def test_bad_preparation_is_named() -> None:
+    name = BACKENDS[0].name
+    other = "torch" if name == "triton" else "triton"
+    for bad in (torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(3)):
+        with pytest.raises(ValueError, match="codebook has shape"):
+            vqtriton.prepare_codebook(bad, backend=name)
+    with pytest.raises(TypeError, match="codebook is a list"):
+        vqtriton.prepare_codebook([[1.0]], backend=name)
+    prepared = vqtriton.prepare_codebook(CODEBOOK, backend=name)
+    with pytest.raises(ValueError, match=f"backend is '{other}', but codebook was prepared for"):
+        vqtriton.nearest_code(X, prepared, backend=other)
+    with pytest.raises(ValueError, match="codebook has 3 columns but x has 2"):
+        vqtriton.nearest_code(X[:, :2], prepared)

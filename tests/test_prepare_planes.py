@@ -42,7 +42,7 @@ runs_kernels = pytest.mark.skipif(
 )
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 # either side of what is split and of the columns for the bias; powers of two and not
-DIMS = (1, 3, 4, 5, 8, 9, 12, 14, 33, 64, 150)
+DIMS = (1, 3, 4, 5, 8, 12, 14, 33, 64, 150)
 # several tiles in a part and several parts, of few codes
 SMALL = PreparePlanesConfig(block_elements=2048, most_parts=3)
 
@@ -99,14 +99,14 @@ def test_equals_the_torch_version(case: str, dim: int) -> None:
 @pytest.mark.kernel
 @runs_kernels
 @given(
-    heads=st.integers(1, 3),
-    k=st.sampled_from([1, 2, 7, 63, 65, 255, 256, 257, 600]),
+    heads=st.integers(1, 2),
+    k=st.sampled_from([1, 2, 7, 63, 65, 255, 256, 257, 300]),
     d=st.sampled_from(DIMS),
     case=st.sampled_from(sorted(data.HARD)),
     order=st.sampled_from([(8, 4, 2), (8, 8, 2), (8, 1, 2), (8, 2, 4), (4, 4, 2), (16, 4, 2)]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     layout=st.sampled_from(data.LAYOUTS),
-    block_elements=st.sampled_from([1, 512, 4096]),
+    block_elements=st.sampled_from([1024, 4096]),
     most_parts=st.sampled_from([1, 4, 256]),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -115,8 +115,6 @@ def test_equals_the_torch_version_whatever_the_shape(
 ) -> None:
     # Triton's interpreter widens these wrongly
     assume(not (INTERPRETED and dtype == torch.bfloat16 and case == "subnormal"))
-    # minutes of programs, in the interpreter
-    assume(not (INTERPRETED and block_elements == 1 and (heads > 1 or k > 256)))
     torch.manual_seed(seed)
     codebook = data.HARD[case](1, heads * k, d)[1].to(dtype)
     codebook = data.with_layout(codebook, layout).unflatten(0, (heads, k))
@@ -133,6 +131,16 @@ def test_wide_codes(dim: int) -> None:
     codebook = torch.randn(1, 20, dim)
     codebook[0, 3, -1] = torch.inf
     check_same(prepare(codebook), prepare_planes(codebook))
+
+
+@pytest.mark.kernel
+@runs_kernels
+@pytest.mark.parametrize("dim", [2, 12])
+def test_tiles_of_one_code(dim: int) -> None:
+    codebook = torch.randn(1, 9, dim)
+    codebook[0, 3] = torch.nan
+    config = PreparePlanesConfig(block_elements=1, most_parts=4)
+    check_same(prepare(codebook, config), prepare_planes(codebook))
 
 
 @pytest.mark.kernel
@@ -187,14 +195,14 @@ def test_bounds_hold_for_what_is_stored(case: str, dim: int) -> None:
 @pytest.mark.kernel
 @runs_kernels
 @pytest.mark.parametrize("case", data.HARD)
-@pytest.mark.parametrize("dim", [3, 12, 64])
+@pytest.mark.parametrize("dim", [12])
 def test_screen_certifies_nothing_wrong(case: str, dim: int) -> None:
     x, codebook = data.HARD[case](50, 150, dim)
     planes = prepare_planes_with_kernels(codebook[None].to(DEVICE))
     config = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)
     bound = screen_bound(planes, config.block_k)
     out = screen_codes(x[None].to(DEVICE), planes, bound, config=config)
-    groups, best, second, error = (t[0].cpu() for t in out)
+    groups, best, second, error, _ = (t[0].cpu() for t in out)
     is_certified = best - second > 2 * error
     wrong = is_certified & (groups != oracle.nearest_code(x, codebook) // planes.group)
     assert not wrong.any()
@@ -205,7 +213,7 @@ def test_screen_certifies_nothing_wrong(case: str, dim: int) -> None:
 @runs_kernels
 @pytest.mark.parametrize("dim", [4, 64])
 def test_repeats_bit_for_bit(dim: int) -> None:
-    codebook = torch.randn(2, 700, dim)
+    codebook = torch.randn(1, 600, dim)
     codebook[:, ::9] = torch.nan
     first = prepare(codebook)
     for _ in range(2 if INTERPRETED else 50):

@@ -22,6 +22,7 @@ from vqtriton.planes import (
     BIAS_WEIGHTS,
     PAD_CODES,
     PAD_OFFSET,
+    ScreenBound,
     column_order,
     inner_size,
     prepare_planes,
@@ -94,6 +95,28 @@ def test_worst_tensor_core_certifies_nothing_wrong(case: str, dim: int) -> None:
     for worst_for in (None, nearest):
         result = emulation.screen(x, planes, screen_bound(planes, 64), worst_for)
         check_certified(result, x, codebook)
+
+
+@pytest.mark.parametrize("dim", [256, 512, 1024])
+def test_half_of_the_bound_would_not_do(dim: int) -> None:
+    """Values that fp16 holds: what errs is the accumulation alone, as much as it may."""
+    x = torch.ones(1, dim)
+    x[0, 0] += 2.0**-10
+    codes = torch.ones(17, dim)
+    # rivals in different groups; between them others that are far away
+    codes[1:8, : dim // 2] = -1
+    codes[9:, dim // 2 :] = -1
+    codes[0, 1] = codes[8, 0] = -1
+    # around the origin, so that the mean rounds nothing
+    codebook = torch.cat([codes, -codes])
+    planes = prepare_planes(codebook[None])
+    nearest = oracle.nearest_code(x, codebook)
+    assert nearest.item() == 0
+    bound = screen_bound(planes, 64)
+    for share in (1.0, 0.5):
+        result = emulation.screen(x, planes, ScreenBound(*(share * b for b in bound)), nearest)
+        assert result.groups.item() == 1
+        assert result.is_certified.item() == (share < 1)
 
 
 @pytest.mark.parametrize("dim", DIMS)

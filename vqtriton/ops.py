@@ -149,13 +149,15 @@ def run_kernels(
 
 def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePlanes:
     """Of one head, for the device that the codebook is on."""
+    from vqtriton.kernels.prepare_planes import prepare_planes
     from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture
 
     lanes, vec = ACCUMULATOR_ORDER[architecture(codebook.device)]
-    if not prepared:
-        return prepare_planes(codebook[None], group=GROUP, lanes=lanes, vec=vec)
-    _, is_split, has_bias_columns = inner_size(codebook.shape[1])
-    return CodePlanes(*prepared, GROUP, lanes, vec, is_split, has_bias_columns)
+    inner, is_split, has_bias_columns = inner_size(codebook.shape[1])
+    tensors = prepared or prepare_planes(
+        codebook[None], inner, is_split, has_bias_columns, group=GROUP, lanes=lanes, vec=vec
+    )
+    return CodePlanes(*tensors, GROUP, lanes, vec, is_split, has_bias_columns)
 
 
 def _code_sums(
@@ -187,8 +189,9 @@ def _nearest_code_prepared_fake(
 
 
 def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
-    # made of torch operations alone, whatever the backend
-    return _prepare_codebook(codebook, backend)
+    if resolve_backend(backend, codebook.device) == "torch":
+        return list(prepare_codebook(codebook, screen_dtype(codebook, codebook)))
+    return list(prepare_planes(codebook[None], group=GROUP)[:PLANE_TENSORS])
 
 
 def _vector_quantize_fake(
