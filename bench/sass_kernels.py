@@ -155,7 +155,11 @@ KERNELS = (
     ),
     Kernel("merge_splits", record_nearest_code, ((64, torch.float32),)),
     *(
-        Kernel(name, record_nearest_code, ((8, torch.float32), (64, torch.float32), (512, torch.float16)))
+        Kernel(
+            name,
+            record_nearest_code,
+            ((8, torch.float32), (64, torch.float32), (512, torch.float16)),
+        )
         for name in ("finish_rows", "rescue_rows", "settle_rows")
     ),
     Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),

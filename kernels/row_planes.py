@@ -123,7 +123,6 @@ def row_planes(
         parts, of the low parts and of what neither holds.
     """
     FULL: tl.constexpr = INNER // BLOCK_D
-    # columns of a plane that `_split_rows` makes at a time are of fewer dimensions if they are split
     WIDTH: tl.constexpr = BLOCK_D if FULL > 0 else TAIL
     row_scale, ratio = _choose_scale(
         x_rows_ptr, mean_ptr, scale, stride_xd, D, BLOCK_N, WIDTH // 4 if SPLIT else WIDTH

@@ -47,9 +47,8 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
         if layout == "strided":
             x = torch.zeros(dim, 47, dtype=dtype).T
         indices = torch.zeros(x.shape[0], dtype=torch.int64)
-        launches = (
-            sass_kernels.record_nearest_code(x, target)
-            + launches_of(code_sums, code_sums.code_sums, x, indices, 40)
+        launches = sass_kernels.record_nearest_code(x, target) + launches_of(
+            code_sums, code_sums.code_sums, x, indices, 40
         )
         for launch in launches:
             if launch.name in NAMES:

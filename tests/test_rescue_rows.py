@@ -77,9 +77,7 @@ def test_exact_when_every_row_is_in_doubt(dim: int, programs: int) -> None:
 def test_lists_that_overflow_are_worked_off(case: str, chunk_tiles: int, programs: int) -> None:
     # 32 groups of rivals a row: the shorter lists hold 16; ties between the parts of the codes
     x, codebook = data.HARD[case](20, 250, 3)
-    rescue = dataclasses.replace(
-        RESCUE, chunk_tiles=chunk_tiles, programs_per_processor=programs
-    )
+    rescue = dataclasses.replace(RESCUE, chunk_tiles=chunk_tiles, programs_per_processor=programs)
     out = search(x[None], codebook[None], rescue=rescue)
     assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
 

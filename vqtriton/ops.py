@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from vqtriton import blocked
-from vqtriton.planes import CodePlanes, inner_size, prepare_planes, screen_bound
+from vqtriton.planes import (
+    CodePlanes,
+    planes_of,
+    prepare_planes,
+    prepare_planes_with_kernels,
+    screen_bound,
+)
 from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
 
 if TYPE_CHECKING:
@@ -25,8 +31,6 @@ PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
 # codes whose scores the kernels reduce together
 GROUP = 8
-# the tensors of `CodePlanes`, which come first
-PLANE_TENSORS = 5
 
 _library = torch.library.Library("vqtriton", "DEF")
 _library.define("nearest_code(Tensor x, Tensor codebook, str precision, str backend) -> Tensor")
@@ -99,7 +103,7 @@ def _nearest_code_prepared(
 def _prepare_codebook(codebook: Tensor, backend: str) -> list[Tensor]:
     if resolve_backend(backend, codebook.device) == "torch":
         return list(prepare_codebook(codebook, screen_dtype(codebook, codebook)))
-    return list(_prepare_planes(codebook)[:PLANE_TENSORS])
+    return list(_prepare_planes(codebook).tensors)
 
 
 def _vector_quantize(
@@ -109,7 +113,8 @@ def _vector_quantize(
     is_triton = resolve_backend(backend, x.device) == "triton"
     if x.shape[0] > 0 and is_triton:
         out = run_kernels(x, codebook, exact=precision == "exact", mask=mask, gather=True)
-        assert out.quantized is not None and out.sq_error is not None
+        assert out.quantized is not None
+        assert out.sq_error is not None
         return out.indices[0], out.quantized[0], out.sq_error[0]
     indices = _nearest_code(x, codebook, precision, backend)
     if mask is not None:
@@ -149,15 +154,12 @@ def run_kernels(
 
 def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePlanes:
     """Of one head, for the device that the codebook is on."""
-    from vqtriton.kernels.prepare_planes import prepare_planes
     from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture
 
     lanes, vec = ACCUMULATOR_ORDER[architecture(codebook.device)]
-    inner, is_split, has_bias_columns = inner_size(codebook.shape[1])
-    tensors = prepared or prepare_planes(
-        codebook[None], inner, is_split, has_bias_columns, group=GROUP, lanes=lanes, vec=vec
-    )
-    return CodePlanes(*tensors, GROUP, lanes, vec, is_split, has_bias_columns)
+    if prepared:
+        return planes_of(prepared, codebook.shape[1], group=GROUP, lanes=lanes, vec=vec)
+    return prepare_planes_with_kernels(codebook[None], group=GROUP, lanes=lanes, vec=vec)
 
 
 def _code_sums(
@@ -191,7 +193,7 @@ def _nearest_code_prepared_fake(
 def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
     if resolve_backend(backend, codebook.device) == "torch":
         return list(prepare_codebook(codebook, screen_dtype(codebook, codebook)))
-    return list(prepare_planes(codebook[None], group=GROUP)[:PLANE_TENSORS])
+    return list(prepare_planes(codebook[None], group=GROUP).tensors)
 
 
 def _vector_quantize_fake(

@@ -7,6 +7,7 @@ and keeps the best score of a row from being negative. docs/exactness.md derives
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,11 @@ class CodePlanes(NamedTuple):
     vec: int  # columns that follow one another in a thread
     is_split: bool  # inner is (high, low, high, bias) per dimension, (low, high, high, weight) in x
     has_bias_columns: bool  # three inner columns hold the bias
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What must be kept to make it again with `planes_of`."""
+        return self.codes, self.offset, self.mean, self.scale, self.norms
 
 
 class ScreenBound(NamedTuple):
@@ -179,7 +185,18 @@ def prepare_planes_with_kernels(
     tensors = kernel.prepare_planes(
         codebook, inner, is_split, has_bias_columns, group=group, lanes=lanes, vec=vec
     )
-    return CodePlanes(*tensors, group, lanes, vec, is_split, has_bias_columns)
+    return planes_of(tensors, codebook.shape[2], group=group, lanes=lanes, vec=vec)
+
+
+def planes_of(
+    tensors: Sequence[Tensor], dim: int, *, group: int = 8, lanes: int = 4, vec: int = 2
+) -> CodePlanes:
+    """`CodePlanes` of D dimensions, from its tensors."""
+    codes, offset, mean, scale, norms = tensors
+    _, is_split, has_bias_columns = inner_size(dim)
+    return CodePlanes(
+        codes, offset, mean, scale, norms, group, lanes, vec, is_split, has_bias_columns
+    )
 
 
 def screen_bound(planes: CodePlanes, block_k: int) -> ScreenBound:
