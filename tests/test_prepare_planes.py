@@ -42,7 +42,7 @@ runs_kernels = pytest.mark.skipif(
 )
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 # either side of what is split and of the columns for the bias; powers of two and not
-DIMS = (1, 3, 4, 5, 8, 12, 14, 33, 64, 150)
+DIMS = (1, 5, 12, 64, 150)
 # several tiles in a part and several parts, of few codes
 SMALL = PreparePlanesConfig(block_elements=2048, most_parts=3)
 
@@ -172,7 +172,7 @@ def test_scale_of_the_smallest_and_the_largest(largest: float) -> None:
 @pytest.mark.kernel
 @runs_kernels
 @pytest.mark.parametrize("case", data.HARD)
-@pytest.mark.parametrize("dim", [1, 5, 12, 64, 100])
+@pytest.mark.parametrize("dim", [5, 12, 100])
 def test_bounds_hold_for_what_is_stored(case: str, dim: int) -> None:
     codebook = data.HARD[case](1, 70, dim)[1].view(2, 35, dim)
     planes = prepare(codebook, SMALL)

@@ -233,7 +233,7 @@ def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> 
 @pytest.mark.kernel
 @runs_kernels
 @pytest.mark.parametrize("case", data.HARD)
-@pytest.mark.parametrize("dim", [1, 4, 7, 12, 33, 64])
+@pytest.mark.parametrize("dim", [4, 12, 64])
 def test_certifies_nothing_wrong(case: str, dim: int) -> None:
     x, codebook = data.HARD[case](50, 150, dim)
     result = screen(x, codebook)
