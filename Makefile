@@ -45,8 +45,8 @@ format: $(READY) ## what ruff can mend by itself
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: $(BENCH_READY) ## time and memory beside vector-quantize-pytorch
-	$(PYTHON) -m bench
+bench: $(BENCH_READY) ## time and memory beside peers: minutes; FLAGS='--case all' and the like
+	$(PYTHON) -m bench $(FLAGS)
 
 sass: $(READY) $(TRITONS:%=.triton/%/triton) ## registers, spills, instructions per pair; JSON=FILE for the rows
 	$(PYTHON) -m bench.sass --triton $(TRITONS) $(if $(JSON),--json $(JSON))

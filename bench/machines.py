@@ -97,23 +97,36 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a GPU can do in a second."""
+class Rates:
+    """What a device reaches in a second."""
+
+    # operations of a matmul
+    dot: float
+    # bytes
+    memory: float
+
+    def floors(self, num_bytes: float, num_products: float) -> dict[str, float]:
+        """Least seconds, by what they would be spent on; no work is done faster than the larger."""
+        return {"memory": num_bytes / self.memory, "dot": 2 * num_products / self.dot}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Rates):
+    """What a GPU can do in a second; dot is of float16 with float32 sums."""
 
     clock: float
     multiprocessors: int
     # per clock of a multiprocessor: lanes of the ALU pipe, and lanes of which a warp is issued
     alu: int
     issue: int
-    # float16 operations, with float32 sums
-    dot: float
     # bytes
-    memory: float
     l2: float
 
 
 # an H100 SXM; dot and memory are what a matmul and a copy reach there, clock and L2 are assumed
-H100 = Machine(1.755e9, 132, 64, 128, 798e12, 3.0e12, 5.5e12)
+H100 = Machine(
+    dot=798e12, memory=3.0e12, clock=1.755e9, multiprocessors=132, alu=64, issue=128, l2=5.5e12
+)
 
 
 @dataclass(frozen=True)
@@ -170,9 +183,9 @@ def floors(
     clocks = machine.clock * machine.multiprocessors
     codes = shape.codebook_size * work.code_bytes
     blocks = -(-shape.num_rows // work.block_n)
+    num_bytes = shape.num_rows * (4 * shape.dim + 4) + codes
     seconds = {
-        "memory": (shape.num_rows * (4 * shape.dim + 4) + codes) / machine.memory,
-        "dot": 2 * pairs * work.inner / machine.dot if work.uses_mma else 0.0,
+        **machine.floors(num_bytes, pairs * work.inner if work.uses_mma else 0.0),
         "L2": blocks * (codes + shape.codebook_size * work.row_bytes) / machine.l2,
         "alu": pairs * alu_per_pair / (machine.alu * clocks),
         "issue": pairs * total_per_pair / (machine.issue * clocks),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.__main__ import commit, device
-from bench.training_step import ROOT
+from bench.provenance import ROOT, commit, processor
+from bench.report import fill
 
 RESULTS = ROOT / "bench" / "results" / "training_runs.json"
 PRIOR_RESULTS = ROOT / "bench" / "results" / "train_prior.json"
@@ -82,7 +81,7 @@ def run(case: str, seed: int) -> dict[str, Any]:
         "command": " ".join(["python", "examples/train_mnist.py", *flags]),
         **{name: metrics[name] for name in METRICS if name in metrics},
         "codebook_size": metrics["arguments"]["codebook_size"],
-        "device": device(),
+        "device": processor(),
         "threads": metrics["environment"]["threads"],
         "torch": metrics["environment"]["torch"],
         "commit": commit(),
@@ -96,7 +95,8 @@ def run_prior() -> None:
         command = ["examples/train_prior.py", "--vqvae", str(folder)]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     metrics = json.loads((folder / "prior" / "metrics.json").read_text())
-    metrics |= {"command": "python examples/train_prior.py --vqvae runs/mnist", "device": device()}
+    metrics["command"] = "python examples/train_prior.py --vqvae runs/mnist"
+    metrics["device"] = processor()
     PRIOR_RESULTS.write_text(json.dumps(metrics, indent=2) + "\n")
     shutil.copy(folder / "prior" / "samples.png", ROOT / "docs" / "samples.png")
 
@@ -147,13 +147,10 @@ def spread(values: list[float], digits: int) -> str:
 def with_tables(text: str, rows: list[dict[str, Any]]) -> str:
     """The text with each of its tables, between two comments that name it, made anew."""
 
-    def replace(match: re.Match[str]) -> str:
-        made = prior_table() if match[2] == "prior" else table(rows, TABLES[match[2]])
-        return f"{match[1]}\n{made}\n{match[3]}"
+    def make(name: str) -> str:
+        return prior_table() if name == "prior" else table(rows, TABLES[name])
 
-    return re.sub(
-        r"(<!-- training_runs: (\w+) -->).*?(<!-- end -->)", replace, text, flags=re.DOTALL
-    )
+    return fill(text, "training_runs", make)
 
 
 def draw() -> None:

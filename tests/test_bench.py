@@ -1,4 +1,4 @@
-"""bench/: it refuses what is wrong before it times it, and weighs what it says it weighs."""
+"""bench/: what is wrong has no time, and what is weighed and timed is what is said to be."""
 
 from __future__ import annotations
 
@@ -16,240 +16,420 @@ import torch
 # bench is not installed, and plain `pytest` does not look for modules in the root
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-training_step = importlib.import_module("bench.training_step")
-command = importlib.import_module("bench.__main__")
 cases = importlib.import_module("bench.cases")
+checks = importlib.import_module("bench.check")
+command = importlib.import_module("bench.__main__")
+devices = importlib.import_module("bench.devices")
+machines = importlib.import_module("bench.machines")
+measuring = importlib.import_module("bench.measure")
+subjects = importlib.import_module("bench.subjects")
 
 TINY = cases.Case("tiny", 96, 40, 12)
-NUM_TIMED = 3
+ALL = float("inf")
+OURS, PEER = subjects.OURS, subjects.PEER
+HAS_PEER = subjects.SUBJECTS[PEER].is_installed()
+weighs = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs"
+)
 
 
-class Planted:
-    """A maker of our subject whose indices are then spoiled; counts the steps."""
+class Planted(subjects.Run):
+    """A run whose outputs are spoiled; counts the steps."""
 
-    def __init__(self, spoil, *, is_exact: bool = True) -> None:
-        self.spoil, self.is_exact, self.steps = spoil, is_exact, 0
+    steps = 0
 
-    def __call__(self, inputs):
-        subject = training_step.make_ours(inputs)
+    def __init__(self, spoil, scope="assign", name=OURS, case=TINY, **changes):
+        subject = dataclasses.replace(subjects.SUBJECTS[name], **changes)
+        super().__init__(subject, scope, subjects.make_inputs(case))
+        self.spoil = spoil
 
-        def step():
-            self.steps += 1
-            return self.spoil(subject.step())
+    def step(self):
+        self.steps += 1
+        return self.spoil(super().step())
 
-        return dataclasses.replace(subject, step=step, is_exact=self.is_exact)
-
-
-def off_by_one(indices):
-    indices = indices.clone()
-    indices[17] = (indices[17] + 1) % TINY.codebook_size
-    return indices
+    def state(self):
+        return self.spoil(super().state())
 
 
-def measure(maker, **kwargs):
-    makers = {training_step.OURS: maker}
-    return training_step.measure(TINY, [training_step.OURS], NUM_TIMED, makers, **kwargs)
+def check(run):
+    return checks.check(run, checks.find_truth(run.inputs, ALL))
 
 
-def run_bench(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "bench", *arguments],
-        cwd=ROOT,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def in_indices(spoil):
+    return lambda out: out | {"indices": spoil(out["indices"])} if "indices" in out else out
 
 
-@pytest.fixture
-def _no_memory(monkeypatch):
-    """Saves the start of a process where its result is not looked at."""
-    monkeypatch.setattr(training_step, "can_measure_memory", lambda: False)
+def off_by_one(row, size):
+    def spoil(indices):
+        indices = indices.clone()
+        indices[row] = (indices[row] + 1) % size
+        return indices
 
-
-@pytest.mark.usefixtures("_no_memory")
-def test_right_subject_is_timed():
-    maker = Planted(lambda indices: indices)
-    (result,) = measure(maker)
-    assert maker.steps == 1 + NUM_TIMED
-    assert len(result.seconds) == NUM_TIMED
-    assert min(result.seconds) > 0
-    assert result.mismatches == 0
-    assert result.peak_memory is None
+    return in_indices(spoil)
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize(
     "spoil",
     [
-        pytest.param(off_by_one, id="one row off by one"),
-        pytest.param(lambda i: i.flip(0), id="other order"),
-        pytest.param(lambda i: i - TINY.codebook_size, id="negative"),
-        pytest.param(lambda i: i + TINY.codebook_size, id="beyond K"),
-        pytest.param(lambda i: i[:-1], id="a row short"),
+        pytest.param(off_by_one(17, TINY.codebook_size), id="one row off by one"),
+        pytest.param(in_indices(lambda i: i.flip(0)), id="other order"),
+        pytest.param(in_indices(lambda i: i - TINY.codebook_size), id="negative"),
+        pytest.param(in_indices(lambda i: i + TINY.codebook_size), id="beyond K"),
+        pytest.param(in_indices(lambda i: i[:-1]), id="a row short"),
     ],
 )
-@pytest.mark.usefixtures("_no_memory")
-def test_wrong_subject_is_refused_before_it_is_timed(spoil, is_exact):
-    maker = Planted(spoil, is_exact=is_exact)
-    with pytest.raises(ValueError, match=r"^vqtriton: .*indices are not"):
-        measure(maker)
-    assert maker.steps == 1
+def test_wrong_indices_are_refused(spoil, is_exact):
+    with pytest.raises(checks.Refused, match=r"^vqtriton exact: .*indices are not"):
+        check(Planted(spoil, is_exact=is_exact))
 
 
-def close_call():
-    """A row between two codes, 1e-7 of its distance nearer to the second; and a tie."""
-    codebook = torch.tensor([[1.0, 0], [-1.0, 0], [9.0, 9.0], [9.0, 9.0]])
-    x = torch.tensor([[-1e-7, 0], [9.0, 9.0]])
-    return training_step.Inputs(x, codebook, torch.zeros(2, 2))
+def test_one_wrong_index_of_a_million_is_seen():
+    """All rows of the million-row case of the roofline's are looked at, by default."""
+    real = cases.CASES["roofline-1M-1024-8"]
+    assert real.num_rows >= 10**6
+    assert real.products <= devices.Cpu.check_products
+    million = cases.Case("million", real.num_rows, 16, 2)
+    run = Planted(off_by_one(777_777, 16), case=million)
+    truth = checks.find_truth(run.inputs, devices.Cpu.check_products)
+    with pytest.raises(checks.Refused, match=rf" 1 of {real.num_rows} indices are not"):
+        checks.check(run, truth)
+
+
+def test_a_sample_says_so_and_comes_from_all_rows():
+    inputs = subjects.make_inputs(TINY)
+    truth = checks.find_truth(inputs, TINY.products / 4)
+    assert truth.rows.tolist() == list(range(0, 96, 4))
+    assert torch.equal(truth.nearest, checks.find_truth(inputs, ALL).nearest[::4])
+    # a wrong index between the rows that are looked at is not seen, and the row says how many were
+    run = Planted(off_by_one(17, TINY.codebook_size))
+    assert checks.check(run, truth) == (0, 24, True)
+
+
+@pytest.mark.parametrize("block", [1 << 22, 16])
+def test_the_truth_is_the_reference(monkeypatch, block):
+    """On a lattice, where most rows have ties, and on data far from the origin."""
+    monkeypatch.setattr(checks, "BLOCK", block)
+    generator = torch.Generator().manual_seed(3)
+    lattice = torch.randint(-1, 2, (300, 3), generator=generator).float()
+    codes = torch.randint(-1, 2, (40, 3), generator=generator).float()
+    spread = torch.randn(300, 3, generator=generator)
+    for x, codebook in ((lattice, codes), (spread + 1e4, codes), (spread + 1e4, codes + 1e4)):
+        truth = checks.find_truth(subjects.Inputs(x, codebook, x), ALL)
+        assert torch.equal(truth.nearest, checks.reference.nearest_code(x, codebook))
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_only_rounding_excuses_a_wrong_index(is_exact):
-    inputs = close_call()
-    subject = training_step.Subject("it", "1", is_exact, lambda: None, lambda: None)
-    assert training_step.count_mismatches(subject, inputs, torch.tensor([1, 2])) == 0
+    # a row between two codes, 1e-7 of its distance nearer to the second; and a tie
+    codebook = torch.tensor([[1.0, 0], [-1.0, 0], [9.0, 9.0], [9.0, 9.0]])
+    x = torch.tensor([[-1e-7, 0], [9.0, 9.0]])
+    inputs = subjects.Inputs(x, codebook, x)
+    subject = dataclasses.replace(subjects.SUBJECTS[OURS], is_exact=is_exact)
+    truth = checks.find_truth(inputs, ALL)
+    assert checks.count_mismatches(subject, inputs, truth, torch.tensor([1, 2])) == 0
     for wrong in ([0, 2], [1, 3]):
         if is_exact:
-            with pytest.raises(ValueError, match=r"1 of 2 indices are not the nearest code"):
-                training_step.count_mismatches(subject, inputs, torch.tensor(wrong))
+            with pytest.raises(checks.Refused, match=r"1 of 2 indices are not the nearest code"):
+                checks.count_mismatches(subject, inputs, truth, torch.tensor(wrong))
         else:
-            assert training_step.count_mismatches(subject, inputs, torch.tensor(wrong)) == 1
+            assert checks.count_mismatches(subject, inputs, truth, torch.tensor(wrong)) == 1
 
 
-def test_subjects_take_turns_and_start_anew():
-    inputs = training_step.make_inputs(TINY)
-    log = []
-
-    def subject(name):
-        real = training_step.make_ours(inputs)
-
-        def reset():
-            log.append(f"reset {name}")
-            real.reset()
-
-        def step():
-            log.append(f"step {name}")
-            return real.step()
-
-        return dataclasses.replace(real, name=name, reset=reset, step=step)
-
-    training_step.time_steps([subject("a"), subject("b")], inputs, repeats=2)
-    turns = [entry.split()[1] for entry in log if entry.startswith("step")]
-    assert turns == ["a", "b", "a", "b", "b", "a"]
-    assert log[::2] == [entry.replace("step", "reset") for entry in log[1::2]]
+OUTPUTS = ("quantized", "loss", "grad_x", *subjects.STATE)
 
 
-def trajectory(subject):
-    """Indices of 100 steps from the start, [100, N]."""
-    subject.reset()
-    return torch.stack([subject.step() for _ in range(100)])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_wrong_outputs_are_refused(name):
+    """A thousandth of the largest value in one element, the same each time."""
+
+    def spoil(out):
+        if name in out:
+            out = out | {name: out[name].clone()}
+            out[name].view(-1)[-1] += out[name].abs().max() / 1000
+        return out
+
+    with pytest.raises(checks.Refused, match=f"{name} is .* beside float64"):
+        check(Planted(spoil, "training"))
 
 
-@pytest.mark.parametrize("name", training_step.available())
-def test_step_learns_and_reset_forgets(name):
-    inputs = training_step.make_inputs(TINY)
-    subject = training_step.MAKERS[name](inputs)
-    first = trajectory(subject)
-    assert not torch.equal(first[0], first[-1])
-    assert torch.equal(first, trajectory(subject))
-    assert inputs.x.grad is None
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_step_that_does_not_repeat_is_refused(name):
+    """The last bit of one element, as of a sum whose order is left to chance."""
+    flips = iter(range(100))
+
+    def spoil(out):
+        if name in out:
+            out = out | {name: out[name].clone()}
+            bits = out[name].view(-1).view(torch.int32)
+            bits[0] ^= next(flips) % 2
+        return out
+
+    with pytest.raises(checks.Refused, match=f"vqtriton exact: {name} of a step that is repeated"):
+        check(Planted(spoil, "training"))
+    # who does not promise it is not refused, but the row says so
+    assert not check(Planted(spoil, "training", is_repeatable=False)).is_repeatable
 
 
-@pytest.mark.skipif(training_step.PEER not in training_step.available(), reason="needs the peer")
-def test_subjects_do_the_same_work():
-    inputs = training_step.make_inputs(TINY)
-    ours, peer = (trajectory(make(inputs)) for make in training_step.MAKERS.values())
-    assert torch.equal(ours, peer)
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    made = []
+
+    def make(subject, scope, inputs):
+        made.append(Planted(off_by_one(17, TINY.codebook_size), scope))
+        return made[-1]
+
+    monkeypatch.setattr(measuring, "Run", make)
+    report = measure_tiny(monkeypatch, [OURS])
+    assert not report.rows
+    assert "tiny: N=96 K=40 D=12, assign: vqtriton exact: 1 of 96" in report.refused[0]
+    # the two of the check
+    assert made[0].steps == 2
 
 
-@pytest.mark.skipif(not training_step.can_measure_memory(), reason="needs /proc/self/clear_refs")
-def test_peak_memory_is_that_of_the_step(tmp_path):
-    """A subject that takes and drops 64 MiB weighs about that much, tiny as its inputs are."""
-    hog = tmp_path / "hog.py"
-    hog.write_text(
-        "import torch\n"
-        "from bench import training_step\n"
-        "from bench.cases import Case\n"
-        "def make(inputs):\n"
-        "    step = lambda: torch.ones(inputs.x.shape[0], 1 << 20).sum().item()\n"
-        "    return training_step.Subject('hog', '1', True, lambda: None, step)\n"
-        "training_step.MAKERS['hog'] = make\n"
-        # a peak of 256 MiB before the step, and as much that stays: neither is the step's
-        "torch.ones(1 << 26)\n"
-        "held = torch.ones(1 << 26)\n"
-        "print(training_step._weigh('hog', Case('c', 16, 8, 4)))\n"
+class Weightless(devices.Cpu):
+    """Saves the start of a process where its result is not looked at, and large matmuls."""
+
+    def can_weigh(self):
+        return False
+
+    def rates(self):
+        return machines.Rates(dot=1e12, memory=1e11)
+
+
+def measure_tiny(monkeypatch, names, device=None, **options):
+    monkeypatch.setitem(cases.CASES, "tiny", TINY)
+    return measuring.measure(
+        ["assign"],
+        lambda scope: ["tiny"],
+        lambda scope: names,
+        device or Weightless(),
+        measuring.Options(repeats=3, **options),
     )
+
+
+def test_a_row_says_what_was_measured(monkeypatch):
+    (row,) = measure_tiny(monkeypatch, [OURS], command="the command").rows
+    assert row["shape"] == {"N": 96, "K": 40, "D": 12}
+    assert len(row["seconds"]) == 3
+    assert min(row["seconds"]) == pytest.approx(row["p20_s"], rel=1)
+    assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"]
+    assert (row["mismatches"], row["rows_checked"], row["is_repeatable"]) == (0, 96, True)
+    assert row["peak_memory_bytes"] is None
+    assert row["command"] == "the command"
+    # x once, codebook once, int64 indices
+    num_bytes = 4 * 12 * (96 + 40) + 8 * 96
+    floor = max(num_bytes / 1e11, 2 * 96 * 40 * 12 / 1e12)
+    assert row["floor_fraction"] == pytest.approx(floor / row["p50_s"])
+    assert row["gb_per_s"] == pytest.approx(num_bytes / row["p50_s"] / 1e9)
+    assert row["tflop_per_s"] == pytest.approx(2 * 96 * 40 * 12 / row["p50_s"] / 1e12)
+    for field in ("commit", "device", "threads", "dtype", "version", "torch", "python"):
+        assert row[field]
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_what_is_left_out_is_said(monkeypatch):
+    report = measure_tiny(monkeypatch, ["vqtriton.reference", "flash-kmeans"], memory_limit=1000)
+    assert not report.rows
+    assert "vqtriton.reference, tiny, assign: it would take about" in report.left_out[0]
+    assert "flash-kmeans, tiny, assign: " in report.left_out[1]
+    assert measure_tiny(monkeypatch, [OURS], budget=-1).left_out == ["tiny, assign: the time is up"]
+
+
+def test_turns_are_taken_and_turn_around():
+    log = []
+    steps = [lambda name=name: log.append(name) or float(len(log)) for name in "abc"]
+    assert measuring.interleave(steps, 3) == [[1, 6, 7], [2, 5, 8], [3, 4, 9]]
+    assert "".join(log) == "abccbaabc"
+
+
+def test_a_step_meets_an_empty_cache():
+    """Before it, more bytes are written than the cache holds; and that is not timed."""
+    device = devices.Cpu()
+    device.cache_bytes = 1 << 20
+    held = []
+    device.time = lambda step: held.append(device._other.clone()) or step()
+    device.seconds(lambda: device._other.fill_(1))
+    device.seconds(lambda: None)
+    assert held[1].numel() == 2 << 20
+    assert not held[1].any()
+
+
+@pytest.mark.parametrize("scope", cases.SCOPES)
+@pytest.mark.parametrize("name", subjects.SUBJECTS)
+def test_every_subject_passes_its_check(name, scope):
+    subject = subjects.SUBJECTS[name]
+    if not subject.is_installed() or not subject.can_run(scope, "cpu", torch.float32):
+        pytest.skip(f"{name} is not installed, or not for {scope} on a CPU")
+    if name == "torch.compile of it" and scope != "assign":
+        pytest.skip("compiles for seconds, and is the same search")
+    run = subjects.Run(subject, scope, subjects.make_inputs(TINY))
+    assert check(run).rows_checked == 96
+    assert run.inputs.x.grad is None
+    # all that the check looks at is there
+    expected = {
+        "assign": {"indices"},
+        "inference": {"indices", "quantized"},
+        "forward": {"indices", "quantized", "loss", *subjects.STATE},
+        "training": {"indices", *OUTPUTS},
+    }
+    assert run.from_start().keys() == expected[scope]
+
+
+@pytest.mark.parametrize("name", [OURS, "torch addmm+argmin", PEER])
+def test_steps_learn_and_reset_forgets(name):
+    if not subjects.SUBJECTS[name].is_installed():
+        pytest.skip(f"{name} is not installed")
+    run = subjects.Run(subjects.SUBJECTS[name], "training", subjects.make_inputs(TINY))
+
+    def trajectory():
+        run.reset()
+        return torch.stack([run.step()["indices"] for _ in range(100)])
+
+    first = trajectory()
+    assert not torch.equal(first[0], first[-1])
+    assert torch.equal(first, trajectory())
+    # whoever it is, the work is the same
+    ours = subjects.Run(subjects.SUBJECTS[OURS], "training", run.inputs)
+    ours.reset()
+    assert torch.equal(first, torch.stack([ours.step()["indices"] for _ in range(100)]))
+
+
+def test_half_precision_is_held_to_the_same_values():
+    inputs = subjects.make_inputs(TINY, torch.float16)
+    for scope in ("assign", "training"):
+        check(subjects.Run(subjects.SUBJECTS[OURS], scope, inputs))
+
+
+def test_cases_are_those_of_the_design():
+    shapes = {(c.num_rows, c.codebook_size, c.dim) for c in cases.CASES.values()}
+    assert {(16384, 8192, 64), (4096, 65536, 16)} <= shapes
+    assert {(s.num_rows, s.codebook_size, s.dim) for s in machines.SHAPES} <= shapes
+    assert {name for names in cases.DEFAULT.values() for name in names} <= cases.CASES.keys()
+    llamagen = subjects.make_inputs(dataclasses.replace(cases.CASES["llamagen"], num_rows=9))
+    for vectors in (llamagen.x, llamagen.codebook):
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)))
+
+
+SPOILED = """
+import dataclasses, sys
+import torch
+from bench import subjects, worker
+
+# makes the matrix and drops it
+def matrix(x, codebook):
+    torch.ones(len(x), len(codebook))
+    return subjects.vqtriton.nearest_code(x, codebook)
+
+ours = subjects.SUBJECTS[subjects.OURS]
+subjects.SUBJECTS[subjects.OURS] = dataclasses.replace(ours, search=lambda: matrix)
+# a peak of 256 MiB before the step, and as much that stays: neither is the step's
+torch.ones(1 << 26)
+held = torch.ones(1 << 26)
+worker.serve(worker.json.loads(sys.argv[1]))
+"""
+
+
+@weighs
+def test_a_matrix_is_refused(tmp_path):
+    """Weighed in its process, a step that takes and drops 256 MiB weighs that, and is refused."""
+    case = cases.Case("c", 4096, 16384, 4)
+    spec = {
+        "subject": OURS,
+        "case": vars(case),
+        "scope": "assign",
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+    }
+    script = tmp_path / "spoiled.py"
+    script.write_text(SPOILED)
     done = subprocess.run(
-        [sys.executable, str(hog)],
+        [sys.executable, str(script), json.dumps(spec)],
+        input="peak_memory\n",
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    assert int(done.stdout) == pytest.approx(64 << 20, rel=0.05)
+    peak = int(done.stdout)
+    assert peak == pytest.approx(case.matrix_bytes, rel=0.1)
+    ours = subjects.SUBJECTS[OURS]
+    with pytest.raises(checks.Refused, match=r"N×K matrix of float32 is 256 MiB"):
+        checks.check_memory(ours, case, peak)
+    # and as it is, it is far below
+    run = subjects.Run(ours, "assign", subjects.make_inputs(case))
+    honest = measuring.weigh(run, case, devices.Cpu(), measuring.Options())
+    assert honest < checks.memory_limit(case) < case.matrix_bytes / 3
 
 
-def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "CASES", {"tiny": TINY})
-    monkeypatch.setattr(command, "available", lambda: [training_step.OURS])
-    file = tmp_path / "rows.json"
-    assert command.main(["--case", "tiny", "--repeats", "3", "--json", str(file)]) == 0
-    printed = capsys.readouterr().out
-    (row,) = json.loads(file.read_text())
-    assert row["shape"] == {"N": 96, "K": 40, "D": 12}
-    assert row["torch"] == torch.__version__
-    assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"]
-    assert f"{1e3 * row['p50_s']:.1f} ms" in printed
-    assert row["mismatches"] == 0
-    if training_step.can_measure_memory():
-        assert 0 < row["peak_memory_bytes"] < 64 << 20
-    for field in ("commit", "device", "threads", "dtype", "version", "case", "subject"):
-        assert row[field]
-    # without the peer it says so, and how to get it
-    assert "vector-quantize-pytorch is not installed" in printed
-    assert "pip install" in printed
-    assert "ratio" not in printed
+def test_more_memory_than_promised_is_not_timed(monkeypatch):
+    class Heavy(Weightless):
+        shares_memory = True
+
+        def can_weigh(self):
+            return True
+
+        def peak_memory(self, step):
+            return checks.memory_limit(TINY) + 1
+
+    report = measure_tiny(monkeypatch, [OURS, "torch addmm+argmin"], Heavy())
+    assert [row["subject"] for row in report.rows] == ["torch addmm+argmin"]
+    assert "more than the 32 MiB of O(N + K·D)" in report.refused[0]
 
 
-@pytest.mark.usefixtures("_no_memory")
-def test_command_refuses(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command, "CASES", {"tiny": TINY})
-    monkeypatch.setattr(command, "available", lambda: [training_step.OURS])
-    monkeypatch.setitem(training_step.MAKERS, training_step.OURS, Planted(off_by_one))
-    file = tmp_path / "rows.json"
-    assert command.main(["--case", "tiny", "--json", str(file)]) == 1
-    captured = capsys.readouterr()
-    assert "1 of 96 indices are not the nearest code" in captured.err
-    assert " ms" not in captured.out
-    assert not file.exists()
+def test_the_limit_tells_a_matrix_from_none():
+    """Wherever the matrix is large, and is more than some copies of the inputs."""
+    for case in cases.CASES.values():
+        is_many = min(case.num_rows, case.codebook_size) > 16 * case.dim
+        if case.matrix_bytes >= 128 << 20 and is_many:
+            assert checks.memory_limit(case) < 0.75 * case.matrix_bytes
 
 
-def test_ratio_is_peer_over_ours():
-    ours = training_step.Result(training_step.OURS, "1", 0, (1.0, 2.0, 3.0), 1 << 20)
-    peer = training_step.Result(training_step.PEER, "1", 2, (4.0, 10.0, 18.0), 30 << 20)
-    last = command.table(TINY, [ours, peer]).splitlines()[-1]
-    assert "5.00 x less" in last
-    assert "30.0 x less" in last
-    # of the turns: 4, 5, 6
-    assert "4.40 to 5.60 x" in last
+class Event:
+    """CUDA's, on a clock that the test moves."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
 
 
-def test_runs_from_the_root_with_or_without_the_peer():
-    """The command that `make bench` runs, on the smallest of its cases."""
-    done = run_bench("--case", "rq-vae", "--repeats", "1")
-    assert done.returncode == 0, done.stderr
-    has_peer = training_step.PEER in training_step.available()
-    assert ("ratio" in done.stdout) == has_peer
-    assert ("is not installed" in done.stdout) == (not has_peer)
-    assert "rq-vae: N=640 K=256 D=32" in done.stdout
+@pytest.fixture
+def cuda_memory(monkeypatch):
+    """As much of torch.cuda as the bench uses, of which none can be wrong in a step's time."""
+    memory = {"now": 100, "peak": 100}
+
+    class Properties:
+        name, L2_cache_size = "fake", 1 << 20
+
+    def reset():
+        memory["peak"] = memory["now"]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    return memory
 
 
-def test_unknown_case_is_a_usage_error(capsys):
-    for arguments in (["--case", "nonesuch"], ["--repeats", "0"]):
-        with pytest.raises(SystemExit) as raised:
-            command.main(arguments)
-        assert raised.value.code == 2
-    assert "rq-vae" in capsys.readouterr().err
+def test_cuda_is_timed_by_events_and_weighed_by_its_allocator(cuda_memory):
+    device = devices.Cuda()
+    device.device = torch.device("cpu")
+
+    def step():
+        # milliseconds, and bytes
+        Event.now += 4
+        cuda_memory["peak"] = max(cuda_memory["peak"], cuda_memory["now"] + 50)
+
+    assert device.seconds(step) == pytest.approx(4e-3)
+    assert device.peak_memory(step) == 50
+    assert device.cache_bytes == 1 << 20

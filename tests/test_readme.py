@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from pathlib import Path
@@ -60,19 +59,3 @@ def test_finds_every_block():
     assert blocks(text) == [(2, "a = 1"), (9, "b = 1\nif b:\n    b = 2"), (17, "c = 1")]
     with pytest.raises(ValueError, match="line 1 has no end"):
         blocks("```python\na = 1\n")
-
-
-def test_the_table_is_that_of_the_result_file():
-    """Every figure of the table, from the file that `python -m bench --json` wrote."""
-    rows = json.loads((README.parent / "bench/results/training_step_cpu.json").read_text())
-    by_subject = {row["subject"]: row for row in rows}
-    ours, peer = by_subject["vqtriton"], by_subject["vector-quantize-pytorch"]
-    time_ratio = peer["p50_s"] / ours["p50_s"]
-    memory_ratio = peer["peak_memory_bytes"] / ours["peak_memory_bytes"]
-    figures = [
-        f"| {row['p50_s'] * 1e3:.0f} ms | {row['peak_memory_bytes'] / 2**20:.0f} MiB |"
-        for row in (ours, peer)
-    ]
-    figures.append(f"| {time_ratio:.1f}× less | {memory_ratio:.0f}× less |")
-    text = README.read_text(encoding="utf-8")
-    assert [figure for figure in figures if figure not in text] == []

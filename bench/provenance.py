@@ -1,0 +1,48 @@
+"""Where figures come from: device, versions, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except FileNotFoundError:
+        return platform.processor() or platform.machine()
+    models = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
+    return models[0] if models else platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checkout, "-dirty" where files have changed since."""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]
+    return _output(command) or "no commit"
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version_of(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

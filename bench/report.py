@@ -1,0 +1,209 @@
+"""Rows as a table on the screen, as JSON lines, and as the tables and the picture of the docs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.cases import CASES
+from bench.measure import quantile
+from bench.provenance import ROOT
+from bench.subjects import OURS, PEER
+
+Row = dict[str, Any]
+MIB = 1 << 20
+RESULTS = ROOT / "bench" / "results"
+DOCS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PICTURE = ROOT / "docs" / "benchmarks.svg"
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows that were measured side by side, by scope and case."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["scope"], row["case"]), []).append(row)
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Of one case, for the screen."""
+    first = rows[0]
+    checked = "all rows" if first["rows_checked"] == first["shape"]["N"] else "a sample"
+    lines = [
+        "",
+        f"{CASES[first['case']]} {first['dtype']}, {first['scope']}, "
+        f"{len(first['seconds'])} repeats, indices of {checked} ({first['rows_checked']}) checked",
+        f"{'':<28}{'wrong':>5}{'median':>10}{'p20 to p80':>18}{'x ours':>8}"
+        f"{'peak memory':>14}{'GFLOP/s':>9}{'GB/s':>9}{'of floor':>10}",
+    ]
+    ours = next((row for row in rows if row["subject"] == OURS), None)
+    for row in rows:
+        low, middle, high = (milliseconds(row[f"p{q}_s"]) for q in (20, 50, 80))
+        times = f"{ratio(row, ours)[1]:.2f}" if ours else ""
+        lines.append(
+            f"{row['subject']:<28}{row['mismatches']:>5}{middle:>7} ms{low + ' to ' + high:>18}"
+            f"{times:>8}{mebibytes(row):>14}{1e3 * row['tflop_per_s']:>9.3g}"
+            f"{row['gb_per_s']:>9.2g}{row['floor_fraction']:>10.1%}"
+        )
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and none of them with an exponent."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def mebibytes(row: Row) -> str:
+    peak = row["peak_memory_bytes"]
+    return "not measured" if peak is None else f"{peak / MIB:.1f} MiB"
+
+
+def ratio(row: Row, ours: Row) -> tuple[float, float, float]:
+    """p20, p50 and p80 of its time over ours, turn by turn: the steps of one met one machine."""
+    ratios = [a / b for a, b in zip(row["seconds"], ours["seconds"], strict=True)]
+    return quantile(ratios, 0.2), quantile(ratios, 0.5), quantile(ratios, 0.8)
+
+
+def fill(text: str, source: str, make: Callable[[str], str]) -> str:
+    """The text with what stands between <!-- source: name --> and <!-- end --> made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{make(match[2])}\n<!-- end -->"
+
+    pattern = rf"(<!-- {source}: (\w+) -->).*?<!-- end -->"
+    return re.sub(pattern, replace, text, flags=re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """The text of a page, with its tables as the result files have them."""
+    made = {
+        "training": lambda: peer_table(read_rows(RESULTS / "training_cpu.jsonl")),
+        "training_all": lambda: full_table(read_rows(RESULTS / "training_cpu.jsonl")),
+        "training_run": lambda: run_line(RESULTS / "training_cpu.jsonl"),
+        "assign_all": lambda: full_table(read_rows(RESULTS / "assign_cpu.jsonl")),
+        "assign_run": lambda: run_line(RESULTS / "assign_cpu.jsonl"),
+        "cases": case_table,
+    }
+    return fill(text, "bench", lambda name: made[name]())
+
+
+def peer_table(rows: Iterable[Row]) -> str:
+    """Markdown: ours beside vector-quantize-pytorch, a line for each case that both have."""
+    lines = [
+        "| N, K, D | vqtriton, exact | vector-quantize-pytorch | time | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for (_, name), of_case in by_case(rows).items():
+        subjects = {row["subject"]: row for row in of_case}
+        if {OURS, PEER} <= subjects.keys():
+            ours, peer = subjects[OURS], subjects[PEER]
+            low, middle, high = ratio(peer, ours)
+            memory = peer["peak_memory_bytes"] / ours["peak_memory_bytes"]
+            cells = [f"{milliseconds(r['p50_s'])} ms, {mebibytes(r)}" for r in (ours, peer)]
+            lines.append(
+                f"| {sizes(name)} ({name}) | {' | '.join(cells)} "
+                f"| {middle:.1f}× ({low:.1f} to {high:.1f}) | {memory:.0f}× |"
+            )
+    return "\n".join(lines)
+
+
+def full_table(rows: Iterable[Row]) -> str:
+    """Markdown: all that was measured."""
+    lines = [
+        "| | wrong, of rows | median ms (p20 to p80) | × ours | peak memory | GFLOP/s | of floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (_, name), of_case in by_case(rows).items():
+        lines.append(f"| **{name}**: {sizes(name)} | | | | | | |")
+        ours = next(row for row in of_case if row["subject"] == OURS)
+        for row in of_case:
+            low, middle, high = (milliseconds(row[f"p{q}_s"]) for q in (20, 50, 80))
+            lines.append(
+                f"| {row['subject']} | {row['mismatches']}, {row['rows_checked']} "
+                f"| {middle} ({low} to {high}) | {ratio(row, ours)[1]:.2f} | {mebibytes(row)} "
+                f"| {1e3 * row['tflop_per_s']:.3g} | {row['floor_fraction']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def run_line(path: Path) -> str:
+    """Markdown: where, when and how the rows of a file were measured."""
+    row = read_rows(path)[0]
+    return (
+        f"[{path.name}](../{path.relative_to(ROOT)}), from `{row['command']}` at commit "
+        f"{row['commit']}: {row['device']}, {row['threads']} threads, {row['dtype']}, torch "
+        f"{row['torch']}, {len(row['seconds'])} turns; a matmul reached "
+        f"{row['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s there and a copy "
+        f"{row['copy_bytes_per_s'] / 1e9:.1f} GB/s."
+    )
+
+
+def case_table() -> str:
+    lines = ["| case | N, K, D | |", "|---|---|---|"]
+    for name, case in CASES.items():
+        remarks = ["unit norm"] * case.is_unit_norm
+        remarks += [f"one of {case.codebooks} codebooks"] * (case.codebooks > 1)
+        lines.append(f"| {name} | {sizes(name)} | {', '.join(remarks)} |")
+    return "\n".join(lines)
+
+
+def sizes(name: str) -> str:
+    case = CASES[name]
+    return f"{case.num_rows}, {case.codebook_size}, {case.dim}"
+
+
+def write_docs() -> None:
+    for path in DOCS:
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("the picture is left as it is: matplotlib is not installed")
+        return
+    matplotlib.use("svg")
+    draw(read_rows(RESULTS / "training_cpu.jsonl")).savefig(
+        PICTURE, metadata={"Date": None}, bbox_inches="tight"
+    )
+
+
+def draw(rows: Iterable[Row]) -> Any:
+    """Time and peak memory over ours, a group of bars for each case."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # the same rows give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "vqtriton"
+    cases = by_case(rows)
+    names = list(dict.fromkeys(row["subject"] for of in cases.values() for row in of))
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels = figure.subplots(2, sharex=True)
+    for panel, key, title in zip(
+        panels, ("p50_s", "peak_memory_bytes"), ("time", "peak memory"), strict=True
+    ):
+        for place, name in enumerate(names):
+            values = []
+            for of_case in cases.values():
+                found = {row["subject"]: row for row in of_case}
+                values.append(found[name][key] / found[OURS][key] if name in found else 0)
+            width = 0.8 / len(names)
+            left = [i + (place - (len(names) - 1) / 2) * width for i in range(len(cases))]
+            panel.bar(left, values, width, label=name)
+        panel.axhline(1, color="black", linewidth=0.5)
+        panel.set_yscale("log")
+        panel.set_ylabel(f"{title} over vqtriton exact's")
+    panels[0].legend(fontsize="small")
+    panels[1].set_xticks(range(len(cases)), [f"{name}\n{sizes(name)}" for _, name in cases],
+                         fontsize="small")  # fmt: skip
+    return figure
