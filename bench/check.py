@@ -123,7 +123,7 @@ def check_outputs(run: Run, outputs: Outputs) -> None:
     for name in outputs.keys() - {"indices"}:
         # codebook and statistics are float32 whatever x is
         dtype = torch.float32 if name in STATE else run.inputs.x.dtype
-        tolerance = 64 * torch.finfo(dtype).eps
+        tolerance = 16 * torch.finfo(dtype).eps
         value, right = outputs[name].double().reshape(expected[name].shape), expected[name]
         error = (value - right).abs().max() / right.abs().max()
         if not error <= tolerance:

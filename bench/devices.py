@@ -42,10 +42,10 @@ class Device:
         """The best of several copies and square matmuls."""
         source = torch.ones(megabytes << 20, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        copy = min(self.time(lambda: target.copy_(source)) for _ in range(8))
+        copy = min(self.time(lambda: target.copy_(source)) for _ in range(5))
         a = torch.ones(side, side, dtype=dtype, device=self.device)
         b, out = a.clone(), torch.empty_like(a)
-        matmul = min(self.time(lambda: torch.mm(a, b, out=out)) for _ in range(8))
+        matmul = min(self.time(lambda: torch.mm(a, b, out=out)) for _ in range(5))
         return Rates(dot=2 * side**3 / matmul, memory=2 * (megabytes << 20) / copy)
 
 

@@ -105,6 +105,9 @@ class Rates:
     # bytes
     memory: float
 
+    def best(self, other: Rates) -> Rates:
+        return Rates(max(self.dot, other.dot), max(self.memory, other.memory))
+
     def floors(self, num_bytes: float, num_products: float) -> dict[str, float]:
         """Least seconds, by what they would be spent on; no work is done faster than the larger."""
         return {"memory": num_bytes / self.memory, "dot": 2 * num_products / self.dot}

@@ -46,8 +46,8 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", json.dumps(spec)],
             cwd=root,
-            # the root comes before what is installed; threads that wait leave the cores alone
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_WAIT_POLICY": "passive"},
+            # threads that wait leave the cores to the others
+            env=os.environ | {"OMP_WAIT_POLICY": "passive"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

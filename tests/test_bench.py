@@ -108,13 +108,21 @@ def test_a_sample_says_so_and_comes_from_all_rows():
 
 @pytest.mark.parametrize("block", [1 << 22, 16])
 def test_the_truth_is_the_reference(monkeypatch, block):
-    """On a lattice, where most rows have ties, and on data far from the origin."""
+    """On a lattice, on data far from the origin, and where scores in float64 cannot tell."""
     monkeypatch.setattr(checks, "BLOCK", block)
     generator = torch.Generator().manual_seed(3)
     lattice = torch.randint(-1, 2, (300, 3), generator=generator).float()
     codes = torch.randint(-1, 2, (40, 3), generator=generator).float()
     spread = torch.randn(300, 3, generator=generator)
-    for x, codebook in ((lattice, codes), (spread + 1e4, codes), (spread + 1e4, codes + 1e4)):
+    base = torch.randn(64, generator=generator).view(torch.int32)
+    ulps = torch.randint(-1, 2, (340, 64), generator=generator, dtype=torch.int32)
+    near = (base + ulps).view(torch.float32)
+    for x, codebook in (
+        (lattice, codes),
+        (spread + 1e4, codes),
+        (spread + 1e4, codes + 1e4),
+        (near[:300], near[300:]),
+    ):
         truth = checks.find_truth(subjects.Inputs(x, codebook, x), ALL)
         assert torch.equal(truth.nearest, checks.reference.nearest_code(x, codebook))
 
@@ -225,6 +233,15 @@ def test_a_row_says_what_was_measured(monkeypatch):
     for field in ("commit", "device", "threads", "dtype", "version", "torch", "python"):
         assert row[field]
     assert json.loads(json.dumps(row)) == row
+
+
+def test_floors_are_those_of_the_best_rates(monkeypatch):
+    shown = iter([machines.Rates(1.0, 9.0), machines.Rates(2.0, 5.0)])
+    device = Weightless()
+    device.rates = lambda: next(shown)
+    (row,) = measure_tiny(monkeypatch, [OURS], device).rows
+    assert (row["matmul_flop_per_s"], row["copy_bytes_per_s"]) == (2.0, 9.0)
+    assert row["floor_dot_s"] == 96 * 40 * 12
 
 
 def test_what_is_left_out_is_said(monkeypatch):
