@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
                       "help": f"any of {', '.join(map(repr, SUBJECTS))}"},
         "--device": {"default": "cpu", "choices": ("cpu", "cuda")},
         "--dtype": {"default": "float32", "choices": DTYPES},
-        "--repeats": {"type": int, "default": 7, "help": "timed steps of each subject"},
+        "--repeats": {"type": int, "default": 5, "help": "timed steps of each subject"},
         "--memory": {"type": float, "default": 2, "metavar": "GIB",
                      "help": "leave out who would hold larger matrices; 2 by default"},
         "--check-all": {"action": "store_true", "help": "all rows, however long it takes"},

@@ -82,7 +82,7 @@ CASES = {
 }
 
 # what `make bench` measures: minutes on two cores
-MODELS = ("taming", "titok", "encodec", "dac", "mimi", "rq-vae")
+MODELS = ("taming", "titok", "encodec", "dac", "rq-vae")
 DEFAULT = {
     "assign": ("square", "wide"),
     "inference": MODELS,

@@ -33,7 +33,7 @@ Row = dict[str, Any]
 class Options:
     dtype: torch.dtype = torch.float32
     # timed steps of each subject
-    repeats: int = 7
+    repeats: int = 5
     # of matrices that a subject may hold; one that would hold more is left out
     memory_limit: float = 2 * GIB
     # products that the float64 check may take; the device's own number if None
