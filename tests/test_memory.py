@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
 import pytest
 import torch
 from backends import Backend, on_every_backend
@@ -83,6 +82,7 @@ def check_peak_memory(n: int, k: int, d: int, *cases: str) -> None:
 @can_measure
 @pytest.mark.parametrize(("n", "k", "d"), SHAPES)
 def test_peak_memory_is_bounded(n: int, k: int, d: int) -> None:
-    check_peak_memory(n, k, d, "gaussian", "collapsed", "lattice", "ulp_codes")
+    check_peak_memory(n, k, d, "gaussian", "collapsed", "lattice", "duplicates")
     # where nearly all pairs are in doubt a search takes long; two blocks of rows show it
-    check_peak_memory(2 * blocked.BLOCK_SCORES // k, k, d, *data.HARD)
+    cases = ("very_different_norms", "unit_norm", "permuted_codes", "no_finite_code")
+    check_peak_memory(2 * blocked.BLOCK_SCORES // k, k, d, *cases)
