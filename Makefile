@@ -11,7 +11,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 # OpenMP threads that spin while they wait starve one another on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv train test lint format bench sass clean
+.PHONY: help venv train test test-compiled test-interpreted lint format bench sass clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,8 +32,14 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/
 	$(PYTHON) examples/train_mnist.py --out runs/mnist
 
-test: $(READY) ## all tests, then the kernels in Triton's interpreter
+test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter
+	$(MAKE) -j2 --output-sync=target test-compiled test-interpreted
+
+# a process each: Triton decides at import whether kernels are interpreted
+test-compiled: $(READY)
 	$(PYTHON) -m pytest
+
+test-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m kernel
 
 lint: $(READY) ## ruff and mypy
