@@ -165,13 +165,13 @@ def row_planes(
 
 @triton.jit
 def row_error(
-    high, low, rest, ratio, norms_ptr,
+    high, low, rest, ratio, norms_ptr, head,
     bound_products, bound_bias, bound_distances, bound_tiny,
 ):  # fmt: skip
     """[BLOCK_N] fp32, the bound on the error of a score, +inf for a row that is not finite."""
-    max_norm = tl.load(norms_ptr)
-    max_low = tl.load(norms_ptr + 1)
-    max_rest = tl.load(norms_ptr + 2)
+    max_norm = tl.load(norms_ptr + head * 4)
+    max_low = tl.load(norms_ptr + (head * 4 + 1))
+    max_rest = tl.load(norms_ptr + (head * 4 + 2))
     norm = high + low + rest
     error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
     error += bound_products * norm * max_norm + ratio * (bound_bias * max_norm * max_norm)

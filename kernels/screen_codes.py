@@ -82,7 +82,8 @@ def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> Scr
     if inner > 64 or (inner > 32 and not is_aligned):
         # half as many elements a thread
         return ScreenCodesConfig(block_k=128, num_warps=8, num_stages=2)
-    return ScreenCodesConfig()
+    # without a limit ptxas spills a little to reach the next step of occupancy
+    return ScreenCodesConfig(max_registers=None if is_aligned else 255)
 
 
 def rows_are_aligned(x: Tensor) -> bool:
@@ -161,7 +162,7 @@ def screen_codes_kernel(
     # before the loop: its registers are needed there
     if split == 0:
         error = row_error(
-            high, low, rest, ratio, norms_ptr + head * 4,
+            high, low, rest, ratio, norms_ptr, head,
             bound_products, bound_bias, bound_distances, bound_tiny,
         )  # fmt: skip
         tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
