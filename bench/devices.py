@@ -6,6 +6,7 @@ import ctypes
 import gc
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ Step = Callable[[], object]
 MOST_EVICTED = 1 << 29
 
 
-class Device:
+class Device(ABC):
     """Base of both: caches are emptied in the same way."""
 
     def __init__(self, name: str, cache_bytes: int) -> None:
@@ -35,8 +36,9 @@ class Device:
         self._other.zero_()
         return self.time(step)
 
+    @abstractmethod
     def time(self, step: Step) -> float:
-        raise NotImplementedError
+        """Seconds of one step, on caches as they are."""
 
     def _rates(self, megabytes: int, side: int, dtype: torch.dtype) -> Rates:
         """The best of several copies and square matmuls."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vqtriton.kernels.finish_rows import FinishRowsConfig, finish_rows_kernel
 from vqtriton.kernels.rescue_rows import RescueRowsConfig, rescue_rows_kernel, settle_rows_kernel
+from vqtriton.kernels.row_planes import plane_constants, register_limit, strides_of
 from vqtriton.kernels.screen_codes import (
     ScreenCodesConfig,
     architecture,
@@ -104,11 +105,8 @@ def nearest_code(
     num_doubtful = torch.zeros(heads, dtype=torch.int32, device=x.device)
     if mask is not None:
         mask = mask.contiguous()
-    strides = (*x.stride(), *codebook.stride())
+    strides = (*strides_of(x), *strides_of(codebook))
     width = triton.next_power_of_2(dim)
-
-    def limit(registers: int) -> dict[str, int]:
-        return {} if torch.version.hip else {"maxnreg": registers}
 
     with torch.cuda.device_of(x):
         block_d = min(config.finish.block_d, width)
@@ -143,7 +141,7 @@ def nearest_code(
             BLOCK_D=block_d,
             num_warps=config.finish.num_warps,
             enable_fp_fusion=True,
-            **limit(config.finish.max_registers),
+            **register_limit(config.finish.max_registers),
         )
         if not exact:
             return NearestCode(indices, quantized, sq_error, num_doubtful)
@@ -158,10 +156,6 @@ def nearest_code(
         lists = empty(heads, programs, rescue.block_n, list_size, dtype=torch.int32)
         least = empty(heads, programs, rescue.block_n, dtype=torch.float64)
         least_index = empty(heads, programs, rescue.block_n, dtype=torch.int32)
-        block_d = min(rescue.block_d, inner)
-        if not rescue.hold_rows:
-            # a loop has tiles of one size
-            block_d = min(block_d, inner & -inner)
         rescue_rows_kernel[(programs, heads)](
             x,
             codebook,
@@ -181,24 +175,15 @@ def nearest_code(
             size,
             padded_size,
             *strides,
-            D=dim,
-            INNER=inner,
-            SPLIT=planes.is_split,
-            BIAS_COLUMNS=planes.has_bias_columns,
-            GROUP=planes.group,
-            LANES=planes.lanes,
-            VEC=planes.vec,
-            HOLD_ROWS=rescue.hold_rows,
+            **plane_constants(planes, rescue.block_d, rescue.hold_rows),
             BLOCK_N=rescue.block_n,
             BLOCK_K=rescue.block_k,
-            BLOCK_D=block_d,
-            TAIL=inner % block_d,
             CHUNK_TILES=rescue.chunk_tiles,
             num_warps=rescue.num_warps,
             num_stages=rescue.num_stages,
             # a fused multiply-add rounds once where the definition rounds twice
             enable_fp_fusion=False,
-            **limit(rescue.max_registers),
+            **register_limit(rescue.max_registers),
         )
         block_d = min(rescue.settle_block_d, width)
         settle_rows_kernel[(programs, heads)](

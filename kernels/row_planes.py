@@ -7,8 +7,12 @@ scaled likewise: y·e_k + ratio·(E² − ‖e_k‖²)/2, ratio = row_scale / sc
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -217,3 +221,38 @@ def tile_scores(
         # more term for the tensor cores to truncate
         scores -= tl.load(offset_ptr + start_k + columns)[None, :] * ratio[:, None]
     return scores
+
+
+def plane_constants(planes: Any, block_d: int, hold_rows: bool) -> dict[str, Any]:
+    """The constexprs of a kernel that multiplies rows and `vqtriton.planes.CodePlanes`."""
+    inner = planes.codes.shape[2]
+    block_d = min(block_d, inner)
+    if not hold_rows:
+        # a loop has tiles of one size
+        block_d = min(block_d, inner & -inner)
+    return {
+        "D": planes.mean.shape[1],
+        "INNER": inner,
+        "SPLIT": planes.is_split,
+        "BIAS_COLUMNS": planes.has_bias_columns,
+        "GROUP": planes.group,
+        "LANES": planes.lanes,
+        "VEC": planes.vec,
+        "HOLD_ROWS": hold_rows,
+        "BLOCK_D": block_d,
+        "TAIL": inner % block_d,
+    }
+
+
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Of [H, ...]; 0 for a single head, whose stride is the size of the batch.
+
+    Triton compiles anew for each alignment of a stride, so for some batches and not for others.
+    """
+    head, *others = tensor.stride()
+    return (head if tensor.shape[0] > 1 else 0, *others)
+
+
+def register_limit(registers: int | None) -> dict[str, int]:
+    """The option of a launch; there is none on AMD."""
+    return {"maxnreg": registers} if registers and not torch.version.hip else {}

@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqtriton.kernels.row_planes import row_error, row_planes, tile_scores
+from vqtriton.kernels.row_planes import (
+    plane_constants,
+    register_limit,
+    row_error,
+    row_planes,
+    strides_of,
+    tile_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> Scr
 
 def rows_are_aligned(x: Tensor) -> bool:
     """As Triton sees it: a stride of one is known, of others whether 16 divides them."""
-    strides_are_aligned = all(stride % 16 == 0 for stride in (*x.stride()[:-1], x.data_ptr()))
+    strides_are_aligned = all(n % 16 == 0 for n in (*strides_of(x)[:-1], x.data_ptr()))
     return x.stride(-1) == 1 and strides_are_aligned
 
 
@@ -274,7 +281,7 @@ def screen_codes(
         row_scale [H, N] float32; error is +inf for a row that is not finite or overflows, scores
         are in units of ``scale * row_scale``.
     """
-    heads, num_rows, dim = x.shape
+    heads, num_rows, _ = x.shape
     size, inner = planes.codes.shape[1:]
     config = config or screen_codes_config(architecture(x.device), inner, rows_are_aligned(x))
     tiles = triton.cdiv(size, config.block_k)
@@ -289,11 +296,6 @@ def screen_codes(
             f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
             f"divide the padded number of codes, {size}"
         )
-    block_d = min(config.block_d, inner)
-    if not config.hold_rows:
-        # a loop has tiles of one size
-        block_d = min(block_d, inner & -inner)
-    tail = inner % block_d
     num = config.block_k // chunk
     tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
     splits = triton.cdiv(tiles, tiles_per_split)
@@ -304,9 +306,6 @@ def screen_codes(
     second = torch.empty(shape, dtype=torch.float32, device=x.device)
     error = torch.empty(shape[1:], dtype=torch.float32, device=x.device)
     row_scale = torch.empty_like(error)
-    limits = {}
-    if config.max_registers and not torch.version.hip:
-        limits = {"maxnreg": config.max_registers}
     with torch.cuda.device_of(x):
         # rows first: programs that run together read the same codes
         screen_codes_kernel[(triton.cdiv(num_rows, config.block_n), splits, heads)](
@@ -325,25 +324,16 @@ def screen_codes(
             num_rows,
             size,
             tiles_per_split * config.block_k,
-            *x.stride(),
-            D=dim,
-            INNER=inner,
-            SPLIT=planes.is_split,
-            BIAS_COLUMNS=planes.has_bias_columns,
-            GROUP=planes.group,
-            LANES=planes.lanes,
-            VEC=planes.vec,
-            HOLD_ROWS=config.hold_rows,
+            *strides_of(x),
+            **plane_constants(planes, config.block_d, config.hold_rows),
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
-            BLOCK_D=block_d,
-            TAIL=tail,
             LOG_NUM=num.bit_length() - 1,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             # harmless: the scale is a power of two, so that y is exact before it is rounded
             enable_fp_fusion=True,
-            **limits,
+            **register_limit(config.max_registers),
         )
         if splits == 1:
             return groups[0], best[0], second[0], error, row_scale

@@ -30,6 +30,15 @@ def near_overflow(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, d) * 3e37, torch.randn(k, d) * 3e37
 
 
+def beyond_float32(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Differences between codes, and to their mean, are more than float32 can hold."""
+    sign = torch.where(torch.rand(k, d) < 0.3, 1.0, -1.0)
+    codebook = 3e38 * sign * (0.9 + 0.1 * torch.rand(k, d))
+    x = codebook[torch.randint(k, (n,))] * (1 - 1e-7 * torch.rand(n, 1))
+    x[::3] = torch.randn(x[::3].shape) * 1e38
+    return x.clamp(-3.4e38, 3.4e38), codebook
+
+
 def duplicates(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     codebook = torch.randn(k, d)
     return torch.randn(n, d), codebook[torch.randint(max(k // 4, 1), (k,))]
@@ -272,6 +281,7 @@ HARD = {
         large,
         subnormal,
         near_overflow,
+        beyond_float32,
         duplicates,
         collapsed,
         zeros,

@@ -111,3 +111,19 @@ def test_batch_size_is_not_part_of_the_program() -> None:
             if param.name in ("N", "K", "padded_K", "tiles", "rescue_programs"):
                 assert not param.is_constexpr
                 assert param.do_not_specialize
+
+
+def test_batch_size_changes_no_alignment() -> None:
+    # of 12 columns: the stride of the only head would be a multiple of 16 for some sizes alone
+    def specialized(num_rows: int) -> list[tuple]:
+        launches = sass_kernels.record_nearest_code(torch.zeros(num_rows, 12), "sm_90")
+        return [
+            (param.name, value == 1, value % 16 == 0)
+            for launch in launches
+            for param in launch.kernel.params
+            if type(value := launch.values[param.name]) is int
+            and not (param.is_constexpr or param.do_not_specialize)
+        ]
+
+    assert specialized(48)
+    assert specialized(47) == specialized(48)

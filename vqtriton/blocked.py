@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqtriton.screening import PreparedCodebook, error_bound, prepare_codebook, screen_dtype
+from vqtriton.screening import CentredCodebook, error_bound, prepare_codebook, screen_dtype
 
 # Scores held at a time: 8 MiB in float32, about what stays in a cache between two passes.
 BLOCK_SCORES = 1 << 21
@@ -28,7 +28,7 @@ BLOCK_ROWS = 1 << 14
 def nearest_code(
     x: Tensor, codebook: Tensor, precision: str, tensors: Sequence[Tensor] = ()
 ) -> Tensor:
-    """x [N, D], codebook [K, D], perhaps the tensors of its `PreparedCodebook` -> [N] int64."""
+    """x [N, D], codebook [K, D], perhaps the tensors of its `CentredCodebook` -> [N] int64."""
     return search(x, codebook, precision, tensors)[0]
 
 
@@ -40,7 +40,7 @@ def search(
     size = codebook.shape[0]
     dtype = screen_dtype(x, codebook)
     if tensors and tensors[0].dtype == dtype:
-        prepared = PreparedCodebook(*tensors)
+        prepared = CentredCodebook(*tensors)
     else:
         prepared = prepare_codebook(codebook, dtype)
     bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))

@@ -108,7 +108,7 @@ def to_plane(values: Tensor) -> Tensor:
 
 
 def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int = 2) -> CodePlanes:
-    """Centre, scale, split into planes and order for the screen; O(K·D), to be kept while it lasts.
+    """Centre, scale, split into planes, order for the screen: what the kernels are held to.
 
     Args:
         codebook: [H, K, D] float32 / float16 / bfloat16.

@@ -21,7 +21,7 @@ SLACK = 1.05
 TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
 
 
-class PreparedCodebook(NamedTuple):
+class CentredCodebook(NamedTuple):
     """A codebook in the form that the screens read."""
 
     codes: Tensor  # [K, D] screen dtype, contiguous, e_k; zeros where a code is not finite
@@ -44,7 +44,7 @@ def screen_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> PreparedCodebook:
+def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     """Centre on the mean and scale by a power of two, so that max |e_kd| is in [1/2, 1).
 
     Both change no decision. Centring keeps the scores small beside their differences when the data
@@ -67,7 +67,7 @@ def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> PreparedCodebook:
     # of the codes as they were rounded
     sqnorm = codes.copy_(rounded).square_().sum(1)
     half_sqnorm = (sqnorm / 2).masked_fill(is_not_finite[:, 0], torch.inf).to(dtype)
-    return PreparedCodebook(
+    return CentredCodebook(
         rounded, half_sqnorm, mean, scale.to(dtype), sqnorm.amax().sqrt().to(dtype)
     )
 
