@@ -127,6 +127,26 @@ def test_codes_and_errors_of_certain_and_doubtful_rows(case: str, dtype: torch.d
     )
 
 
+@pytest.mark.parametrize("programs", [1, 7])
+def test_rescue_overrules_a_wrong_screen(programs: int) -> None:
+    x, codebook = data.gaussian(40, 300, 12)
+
+    def wrong(*args, **kwargs) -> tuple[Tensor, ...]:
+        groups, best, second, error, row_scale = screen_codes(*args, **kwargs)
+        return torch.zeros_like(groups), best, second, error + torch.inf, row_scale
+
+    rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
+    with mock.patch.object(module, "screen_codes", wrong):
+        out = search(x[None], codebook[None], rescue=rescue, gather=True)
+    want = oracle.nearest_code(x, codebook)
+    assert (want >= 8).any()
+    assert torch.equal(out.indices[0].cpu(), want)
+    # what the finish had gathered is replaced
+    assert torch.equal(out.quantized[0].cpu(), codebook[want])
+    sq_error = (x - codebook[want]).square().sum(1)
+    torch.testing.assert_close(out.sq_error[0].cpu(), sq_error)
+
+
 def test_heads_have_codebooks_and_doubts_of_their_own() -> None:
     # another magnitude for each head: a mean or scale of another head would show
     scales = torch.tensor([1.0, 1e3, 1e-3])[:, None, None]
