@@ -112,7 +112,7 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
 
 def record_code_sums(x: torch.Tensor, target: str) -> list[Launch]:
     indices = torch.zeros(x.shape[0], dtype=torch.int64)
-    return launches_of(code_sums, code_sums.code_sums, x, indices, CODEBOOK_SIZE)
+    return launches_of(code_sums, code_sums.code_sums, x[None], indices[None], CODEBOOK_SIZE)
 
 
 def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
@@ -163,7 +163,7 @@ KERNELS = (
         for name in ("finish_rows", "rescue_rows", "settle_rows")
     ),
     Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),
-    Kernel("combine", record_code_sums, ((64, torch.float32),)),
+    Kernel("combine_chunks", record_code_sums, ((64, torch.float32),)),
     Kernel("part_sums", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("centred_norms", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("planes", record_prepare_planes, tuple((d, torch.float32) for d in (8, 64, 256))),

@@ -1,13 +1,17 @@
 """Sums of the rows of each code, deterministic and indifferent to how uneven the codes are.
 
-The rows are sorted by code and cut into chunks of at most ``chunk`` rows of one code. One program
-sums a chunk; a second kernel adds up the chunks of a code. There are at most N/chunk + K chunks,
-whatever the data, so the grid needs no answer from the device, and no program has more than
-``chunk`` rows even if one code has them all.
+The rows are sorted by code and cut into chunks of rows of one code, about √N at most. One program
+sums a chunk; a second kernel adds up the chunks of a code, if there are several. There are at most
+N/chunk + K chunks, whatever the data, so the grid needs no answer from the device, and no program
+has more than about √N rows or chunks even if one code has them all.
+
+Both add with `two_sum`, so what a sum of n rows is wrong by does not grow with n: at most
+2·2⁻²⁴·Σ|x|, and n²·2⁻⁴⁸·Σ|x|.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,71 +19,141 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.row_planes import strides_of
+
 
 @dataclass(frozen=True)
 class CodeSumsConfig:
-    """Rows of a chunk, and tiles."""
+    """Tiles."""
 
-    chunk: int = 256
-    block_rows: int = 16
-    block_d: int = 128
+    # rows of a chunk, at least; a power of two
+    least_chunk: int = 256
+    # elements of a tile, and most dimensions of it
+    block_elements: int = 1024
+    block_d: int = 1024
     num_warps: int = 4
 
-
-@triton.jit(do_not_specialize=["K"])
-def chunk_sums_kernel(
-    x_ptr,              # [N, D] fp32 / fp16 / bf16
-    order_ptr,          # [N] int64, rows sorted by code
-    chunk_code_ptr,     # [C] int64, the code of each chunk; K for a chunk that is not used
-    code_start_ptr,     # [K + 1] int64, where the rows of a code start in `order`
-    chunk_start_ptr,    # [K + 1] int64, where the chunks of a code start
-    partial_ptr,        # [C, D] fp32, out
-    K, stride_xn, stride_xd,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
-    code = tl.load(chunk_code_ptr + chunk)
-    if code < K:
-        offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-        dim_mask = offs_d < D
-        start = tl.load(code_start_ptr + code)
-        start += (chunk - tl.load(chunk_start_ptr + code)) * CHUNK
-        end = tl.minimum(start + CHUNK, tl.load(code_start_ptr + (code + 1)))
-        sums = tl.zeros((BLOCK_D,), tl.float32)
-        for first in range(start, end, BLOCK_ROWS):
-            offs = first + tl.arange(0, BLOCK_ROWS)
-            row_mask = offs < end
-            row = tl.load(order_ptr + offs, mask=row_mask, other=0)
-            x = tl.load(
-                x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd,
-                mask=row_mask[:, None] & dim_mask[None, :],
-                other=0.0,
-            )
-            sums += tl.sum(x.to(tl.float32), 0)
-        tl.store(partial_ptr + chunk * D + offs_d, sums, mask=dim_mask)
+    def chunk(self, num_rows: int) -> int:
+        """So that one code with all rows has no more chunks than a chunk has rows."""
+        return max(self.least_chunk, triton.next_power_of_2(math.isqrt(num_rows)))
 
 
 @triton.jit
-def combine_kernel(
+def two_sum(a, a_error, b, b_error):
+    """a + b rounded, and what was rounded away, with what had been before (Knuth's two-sum)."""
+    total = a + b
+    of_b = total - a
+    return total, a_error + b_error + ((a - (total - of_b)) + (b - of_b))
+
+
+@triton.jit
+def sum_of_rows(sums, errors):
+    """[R, D] sums and their errors -> [D]."""
+    sums, errors = tl.reduce((sums, errors), 0, two_sum)
+    # what overflowed is infinite, and has no error
+    return sums + tl.where(tl.abs(errors) < float("inf"), errors, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_segments", "N", "chunk_rows", "stride_gn"])
+def chunk_sums_kernel(
+    x_ptr,              # [H, N, D] fp32 / fp16 / bf16
+    codebook_ptr,       # [H·K, D] fp32 / fp16 / bf16, if IS_GRAD
+    grad_loss_ptr,      # [H·N] fp32, if IS_GRAD
+    order_ptr,          # [H·N] int64, rows sorted by segment: one code of one head
+    chunk_segment_ptr,  # [C] int64, the segment of each chunk; H·K for a chunk that is not used
+    segment_start_ptr,  # [H·K + 1] int64, where the rows of a segment start in `order`
+    chunk_start_ptr,    # [H·K + 1] int64, where the chunks of a segment start
+    sums_ptr,           # [H·K, D] fp32, out: of segments of one chunk
+    counts_ptr,         # [H·K] int64, out: likewise
+    partial_ptr,        # [C, D] fp32, out: of the chunks of other segments
+    partial_count_ptr,  # [C] int64, out: likewise
+    weight,
+    num_segments, N, chunk_rows,
+    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
+    D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Σ x_n, or with IS_GRAD Σ weight·grad_loss_n·(e - x_n), over finite rows if IS_WHOLE."""
+    chunk = tl.program_id(0).to(tl.int64)
+    segment = tl.load(chunk_segment_ptr + chunk)
+    if segment < num_segments:
+        offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+        dim_mask = offs_d < D
+        first_chunk = tl.load(chunk_start_ptr + segment)
+        is_only = tl.load(chunk_start_ptr + (segment + 1)) - first_chunk == 1
+        start = tl.load(segment_start_ptr + segment) + (chunk - first_chunk) * chunk_rows
+        end = tl.minimum(start + chunk_rows, tl.load(segment_start_ptr + (segment + 1)))
+        if IS_GRAD:
+            code_offs = segment * stride_ck + offs_d * stride_cd
+            code = tl.load(codebook_ptr + code_offs, mask=dim_mask, other=0.0).to(tl.float32)
+
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        errors = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        counts = tl.zeros((BLOCK_ROWS,), tl.int32)
+        for first in range(start, end, BLOCK_ROWS):
+            offs = first + tl.arange(0, BLOCK_ROWS)
+            keep = offs < end
+            row = tl.load(order_ptr + offs, mask=keep, other=0)
+            row_offs = row * stride_xn
+            if HAS_HEADS:
+                row_offs = (row // N) * stride_xh + (row % N) * stride_xn
+            value = tl.load(
+                x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd,
+                mask=keep[:, None] & dim_mask[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            if IS_WHOLE:
+                is_bad = tl.where(tl.abs(value) < float("inf"), 0, 1)
+                keep = keep & (tl.max(is_bad, 1) == 0)
+            if IS_GRAD:
+                grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=keep, other=0.0)
+                value = grad[:, None] * (code[None, :] - value)
+            value = tl.where(keep[:, None] & dim_mask[None, :], value, 0.0)
+            sums, errors = two_sum(sums, errors, value, 0.0)
+            counts += keep.to(tl.int32)
+
+        total, count = sum_of_rows(sums, errors), tl.sum(counts, 0)
+        if is_only:
+            tl.store(sums_ptr + segment * D + offs_d, total, mask=dim_mask)
+            tl.store(counts_ptr + segment, count)
+        else:
+            tl.store(partial_ptr + chunk * D + offs_d, total, mask=dim_mask)
+            tl.store(partial_count_ptr + chunk, count)
+
+
+@triton.jit
+def combine_chunks_kernel(
     partial_ptr,        # [C, D] fp32
-    chunk_start_ptr,    # [K + 1] int64
-    sums_ptr,           # [K, D] fp32, out
+    partial_count_ptr,  # [C] int64
+    chunk_start_ptr,    # [H·K + 1] int64
+    sums_ptr,           # [H·K, D] fp32, out: of segments that have not one chunk
+    counts_ptr,         # [H·K] int64, out: likewise
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    code = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(0).to(tl.int64)
+    start = tl.load(chunk_start_ptr + segment)
+    end = tl.load(chunk_start_ptr + (segment + 1))
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     dim_mask = offs_d < D
-    end = tl.load(chunk_start_ptr + (code + 1))
-    sums = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(tl.load(chunk_start_ptr + code), end, BLOCK_ROWS):
-        offs = first + tl.arange(0, BLOCK_ROWS)
-        partial = tl.load(
-            partial_ptr + offs[:, None] * D + offs_d[None, :],
-            mask=(offs < end)[:, None] & dim_mask[None, :],
-            other=0.0,
-        )
-        sums += tl.sum(partial, 0)
-    tl.store(sums_ptr + code * D + offs_d, sums, mask=dim_mask)
+    if end == start:
+        tl.store(sums_ptr + segment * D + offs_d, tl.zeros((BLOCK_D,), tl.float32), mask=dim_mask)
+        tl.store(counts_ptr + segment, 0)
+    if end - start > 1:
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        errors = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        counts = tl.zeros((BLOCK_ROWS,), tl.int64)
+        for first in range(start, end, BLOCK_ROWS):
+            offs = first + tl.arange(0, BLOCK_ROWS)
+            mask = offs < end
+            partial = tl.load(
+                partial_ptr + offs[:, None] * D + offs_d[None, :],
+                mask=mask[:, None] & dim_mask[None, :],
+                other=0.0,
+            )
+            sums, errors = two_sum(sums, errors, partial, 0.0)
+            counts += tl.load(partial_count_ptr + offs, mask=mask, other=0)
+        tl.store(sums_ptr + segment * D + offs_d, sum_of_rows(sums, errors), mask=dim_mask)
+        tl.store(counts_ptr + segment, tl.sum(counts, 0))
 
 
 def code_sums(
@@ -88,59 +162,109 @@ def code_sums(
     """Sum and number of the rows of each code.
 
     Args:
-        x: [N, D] float32 / float16 / bfloat16, any strides. Rows that are not finite are left out.
-        indices: [N] int64; rows with an index outside [0, K) are left out.
+        x: [H, N, D] float32 / float16 / bfloat16, any strides. Rows that are not finite are left
+            out.
+        indices: [H, N] int64; rows with an index outside [0, K) are left out.
         codebook_size: K.
         config: tiles.
 
     Returns:
-        sums, [K, D] float32; counts, [K] int64.
+        sums, [H, K, D] float32; counts, [H, K] int64.
     """
-    config = config or CodeSumsConfig()
-    num_rows, dim = x.shape
-    keep = (indices >= 0) & (indices < codebook_size)
-    # the largest element of a row is finite when all are; this reads x without a copy of it
-    keep &= torch.linalg.vector_norm(x, torch.inf, dim=1).isfinite()
-    sorted_indices, order = indices.where(keep, codebook_size).sort(stable=True)
-    codes = torch.arange(codebook_size + 1, device=x.device)
-    code_start = torch.searchsorted(sorted_indices, codes)
-    counts = code_start.diff()
-    chunk_start = torch.zeros_like(code_start)
-    torch.cumsum((counts + (config.chunk - 1)) // config.chunk, 0, out=chunk_start[1:])
-    num_chunks = num_rows // config.chunk + min(codebook_size, num_rows)
-    chunks = torch.arange(num_chunks, device=x.device)
-    chunk_code = torch.searchsorted(chunk_start[1:], chunks, right=True)
+    return segment_sums(x, indices, codebook_size, config=config or CodeSumsConfig())
 
-    sums = torch.empty(codebook_size, dim, dtype=torch.float32, device=x.device)
+
+def segment_sums(
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    *,
+    config: CodeSumsConfig,
+    codebook: Tensor | None = None,
+    grad_loss: Tensor | None = None,
+    weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """As `code_sums`; with codebook [H, K, D] and grad_loss [H, N] of their weighted differences:
+    Σ weight·grad_loss_n·(e - x_n)."""
+    heads, num_rows, dim = x.shape
+    num_segments = heads * codebook_size
+    is_whole = dim <= config.block_d
+    keep = (indices >= 0) & (indices < codebook_size)
+    if not is_whole:
+        # no program sees all of a row; its largest element is finite when all are
+        keep &= torch.linalg.vector_norm(x, torch.inf, dim=2).isfinite()
+    first_segment = torch.arange(heads, device=x.device)[:, None] * codebook_size
+    segment = (indices + first_segment).where(keep, num_segments).view(-1)
+    # sorted 8 bits at a time, so by as few bytes as do
+    key = _key_dtype(num_segments)
+    sorted_segment, order = segment.to(key).sort(stable=True)
+    bounds = torch.arange(num_segments + 1, device=x.device, dtype=key)
+    segment_start = torch.searchsorted(sorted_segment, bounds)
+
+    chunk_rows = config.chunk(num_rows)
+    chunk_start = torch.zeros_like(segment_start)
+    torch.cumsum((segment_start.diff() + (chunk_rows - 1)) // chunk_rows, 0, out=chunk_start[1:])
+    num_chunks = heads * num_rows // chunk_rows + min(num_segments, heads * num_rows)
+    chunks = torch.arange(num_chunks, device=x.device)
+    chunk_segment = torch.searchsorted(chunk_start[1:], chunks, right=True)
+
+    sums = torch.empty(num_segments, dim, dtype=torch.float32, device=x.device)
+    counts = torch.empty(num_segments, dtype=torch.int64, device=x.device)
     partial = torch.empty(num_chunks, dim, dtype=torch.float32, device=x.device)
+    partial_count = torch.empty(num_chunks, dtype=torch.int64, device=x.device)
+    is_grad = codebook is not None and grad_loss is not None
+    codes = codebook.reshape(num_segments, dim) if codebook is not None else sums
+    grads = grad_loss.reshape(-1) if grad_loss is not None else sums
     block_d = min(config.block_d, triton.next_power_of_2(dim))
+    block_rows = min(64, max(1, config.block_elements // block_d))
     blocks_d = triton.cdiv(dim, block_d)
     with torch.cuda.device_of(x):
         if num_chunks > 0:
             chunk_sums_kernel[(num_chunks, blocks_d)](
                 x,
+                codes,
+                grads,
                 order,
-                chunk_code,
-                code_start,
+                chunk_segment,
+                segment_start,
                 chunk_start,
+                sums,
+                counts,
                 partial,
-                codebook_size,
-                *x.stride(),
+                partial_count,
+                weight,
+                num_segments,
+                num_rows,
+                chunk_rows,
+                *strides_of(x),
+                *codes.stride(),
+                grads.stride(0),
                 D=dim,
-                CHUNK=config.chunk,
-                BLOCK_ROWS=config.block_rows,
+                HAS_HEADS=heads > 1,
+                IS_GRAD=is_grad,
+                IS_WHOLE=is_whole,
+                BLOCK_ROWS=block_rows,
                 BLOCK_D=block_d,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
             )
-        combine_kernel[(codebook_size, blocks_d)](
+        combine_chunks_kernel[(num_segments, blocks_d)](
             partial,
+            partial_count,
             chunk_start,
             sums,
+            counts,
             D=dim,
-            BLOCK_ROWS=config.block_rows,
+            BLOCK_ROWS=block_rows,
             BLOCK_D=block_d,
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
-    return sums, counts
+    return sums.view(heads, codebook_size, dim), counts.view(heads, codebook_size)
+
+
+def _key_dtype(largest: int) -> torch.dtype:
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        if largest <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int64

@@ -36,7 +36,7 @@ def skewed(skew: str, n: int, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 @given(
     n=st.sampled_from([0, 1, 15, 17, 64, 255, 256, 257, 600]),
-    k=st.sampled_from([1, 2, 17, 64, 300]),
+    k=st.sampled_from([1, 2, 17, 64] if INTERPRETED else [1, 2, 17, 64, 300]),
     d=st.sampled_from([1, 3, 16, 65, 130]),
     dtype=st.sampled_from(EXACT_DTYPES),
     layout=st.sampled_from(data.LAYOUTS),
@@ -55,8 +55,8 @@ def test_equals_the_oracle(backend: Backend, n, k, d, dtype, layout, skew, is_ba
     assert torch.equal(counts, want_counts)
     assert sums.dtype == torch.float32
     magnitude, _ = oracle.code_sums(x.abs(), indices, k)
-    # rounding once an addition would be n·2⁻²⁴; sums in pairs or in float64 stay far below
-    assert ((sums - want_sums).abs() <= 16 * 2**-24 * magnitude).all()
+    # the bound of a sum in pairs grows with log₂ n; this one does not
+    assert ((sums - want_sums).abs() <= 2.01 * 2**-24 * magnitude).all()
 
 
 @on_every_backend
@@ -73,6 +73,40 @@ def test_repeats_bit_for_bit(backend: Backend) -> None:
     x, indices = torch.randn(600, 17), torch.randint(7, (600,))
     first, _ = code_sums(x, indices, 7, backend)
     assert all(torch.equal(code_sums(x, indices, 7, backend)[0], first) for _ in range(5))
+
+
+@on_every_backend
+@pytest.mark.parametrize("d", [5, 1030])
+def test_an_overflow_is_infinite_and_stays_where_it_is(backend: Backend, d: int) -> None:
+    x = torch.full((40, d), 2e38)
+    x[20:] = 1
+    # a row that is not finite is left out, wherever it has its NaN
+    x[21, -1] = torch.nan
+    sums, counts = code_sums(x, torch.arange(40) // 20, 2, backend)
+    assert counts.tolist() == [20, 19]
+    assert (sums[0] == torch.inf).all()
+    assert (sums[1] == 19).all()
+
+
+@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.parametrize("config", [{}, {"least_chunk": 4, "block_elements": 32, "block_d": 4}])
+def test_heads_and_chunks_of_the_kernels(config: dict) -> None:
+    from vqtriton.kernels.code_sums import CodeSumsConfig
+    from vqtriton.kernels.code_sums import code_sums as kernel
+
+    device = BACKENDS[0].device
+    # heads are not neighbours in memory, nor rows, nor dimensions
+    x = torch.randn(7, 50, 3).permute(2, 1, 0)
+    x[1, 17, 6] = torch.nan
+    indices = torch.stack([skewed(skew, 50, 5) for skew in ("uniform", "one code", "zipf")])
+    sums, counts = kernel(
+        x.to(device), indices.to(device), 5, config=CodeSumsConfig(**config) if config else None
+    )
+    for head in range(3):
+        want_sums, want_counts = oracle.code_sums(x[head], indices[head], 5)
+        assert torch.equal(counts[head].cpu(), want_counts)
+        magnitude, _ = oracle.code_sums(x[head].abs(), indices[head], 5)
+        assert ((sums[head].cpu() - want_sums).abs() <= 2.01 * 2**-24 * magnitude).all()
 
 
 @on_every_backend

@@ -36,7 +36,7 @@ INPUTS = (
 
 # of nearest_code: tests/test_screen_codes.py has the screen
 FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
-NAMES = (*FINISHING, "chunk_sums", "combine")
+NAMES = (*FINISHING, "chunk_sums", "combine_chunks")
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
             x = torch.zeros(dim, 47, dtype=dtype).T
         indices = torch.zeros(x.shape[0], dtype=torch.int64)
         launches = sass_kernels.record_nearest_code(x, target) + launches_of(
-            code_sums, code_sums.code_sums, x, indices, 40
+            code_sums, code_sums.code_sums, x[None], indices[None], 40
         )
         for launch in launches:
             if launch.name in NAMES:

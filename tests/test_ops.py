@@ -30,6 +30,8 @@ def test_opcheck(backend: Backend) -> None:
             (x.T.contiguous().T.bfloat16(), codebook, indices < 0, "fast", backend.name),
         ),
         (ops.code_sums, (x, indices, 4, backend.name)),
+        (ops.grad_x, (x.T.contiguous().T, x[:, 0], x, codebook, indices, 0.5, backend.name)),
+        (ops.grad_codebook, (x[:1, 0].expand(9), x, codebook, indices, 2.0, backend.name)),
         (ops.snapshot, (codebook.T,)),
     ):
         torch.library.opcheck(op, args)

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqtriton.screening import CentredCodebook, error_bound, prepare_codebook, screen_dtype
+from vqtriton.screening import (
+    CentredCodebook,
+    error_bound,
+    finite_rows,
+    prepare_codebook,
+    screen_dtype,
+)
 
 # Scores held at a time: 8 MiB in float32, about what stays in a cache between two passes.
 BLOCK_SCORES = 1 << 21
@@ -50,7 +56,7 @@ def search(
     padding = num_groups * GROUP - size
     codes = torch.nn.functional.pad(prepared.codes, (0, 0, 0, padding)).T
     bias = -torch.nn.functional.pad(prepared.half_sqnorm, (0, padding), value=torch.inf)
-    is_candidate = torch.nn.functional.pad(codebook.isfinite().all(1), (0, padding))
+    is_candidate = torch.nn.functional.pad(finite_rows(codebook), (0, padding))
 
     # rows without a finite distance keep index 0
     indices = torch.zeros(num_rows, dtype=torch.int64, device=x.device)
@@ -61,7 +67,7 @@ def search(
     for start in range(0, num_rows, block):
         rows = x[start : start + block]
         y = (rows.to(dtype) - prepared.mean) * prepared.scale
-        is_finite = rows.isfinite().all(1)
+        is_finite = finite_rows(rows)
         y = y.where(is_finite[:, None], 0)
         # with `out`, autocast leaves it alone
         block_scores = torch.addmm(bias, y, codes, out=scores[: rows.shape[0]])
@@ -165,8 +171,7 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     dtype = screen_dtype(x, codebook)
     quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sq_error = torch.empty(x.shape[0], dtype=dtype, device=x.device)
-    for start in range(0, x.shape[0], BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
+    for block in _blocks(x):
         is_masked = indices[block] < 0
         rows = x[block].to(dtype)
         codes = codebook[indices[block].clamp(min=0)].to(dtype)
@@ -177,18 +182,64 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     return quantized, sq_error
 
 
+def grad_x(
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    weight: float,
+) -> Tensor:
+    """grad_quantized + weight·grad_loss·(x - codebook[indices]), zero where the index is -1."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for block in _blocks(x):
+        pull = _differences(x[block], codebook, indices[block], grad_loss[block], -weight)
+        out[block] = pull.add_(grad_quantized[block]).masked_fill_(indices[block, None] < 0, 0)
+    return out
+
+
+def grad_codebook(
+    grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float
+) -> Tensor:
+    """Σ weight·grad_loss·(codebook[k] - x) over the finite rows of each code."""
+    sums = torch.zeros(codebook.shape[0] + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    for block in _blocks(x):
+        index = _counted(x[block], indices[block], codebook.shape[0])
+        pull = _differences(x[block], codebook, indices[block], grad_loss[block], weight)
+        sums.index_put_((index,), pull.double(), accumulate=True)
+    return sums[:-1].to(grad_loss.dtype)
+
+
 def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """x [N, D], indices [N] -> sums [K, D], counts [K], summed in float64."""
     # rows that are left out go to an extra code, so that no shape depends on the data
     sums = torch.zeros(codebook_size + 1, x.shape[1], dtype=torch.float64, device=x.device)
     counts = torch.zeros(codebook_size + 1, dtype=torch.int64, device=x.device)
-    for start in range(0, x.shape[0], BLOCK_ROWS):
-        rows = x[start : start + BLOCK_ROWS]
-        index = indices[start : start + BLOCK_ROWS]
-        keep = (index >= 0) & (index < codebook_size) & rows.isfinite().all(1)
-        index = index.where(keep, codebook_size)
+    for block in _blocks(x):
+        index = _counted(x[block], indices[block], codebook_size)
         # index_put_ with accumulate is deterministic on every device, index_add_ is not
-        sums.index_put_((index,), rows.double(), accumulate=True)
+        sums.index_put_((index,), x[block].double(), accumulate=True)
         counts.index_put_((index,), torch.ones_like(index), accumulate=True)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return sums[:codebook_size].to(dtype), counts[:codebook_size]
+    return sums[:-1].to(dtype), counts[:-1]
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, x.shape[0], BLOCK_ROWS)]
+
+
+def _counted(x: Tensor, indices: Tensor, codebook_size: int) -> Tensor:
+    """The indices of rows that count, codebook_size for the others."""
+    keep = (indices >= 0) & (indices < codebook_size) & finite_rows(x)
+    return indices.where(keep, codebook_size)
+
+
+def _differences(
+    x: Tensor, codebook: Tensor, indices: Tensor, grad_loss: Tensor, weight: float
+) -> Tensor:
+    """weight·grad_loss·(codebook[indices] - x) in the dtype of the loss.
+
+    In that of halves a difference may overflow.
+    """
+    codes = codebook[indices.clamp(min=0)].to(grad_loss.dtype)
+    return codes.sub_(x).mul_((weight * grad_loss)[:, None])

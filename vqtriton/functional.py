@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vqtriton import ops
 from vqtriton.reference import Quantized
+from vqtriton.screening import finite_rows
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -259,15 +260,14 @@ class _CodeSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple:
         x, indices = ctx.saved_tensors
-        is_counted = (indices < ctx.codebook_size) & x.isfinite().all(1)
+        is_counted = (indices < ctx.codebook_size) & finite_rows(x)
         return gather(grad_sums, indices.where(is_counted, -1)).to(x.dtype), None, None, None
 
 
 class _VectorQuantize(torch.autograd.Function):
     """(x, codebook, mask) -> (quantized, loss of each row, indices).
 
-    Backward is made of differentiable operations, with the stop-gradients of the paper where they
-    belong, so that it can be differentiated again.
+    Backward can be differentiated again, with the stop-gradients of the paper where they belong.
     """
 
     generate_vmap_rule = True
@@ -294,24 +294,76 @@ class _VectorQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor, _: Tensor) -> tuple:
         x, codebook, indices = ctx.saved_tensors
-        # in the dtype of the loss: a difference of halves may overflow
-        codes = gather(codebook, indices).to(grad_loss.dtype)
-        is_masked = (indices < 0)[:, None]
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
-            weight = (2 * ctx.commitment_weight * grad_loss)[:, None]
-            commitment = (weight * (x - codes.detach())).to(x.dtype)
-            grad_x = (grad_quantized + commitment).masked_fill(is_masked, 0)
+            weight = 2 * ctx.commitment_weight
+            grad_x = _GradX.apply(
+                grad_quantized, grad_loss, x, codebook.detach(), indices, weight, ctx.backend
+            )
         if ctx.needs_input_grad[1]:
-            is_left_out = is_masked | ~x.isfinite().all(1, keepdim=True)
-            weight = (2 * ctx.codebook_weight * grad_loss)[:, None]
-            pull = (weight * (codes - x.detach())).masked_fill(is_left_out, 0)
-            sums, _ = _CodeSums.apply(pull, indices, codebook.shape[0], ctx.backend)
-            # rows of x that are not finite are left out, but a gradient that overflowed must show:
-            # 0 when all is well, else NaN
-            sums = sums + 0 * pull.sum()
-            grad_codebook = sums.to(codebook.dtype)
+            weight = 2 * ctx.codebook_weight
+            grad_codebook = _GradCodebook.apply(
+                grad_loss, x.detach(), codebook, indices, weight, ctx.backend
+            ).to(codebook.dtype)
         return grad_x, grad_codebook, None, None, None, None, None
+
+
+class _GradX(torch.autograd.Function):
+    """grad_quantized + weight·grad_loss·(x - codes), zero for masked rows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_quantized: Tensor,
+        grad_loss: Tensor,
+        x: Tensor,
+        codebook: Tensor,
+        indices: Tensor,
+        weight: float,
+        backend: str,
+    ) -> Tensor:
+        return ops.grad_x(grad_quantized, grad_loss, x, codebook, indices, weight, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, grad_loss, x, codebook, indices, ctx.weight, _ = inputs
+        ctx.save_for_backward(grad_loss, x, codebook, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        grad_loss, x, codebook, indices = ctx.saved_tensors
+        grad = grad.masked_fill((indices < 0)[:, None], 0)
+        pull = ctx.weight * (x.to(grad_loss.dtype) - gather(codebook, indices))
+        of_x = (ctx.weight * grad_loss[:, None] * grad).to(x.dtype)
+        return grad, (grad * pull).sum(1), of_x, None, None, None, None
+
+
+class _GradCodebook(torch.autograd.Function):
+    """Sum of weight·grad_loss·(code - x) over the finite rows of each code, in the loss's dtype."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float, backend: str
+    ) -> Tensor:
+        return ops.grad_codebook(grad_loss, x, codebook, indices, weight, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        grad_loss, x, codebook, indices, ctx.weight, ctx.backend = inputs
+        ctx.save_for_backward(grad_loss, x, codebook, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        grad_loss, x, codebook, indices = ctx.saved_tensors
+        is_left_out = (indices < 0) | ~finite_rows(x)
+        pull = ctx.weight * (gather(codebook, indices).to(grad.dtype) - x)
+        of_loss = (gather(grad, indices) * pull).sum(1).masked_fill(is_left_out, 0)
+        rows = grad_loss.masked_fill(is_left_out, 0)[:, None]
+        total, _ = _CodeSums.apply(rows, indices, codebook.shape[0], ctx.backend)
+        return of_loss, None, (ctx.weight * grad * total).to(codebook.dtype), None, None, None
 
 
 def _num_elements(x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor | int:

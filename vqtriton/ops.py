@@ -46,6 +46,14 @@ _library.define(
 _library.define(
     "code_sums(Tensor x, Tensor indices, SymInt codebook_size, str backend) -> (Tensor, Tensor)"
 )
+_library.define(
+    "grad_x(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices, "
+    "float weight, str backend) -> Tensor"
+)
+_library.define(
+    "grad_codebook(Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices, float weight, "
+    "str backend) -> Tensor"
+)
 _library.define("snapshot(Tensor tensor) -> Tensor")
 
 
@@ -169,7 +177,38 @@ def _code_sums(
         return blocked.code_sums(x, indices, codebook_size)
     from vqtriton.kernels import code_sums as kernel
 
-    return kernel.code_sums(x, indices, codebook_size)
+    sums, counts = kernel.code_sums(x[None], indices[None], codebook_size)
+    return sums[0], counts[0]
+
+
+def _grad_x(
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    weight: float,
+    backend: str,
+) -> Tensor:
+    """grad_quantized + weight·grad_loss·(x - codebook[indices]), zero where the index is -1."""
+    if resolve_backend(backend, x.device) == "torch":
+        return blocked.grad_x(grad_quantized, grad_loss, x, codebook, indices, weight)
+    from vqtriton.kernels import vector_quantize_grad as kernels
+
+    tensors = (t[None] for t in (grad_quantized, grad_loss, x, codebook, indices))
+    return kernels.grad_x(*tensors, weight)[0]
+
+
+def _grad_codebook(
+    grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float, backend: str
+) -> Tensor:
+    """Σ weight·grad_loss·(codebook[k] - x) over the finite rows of each code, as `code_sums`."""
+    if resolve_backend(backend, x.device) == "torch":
+        return blocked.grad_codebook(grad_loss, x, codebook, indices, weight)
+    from vqtriton.kernels import vector_quantize_grad as kernels
+
+    tensors = (t[None] for t in (grad_loss, x, codebook, indices))
+    return kernels.grad_codebook(*tensors, weight)[0]
 
 
 def _snapshot(tensor: Tensor) -> Tensor:
@@ -215,12 +254,32 @@ def _code_sums_fake(
     return sums, x.new_empty(codebook_size, dtype=torch.int64)
 
 
+def _grad_x_fake(
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    weight: float,
+    backend: str,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _grad_codebook_fake(
+    grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float, backend: str
+) -> Tensor:
+    return torch.empty(codebook.shape, dtype=grad_loss.dtype, device=x.device)
+
+
 for _name, _implementation, _fake in (
     ("nearest_code", _nearest_code, _nearest_code_fake),
     ("nearest_code.prepared", _nearest_code_prepared, _nearest_code_prepared_fake),
     ("prepare_codebook", _prepare_codebook, _prepare_codebook_fake),
     ("vector_quantize", _vector_quantize, _vector_quantize_fake),
     ("code_sums", _code_sums, _code_sums_fake),
+    ("grad_x", _grad_x, _grad_x_fake),
+    ("grad_codebook", _grad_codebook, _grad_codebook_fake),
     ("snapshot", _snapshot, _snapshot_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -231,4 +290,6 @@ nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared
 prepare_codebook_op = torch.ops.vqtriton.prepare_codebook.default
 vector_quantize = torch.ops.vqtriton.vector_quantize.default
 code_sums = torch.ops.vqtriton.code_sums.default
+grad_x = torch.ops.vqtriton.grad_x.default
+grad_codebook = torch.ops.vqtriton.grad_codebook.default
 snapshot = torch.ops.vqtriton.snapshot.default

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqtriton.screening import SLACK, U64
+from vqtriton.screening import SLACK, U64, finite_rows
 
 # Codes are padded to a multiple of this many, which every tile divides.
 PAD_CODES = 256
@@ -119,7 +119,7 @@ def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int
     inner, is_split, has_bias_columns = inner_size(dim)
     padding = -size % PAD_CODES
     codes = codebook.double()
-    is_finite = codes.isfinite().all(2)
+    is_finite = finite_rows(codes)
     codes = codes.where(is_finite[..., None], 0)
     mean = (codes.sum(1) / is_finite.sum(1).clamp(min=1)[:, None]).float()
     codes = (codes - mean.double()[:, None]).where(is_finite[..., None], 0)

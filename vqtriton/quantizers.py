@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqtriton import clustering, distributed, ops
 from vqtriton.functional import check_arguments, code_sums, gather, snapshot, vector_quantize
 from vqtriton.reference import Quantized
+from vqtriton.screening import finite_rows
 
 CODEBOOK_UPDATES = ("ema", "gradient")
 
@@ -265,7 +266,7 @@ class VectorQuantize(nn.Module):
     def _init_from_data(self, vectors: Tensor, mask: Tensor | None) -> None:
         rows = vectors.reshape(-1, self.dim) if mask is None else vectors[mask]
         codebook, counts, has_rows = clustering.lloyd(
-            rows[rows.isfinite().all(1)],
+            rows[finite_rows(rows)],
             self.codebook_size,
             self.kmeans_iters,
             sync=self.sync_codebook,
@@ -288,7 +289,7 @@ class VectorQuantize(nn.Module):
         revives = self.threshold_ema_dead_code > 0
         local = list(code_sums(rows, indices, self.codebook_size, backend=self.backend))
         if revives:
-            keep = (indices >= 0) & rows.isfinite().all(1)
+            keep = (indices >= 0) & finite_rows(rows)
             local += distributed.sample_rows(
                 rows, self.codebook_size, keep=keep, sync=self.sync_codebook
             )

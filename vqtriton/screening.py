@@ -44,6 +44,14 @@ def screen_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
+def finite_rows(x: Tensor) -> Tensor:
+    """[..., D] -> [...] bool. The largest element of a row is finite when all are.
+
+    On a CPU in a fraction of the time of ``x.isfinite().all(-1)``, which makes five passes.
+    """
+    return x.abs().amax(-1).isfinite()
+
+
 def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     """Centre on the mean and scale by a power of two, so that max |e_kd| is in [1/2, 1).
 
@@ -53,7 +61,7 @@ def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     """
     # in place: float64 copies of a codebook are what takes the most memory
     codes = codebook.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    is_not_finite = ~codes.isfinite().all(1, keepdim=True)
+    is_not_finite = ~finite_rows(codes)[:, None]
     codes.masked_fill_(is_not_finite, 0)
     # an average of values below the largest double cannot overflow, their sum can
     mean = (codes / (~is_not_finite).sum().clamp(min=1)).sum(0).to(dtype)
