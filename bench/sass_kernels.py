@@ -14,7 +14,7 @@ import torch
 
 from bench.compiling import Launch, launches_of
 from bench.machines import Work
-from vqtriton.kernels import code_sums, nearest_code, screen_codes
+from vqtriton.kernels import code_sums, nearest_code, screen_codes, vector_quantize_grad
 from vqtriton.kernels import prepare_planes as planes_kernels
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
@@ -110,9 +110,18 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
     )
 
 
-def record_code_sums(x: torch.Tensor, target: str) -> list[Launch]:
-    indices = torch.zeros(x.shape[0], dtype=torch.int64)
-    return launches_of(code_sums, code_sums.code_sums, x[None], indices[None], CODEBOOK_SIZE)
+def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
+    """Sums per code, and both gradients."""
+    modules = (code_sums, vector_quantize_grad)
+    x, codebook = x[None], codebook_of(x.shape[1])[None]
+    indices = torch.zeros(x.shape[:2], dtype=torch.int64)
+    grad_loss = torch.ones(x.shape[:2])
+    grads = (grad_loss, x, codebook, indices, 1.0)
+    return [
+        *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE),
+        *launches_of(modules, vector_quantize_grad.grad_x, x, *grads),
+        *launches_of(modules, vector_quantize_grad.grad_codebook, *grads),
+    ]
 
 
 def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
@@ -162,8 +171,9 @@ KERNELS = (
         )
         for name in ("finish_rows", "rescue_rows", "settle_rows")
     ),
-    Kernel("chunk_sums", record_code_sums, ((64, torch.float32),)),
-    Kernel("combine_chunks", record_code_sums, ((64, torch.float32),)),
+    Kernel("chunk_sums", record_sums, ((64, torch.float32),)),
+    Kernel("combine_chunks", record_sums, ((64, torch.float32),)),
+    Kernel("grad_x", record_sums, ((64, torch.float32),)),
     Kernel("part_sums", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("centred_norms", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("planes", record_prepare_planes, tuple((d, torch.float32) for d in (8, 64, 256))),

@@ -13,8 +13,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from vqtriton.kernels import code_sums
-
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
 compiling = importlib.import_module("bench.compiling")
@@ -36,7 +34,8 @@ INPUTS = (
 
 # of nearest_code: tests/test_screen_codes.py has the screen
 FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
-NAMES = (*FINISHING, "chunk_sums", "combine_chunks")
+SUMS = ("chunk_sums", "combine_chunks", "grad_x")
+NAMES = (*FINISHING, *SUMS)
 
 
 @functools.cache
@@ -46,14 +45,12 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
         x = torch.zeros(48, dim, dtype=dtype)
         if layout == "strided":
             x = torch.zeros(dim, 47, dtype=dtype).T
-        indices = torch.zeros(x.shape[0], dtype=torch.int64)
-        launches = sass_kernels.record_nearest_code(x, target) + launches_of(
-            code_sums, code_sums.code_sums, x[None], indices[None], 40
-        )
+        launches = sass_kernels.record_nearest_code(x, target) + sass_kernels.record_sums(x, target)
         for launch in launches:
             if launch.name in NAMES:
                 dtype_name = str(dtype).removeprefix("torch.")
-                cases[f"{launch.name}-{dim}-{dtype_name}-{layout}"] = launch
+                flag = "-grad" if launch.values.get("IS_GRAD") else ""
+                cases[f"{launch.name}{flag}-{dim}-{dtype_name}-{layout}"] = launch
     return cases
 
 
