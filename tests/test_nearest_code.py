@@ -307,3 +307,22 @@ def test_bad_preparation_is_named() -> None:
         vqtriton.nearest_code(X, prepared, backend=other)
     with pytest.raises(ValueError, match="codebook has 3 columns but x has 2"):
         vqtriton.nearest_code(X[:, :2], prepared)
+
+
+@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+def test_more_dimensions_than_the_bound_covers_are_refused() -> None:
+    # a code in the middle of others that fill fp16: its bias would not fit, and its rows go wrong
+    for dim in (4094, 4095):
+        corners = torch.sign(torch.randn(16, dim)) * 1.9999
+        codebook = torch.cat([torch.zeros(1, dim), corners, -corners])
+        x = torch.stack([codebook[12] * 0.4, codebook[25] * 0.45])
+        device = BACKENDS[0].device
+        args = x.to(device), codebook.to(device)
+        if dim == 4094:
+            assert vqtriton.nearest_code(*args, backend="triton").tolist() == [0, 0]
+            continue
+        for function in (vqtriton.nearest_code, vqtriton.vector_quantize):
+            with pytest.raises(ValueError, match="codebook has 4095 columns"):
+                function(*args, backend="triton")
+        with pytest.raises(ValueError, match="codebook has 4095 columns"):
+            vqtriton.prepare_codebook(args[1], backend="triton")

@@ -65,7 +65,7 @@ def nearest_code(
             makes sure; close calls may fall either way.
         backend: "triton" runs the kernels (GPU), "torch" blocked torch code (any device), "auto"
             the first of them that ``x``'s device can run, or the one that the codebook was
-            prepared for.
+            prepared for. The kernels take at most 4094 dimensions.
 
     Returns:
         indices, [...], int64 in [0, K); the lowest index on ties. A distance that is not finite

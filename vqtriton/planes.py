@@ -68,12 +68,23 @@ class ScreenBound(NamedTuple):
     tiny: float
 
 
+# beyond it the first part of a bias may not fit into fp16: docs/exactness.md
+MAX_DIM = 4094
+
+
 def inner_size(dim: int) -> tuple[int, bool, bool]:
     """Inner columns of a plane, is_split, has_bias_columns.
 
     At least 16, which is what tensor cores take, and of few parts whose sizes are powers of two,
     which is what `tl.dot` takes.
+
+    Raises:
+        ValueError: more dimensions than the bound is derived for.
     """
+    if dim > MAX_DIM:
+        raise ValueError(
+            f"codebook has {dim} columns; the kernels take at most {MAX_DIM}, use backend='torch'"
+        )
     if dim <= MAX_SPLIT_DIM:
         return (16 if dim <= 4 else 32), True, True
 
