@@ -326,3 +326,15 @@ def test_more_dimensions_than_the_bound_covers_are_refused() -> None:
                 function(*args, backend="triton")
         with pytest.raises(ValueError, match="codebook has 4095 columns"):
             vqtriton.prepare_codebook(args[1], backend="triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the torch backend")
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_repeated_codes_under_autocast(dtype, autocast) -> None:
+    codebook = torch.tensor([[0.0, 1.0]]).repeat(64, 1).to(dtype)
+    codebook[0] = 5
+    x = torch.zeros(4, 2)
+    with torch.autocast("cpu", dtype=autocast):
+        assert vqtriton.nearest_code(x, codebook).tolist() == [1] * 4
+        assert vqtriton.vector_quantize(x, codebook).indices.tolist() == [1] * 4
