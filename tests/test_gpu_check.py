@@ -97,16 +97,6 @@ def test_every_part_has_a_function_and_seconds() -> None:
 
 
 @once
-def test_more_than_a_hundred_million_rows_are_looked_at(tmp_path: Path) -> None:
-    parts = importlib.import_module("bench.gpu_check.parts")
-    plan = parts.many_rows(parts.Setting(tmp_path, is_dry=False))
-    assert sum(num_rows for num_rows, *_ in plan) > 10**8
-    assert {(dim, dtype) for _, _, dim, dtype in plan} >= {
-        (dim, dtype) for dim in parts.DIMS for dtype in parts.DTYPES
-    }
-
-
-@once
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(capsys) -> None:
     assert runner.main([]) == 2

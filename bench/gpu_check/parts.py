@@ -113,8 +113,13 @@ def _exact_cases(at: Setting) -> Iterator[tuple[str, Tensor, Tensor, Callable[[]
                 codebook,
                 lambda x=x, c=codebook: reference.nearest_code(x, c),
             )
-    for turn, (num_rows, size, dim, dtype) in enumerate(many_rows(at)):
+    block, blocks = at.size(1 << 21, 64), at.size(56, 3)
+    for turn in range(blocks):
+        dim, dtype = DIMS[turn % len(DIMS)], DTYPES[turn % 3]
         torch.manual_seed(turn)
+        # what x takes stays the same
+        num_rows = max(at.size(1 << 17, 16), block if dim <= 64 else block * 64 // dim)
+        size = at.size((257, 1024, 999)[turn % 3], 40)
         codebook = torch.randn(size, dim, device=at.device)
         x = torch.randn(num_rows, dim, device=at.device)
         if turn % 4 == 1:
@@ -130,18 +135,6 @@ def _exact_cases(at: Setting) -> Iterator[tuple[str, Tensor, Tensor, Callable[[]
         inputs = SimpleNamespace(x=x, codebook=codebook)
         name = f"{str(dtype).removeprefix('torch.')}, K={size}, D={dim}, kind {turn % 4}"
         yield name, x, codebook, lambda i=inputs: find_truth(i, float("inf")).nearest
-
-
-def many_rows(at: Setting) -> list[tuple[int, int, int, torch.dtype]]:
-    """N, K, D and dtype of searches, of more than 10⁸ rows on a GPU."""
-    plan = []
-    for turn in range(at.size(70, 3)):
-        dim = DIMS[turn % len(DIMS)]
-        # wide rows are fewer, so that x takes no more
-        num_rows = at.size((1 << 21) * 64 // max(64, dim), 64)
-        size = at.size((257, 1024, 999)[turn // 3 % 3], 40)
-        plan.append((num_rows, size, dim, DTYPES[turn % 3]))
-    return plan
 
 
 def _module(at: Setting, update: str, dim: int, size: int) -> vqtriton.VectorQuantize:
