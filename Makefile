@@ -11,7 +11,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 # OpenMP threads that spin while they wait starve one another on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv train test test-compiled test-interpreted lint format bench gpu-check sass clean
+.PHONY: help venv train test test-compiled test-interpreted lint format bench sass clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,9 +53,6 @@ format: $(READY) ## what ruff can mend by itself
 
 bench: $(BENCH_READY) ## time and memory beside peers: minutes; FLAGS='--case all' and the like
 	$(PYTHON) -m bench $(FLAGS)
-
-gpu-check: $(READY) ## all that only a GPU can show, in minutes: OUT=FOLDER; DRY=1 without a GPU
-	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry) $(if $(OUT),--out $(OUT))
 
 sass: $(READY) $(TRITONS:%=.triton/%/triton) ## registers, spills, instructions per pair; JSON=FILE for the rows
 	$(PYTHON) -m bench.sass --triton $(TRITONS) $(if $(JSON),--json $(JSON))

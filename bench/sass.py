@@ -16,8 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import triton
 
 from bench.compiling import Launch, compile_launch
 from bench.disassembly import Disassembly
-from bench.machines import ARCHITECTURES, SHAPES, Shape, floors
+from bench.machines import ARCHITECTURES, SHAPES, floors
 from bench.sass_kernels import KERNELS, Kernel
 
 ROOT = Path(__file__).parents[1]
@@ -51,14 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     # what the process of a version does
     parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--predictions", action="store_true", help="from the stored counts: floor and sum, JSON"
-    )
     options = parser.parse_args(arguments)
-    if options.predictions:
-        stored = json.loads(STORED.read_text())
-        print(json.dumps([[asdict(shape), *times] for shape, *times in predictions(stored)]))
-        return 0
     if options.rows:
         print(dumped(compile_all()))
         return 0
@@ -232,58 +224,38 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def least_times(rows: Iterable[Row]) -> Iterator[tuple[str, Shape, dict[str, float]]]:
-    """Kernel and configuration, search, and its least milliseconds, from the counts for sm_90."""
+def floor_table(rows: Iterable[Row]) -> str:
+    """The least time of each shape, from the counts for sm_90."""
     counted = {
         (row["kernel"], row["D"], row["config"]): row
         for row in rows
         if row["target"] == "sm_90" and row["total_per_pair"] is not None
     }
-    for kernel in KERNELS:
-        if not kernel.takes_all_rows or kernel.work is None:
-            continue
-        for (dim, config), launch in kernel.launches("sm_90").items():
-            row = counted.get((kernel.name, dim, config))
-            for shape in SHAPES:
-                if row is not None and shape.dim == dim:
-                    alu, total = row["alu_per_pair"], row["total_per_pair"]
-                    least = floors(shape, kernel.work(launch.values), alu, total)
-                    yield f"{kernel.name} {config}", shape, least
-
-
-def predictions(rows: Iterable[Row]) -> Iterator[tuple[Shape, float, float]]:
-    """Search, floor, and the sum if dot and instructions take turns, in ms: see docs/design.md.
-
-    Of the rows of the Triton that is installed, or of 3.7.1 if there are none.
-    """
-    rows = list(rows)
-    try:
-        name = version("triton")
-    except PackageNotFoundError:
-        name = ""
-    name = name if any(row["triton"] == name for row in rows) else "3.7.1"
-    for _, shape, least in least_times(row for row in rows if row["triton"] == name):
-        turns = least["dot"] + max(least["alu"], least["issue"])
-        yield shape, max(least.values()), max(least["memory"], least["L2"], turns)
-
-
-def floor_table(rows: Iterable[Row]) -> str:
-    """The least time of each shape, from the counts for sm_90."""
     columns = ("memory", "dot", "L2", "alu", "issue")
     lines = [
         "least ms on an H100, and what flash-kmeans 0.3.1 publishes",
         f"{'N, K, D':<22}" + "".join(f"{name:>9}" for name in (*columns, "floor", "flash")),
     ]
     heading = None
-    for title, shape, least in least_times(rows):
-        if heading != (heading := title):
-            lines.append(heading)
-        name = f"  {shape.num_rows}, {shape.codebook_size}, {shape.dim}"
-        values = [*(least[column] for column in columns), max(least.values())]
-        published = "" if shape.flash_kmeans is None else f"{shape.flash_kmeans:.3g}"
-        # two digits, and none of them with an exponent
-        cells = [f"{float(f'{value:.2g}'):g}" for value in values]
-        lines.append(f"{name:<22}" + "".join(f"{cell:>9}" for cell in [*cells, published]))
+    for kernel in KERNELS:
+        if not kernel.takes_all_rows or kernel.work is None:
+            continue
+        for (dim, config), launch in kernel.launches("sm_90").items():
+            row = counted.get((kernel.name, dim, config))
+            for shape in SHAPES:
+                if row is None or shape.dim != dim:
+                    continue
+                if heading != (heading := f"{kernel.name} {config}"):
+                    lines.append(heading)
+                least = floors(
+                    shape, kernel.work(launch.values), row["alu_per_pair"], row["total_per_pair"]
+                )
+                name = f"  {shape.num_rows}, {shape.codebook_size}, {dim}"
+                values = [*(least[column] for column in columns), max(least.values())]
+                published = "" if shape.flash_kmeans is None else f"{shape.flash_kmeans:.3g}"
+                # two digits, and none of them with an exponent
+                cells = [f"{float(f'{value:.2g}'):g}" for value in values]
+                lines.append(f"{name:<22}" + "".join(f"{cell:>9}" for cell in [*cells, published]))
     return "\n".join(lines)
 
 

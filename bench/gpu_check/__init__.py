@@ -1,1 +1,0 @@
-"""``python -m bench.gpu_check``: everything that only a GPU can show, in one run of minutes."""
