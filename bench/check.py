@@ -40,25 +40,41 @@ class Checked(NamedTuple):
 
 
 def find_truth(inputs: Inputs, most_products: float) -> Truth:
-    """By float64 scores; where those are too close to tell, by `vqtriton.reference`."""
-    x, codebook = inputs.x.detach(), inputs.codebook.double()
-    (num_rows, dim), size = x.shape, codebook.shape[0]
-    count = max(1, int(min(num_rows, most_products / (size * dim))))
-    rows = torch.arange(count, device=x.device) * num_rows // count
-    half_sqnorm = codebook.square().sum(1) / 2
-    longest = codebook.norm(dim=1).max()
+    """Of as many rows as the products allow, drawn evenly."""
+    num_rows, dim = inputs.x.shape
+    count = max(1, int(min(num_rows, most_products / (len(inputs.codebook) * dim))))
+    rows = torch.arange(count, device=inputs.x.device) * num_rows // count
+    return Truth(rows, nearest_codes(inputs.x.detach(), inputs.codebook, rows))
+
+
+def nearest_codes(x: Tensor, codebook: Tensor, rows: Tensor | None = None) -> Tensor:
+    """By float64 scores; where those are too close to tell, by `vqtriton.reference`.
+
+    Runs on the device of ``x``, block by block, for all rows or for some. What is not finite is
+    ranked as `vqtriton.nearest_code` says.
+    """
+    dim, size = x.shape[1], codebook.shape[0]
+    codes = codebook.double()
+    # no distance to a code that is not finite is finite: it is never the least
+    is_finite = codes.isfinite().all(1)
+    codes = codes.where(is_finite[:, None], 0)
+    half_sqnorm = (codes.square().sum(1) / 2).where(is_finite, torch.inf)
+    longest = codes.norm(dim=1).max()
+    if rows is None:
+        rows = torch.arange(x.shape[0], device=x.device)
     parts = []
     for block in rows.split(max(1, BLOCK // size)):
         y = x[block].double()
-        scores = torch.addmm(half_sqnorm, y, codebook.T, alpha=-1)
+        scores = torch.addmm(half_sqnorm, y, codes.T, alpha=-1)
         least, nearest = scores.min(1)
         # twice what D products, the half norm and the canonical distance can be wrong by, halved
         error = (dim + 8) * 2.0**-52 * (y.norm(dim=1) + longest).square()
-        is_close = (scores <= (least + error)[:, None]).sum(1) > 1
-        for few in is_close.nonzero()[:, 0].split(max(1, BLOCK // size)):
-            nearest[few] = reference.nearest_code(x[block[few]], inputs.codebook)
+        # a row that is not finite has NaNs, which are below nothing: it is no clear case
+        is_clear = (scores <= (least + error)[:, None]).sum(1) == 1
+        for few in (~is_clear).nonzero()[:, 0].split(max(1, BLOCK // size)):
+            nearest[few] = reference.nearest_code(x[block[few]], codebook)
         parts.append(nearest)
-    return Truth(rows, torch.cat(parts))
+    return torch.cat(parts)
 
 
 def count_mismatches(subject: Subject, inputs: Inputs, truth: Truth, indices: Tensor) -> int:

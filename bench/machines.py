@@ -194,3 +194,8 @@ def floors(
         "issue": pairs * total_per_pair / (machine.issue * clocks),
     }
     return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def in_turns(least: dict[str, float]) -> float:
+    """Milliseconds if dot and instructions take turns, because no other warps fill the gap."""
+    return max(least["memory"], least["L2"], least["dot"] + max(least["alu"], least["issue"]))
