@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 # the tensors are small: on a busy machine threads cost more than they give
 torch.set_num_threads(1)
+# deterministic algorithms need it for matmuls on a GPU, before the first of them
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -26,6 +28,8 @@ settings.register_profile(
     max_examples=15 if INTERPRETED else 60,
     suppress_health_check=[HealthCheck.too_slow],
 )
+# where each new shape is compiled first: `make gpu-check`
+settings.register_profile("few", settings.get_profile("default"), max_examples=8)
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
