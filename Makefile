@@ -11,7 +11,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 # OpenMP threads that spin while they wait starve one another on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv train test test-compiled test-interpreted lint format bench sass clean
+.PHONY: help venv train test test-compiled test-interpreted lint format bench sass gpu-check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ bench: $(BENCH_READY) ## time and memory beside peers: minutes; FLAGS='--case al
 
 sass: $(READY) $(TRITONS:%=.triton/%/triton) ## registers, spills, instructions per pair; JSON=FILE for the rows
 	$(PYTHON) -m bench.sass --triton $(TRITONS) $(if $(JSON),--json $(JSON))
+
+gpu-check: $(READY) ## all that needs a GPU, in 9 minutes: runs/gpu-check/ or OUT=DIR; DRY=1: a walk on a CPU
+	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) $(FLAGS)
 
 # without a network it is left out, and bench.sass says so
 .triton/%/triton: | $(READY)

@@ -1,0 +1,123 @@
+"""A process and a time limit for each part: one that fails, crashes or hangs stops no other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.gpu_check import summary
+from bench.gpu_check.check import ROWS
+from bench.gpu_check.parts import Part
+from bench.provenance import ROOT
+
+# of the output of a part, from either end: the log stays small
+KEPT = 40_000
+# with less than that left no part is begun
+LEAST_SECONDS = 3.0
+
+
+class Outcome(NamedTuple):
+    part: str
+    # "run", "skipped" or "failed"
+    status: str
+    text: str
+    seconds: float
+
+
+Command = Callable[[Part, Path, bool, float], list[str]]
+
+
+def command(part: Part, out: Path, is_dry: bool, seconds: float) -> list[str]:
+    words = [sys.executable, "-m", "bench.gpu_check", part.name]
+    return [*words, "--out", str(out), "--here", f"{seconds:.1f}", *(["--dry"] if is_dry else [])]
+
+
+def run_all(
+    parts: Sequence[Part], out: Path, is_dry: bool, seconds: float, make: Command = command
+) -> list[Outcome]:
+    """Every part, whatever becomes of the others; the summary is written after each.
+
+    Args:
+        seconds: of all parts; those for which nothing is left fail.
+        make: the command of a part.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (ROWS, "log.txt", "summary.txt", "peers.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    end = time.monotonic() + seconds
+    outcomes: list[Outcome] = []
+    for part in parts:
+        left = end - time.monotonic()
+        if left < LEAST_SECONDS:
+            outcome = Outcome(part.name, "failed", "not begun: no time was left for it", 0.0)
+        else:
+            outcome = run_part(part, out, is_dry, min(part.limit, left), make)
+        outcomes.append(outcome)
+        print(summary.line(outcome), flush=True)
+        (out / "summary.txt").write_text(summary.text(outcomes, is_dry) + "\n")
+    return outcomes
+
+
+def run_part(part: Part, out: Path, is_dry: bool, limit: float, make: Command = command) -> Outcome:
+    start = time.monotonic()
+    env = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    if is_dry and part.is_interpreted:
+        env["TRITON_INTERPRET"] = "1"
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            make(part, out, is_dry, limit),
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # so that what it has started ends with it
+            start_new_session=True,
+        )
+        code: int | None = None
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        seconds = time.monotonic() - start
+        output.seek(0)
+        printed = output.read().decode(errors="replace")
+    if len(printed) > 2 * KEPT:
+        cut = len(printed) - 2 * KEPT
+        printed = f"{printed[:KEPT]}\n[{cut} characters left out]\n{printed[-KEPT:]}"
+    with (out / "log.txt").open("a") as log:
+        log.write(f"=== {part.name}, {seconds:.1f} s, exit status {code}\n{printed}\n")
+    return Outcome(part.name, *_ended(part, out, code, limit, printed), seconds)
+
+
+def _ended(part: Part, out: Path, code: int | None, limit: float, printed: str) -> tuple[str, str]:
+    """Status and text: what the part itself noted, unless its process says otherwise."""
+    last = (printed.strip().splitlines() or ["nothing"])[-1][:200]
+    if code is None:
+        return "failed", f"killed after {limit:.0f} s; the last that it printed: {last}"
+    noted = _noted(part, out)
+    if noted is None or (code != 0 and noted[0] != "failed"):
+        return "failed", f"ended with status {code}; the last that it printed: {last}"
+    return noted
+
+
+def _noted(part: Part, out: Path) -> tuple[str, str] | None:
+    if not (out / ROWS).exists():
+        return None
+    rows = [json.loads(line) for line in (out / ROWS).read_text().splitlines()]
+    ends = [row for row in rows if row["part"] == part.name and "outcome" in row]
+    return (ends[-1]["outcome"], ends[-1]["text"]) if ends else None
