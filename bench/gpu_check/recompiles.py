@@ -57,7 +57,7 @@ def works(dim: int, device: torch.device) -> dict[str, Callable[[int], object]]:
     def sums(rows: int) -> object:
         from vqtriton.kernels.code_sums import code_sums
 
-        return code_sums(vectors(rows), indices(rows), CODEBOOK_SIZE)
+        return code_sums(vectors(rows)[None], indices(rows)[None], CODEBOOK_SIZE)
 
     return {
         "nearest_code": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=True),
