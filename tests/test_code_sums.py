@@ -68,6 +68,27 @@ def test_a_long_sum_does_not_drift(backend: Backend) -> None:
     assert abs(sums.item() / (n * x[0, 0].double().item()) - 1) <= 2**-22
 
 
+@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.parametrize(
+    ("n", "small", "tiles"),
+    [
+        # within a chunk, over the rows of a tile, and over the chunks: 1 and then what 1 swallows
+        (600, 2**-25, {"least_chunk": 1024, "block_elements": 1}),
+        (64, 2**-25, {"least_chunk": 64, "block_elements": 64}),
+        (600, 2**-30, {"least_chunk": 32, "block_elements": 1}),
+    ],
+)
+def test_what_is_rounded_away_is_kept(n: int, small: float, tiles: dict) -> None:
+    from vqtriton.kernels.code_sums import CodeSumsConfig
+    from vqtriton.kernels.code_sums import code_sums as kernel
+
+    x = torch.full((1, n, 1), small, device=BACKENDS[0].device)
+    x[0, 0] = 1
+    indices = torch.zeros(1, n, dtype=torch.int64, device=x.device)
+    sums, _ = kernel(x, indices, 1, config=CodeSumsConfig(**tiles))
+    assert abs(sums.item() - x.double().sum().item()) <= 2.01 * 2**-24
+
+
 @on_every_backend
 def test_repeats_bit_for_bit(backend: Backend) -> None:
     x, indices = torch.randn(600, 17), torch.randint(7, (600,))

@@ -327,4 +327,4 @@ def test_a_dry_walk_of_a_part(tmp_path) -> None:
     assert "run     recompiles" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows[0]["programs"]["screen_codes_kernel"] == 1
-    assert len(rows) == 5
+    assert len(rows) == 6

@@ -284,6 +284,22 @@ def test_a_bad_gradient_is_not_hidden(backend: Backend) -> None:
 
 
 @on_every_backend
+def test_a_gradient_is_finite_where_its_parts_are(backend: Backend) -> None:
+    # the sum of all of them would be beyond float32; of each code it is not
+    codebook = torch.arange(40.0)[:, None] * 1e19
+    leaf_x, leaf_codebook = leaves(codebook + 1e18, codebook)
+    out = vqtriton.vector_quantize(
+        leaf_x.to(backend.device),
+        leaf_codebook.to(backend.device),
+        reduction="sum",
+        backend=backend.name,
+    )
+    (grad,) = torch.autograd.grad(out.loss * 3e19, leaf_codebook)
+    want = 2 * 3e19 * (codebook.double() - leaf_x.detach().double())
+    torch.testing.assert_close(grad.double(), want, rtol=1e-6, atol=0)
+
+
+@on_every_backend
 def test_double_backward_equals_the_reference(backend: Backend) -> None:
     x, codebook = torch.randn(20, 4), torch.randn(5, 4)
     v = torch.randn(20, 4), torch.randn(5, 4)

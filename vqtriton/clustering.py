@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vqtriton import distributed
 from vqtriton.functional import check_x, code_sums, nearest_code
+from vqtriton.screening import finite_rows
 
 
 def kmeans(
@@ -42,7 +43,7 @@ def kmeans(
     if iters < 0:
         raise ValueError(f"iters is {iters}; it must be at least 0")
     rows = x.detach().reshape(-1, x.shape[-1])
-    rows = rows[rows.isfinite().all(1)]
+    rows = rows[finite_rows(rows)]
     if rows.shape[0] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)} and no finite row to start from")
     codebook, _, _ = lloyd(rows, codebook_size, iters, generator, sync=False)

@@ -69,7 +69,6 @@ def check_layout(check: Check, x: Tensor, layout: str) -> None:
         magnitude.index_add_(0, of_block, block.double().abs())
     same = torch.equal(counts, torch.bincount(indices, minlength=CODEBOOK_SIZE))
     check.expect(same, f"{layout}: code_sums counts wrongly")
-    # sums of sums of at most 256: far fewer roundings in a row than this
     error = ((sums.double() - wanted).abs() / magnitude.clamp(min=1)).max().item()
-    check.expect(error < 2.0**-14, f"{layout}: code_sums is {error:.1e} off beside float64")
+    check.expect(error <= 2.01 * 2.0**-24, f"{layout}: code_sums is {error:.1e} off beside float64")
     check.note(layout=layout, elements=x.numel(), starts=starts, code_sums_error=error)

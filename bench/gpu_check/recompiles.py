@@ -59,10 +59,18 @@ def works(dim: int, device: torch.device) -> dict[str, Callable[[int], object]]:
 
         return code_sums(vectors(rows)[None], indices(rows)[None], CODEBOOK_SIZE)
 
+    def gradients(rows: int) -> object:
+        from vqtriton.kernels.vector_quantize_grad import grad_codebook, grad_x
+
+        x, one_head = vectors(rows)[None], codebook[None]
+        grads = (torch.ones(1, rows, device=device), x, one_head, indices(rows)[None], 1.0)
+        return grad_x(x, *grads), grad_codebook(*grads)
+
     return {
         "nearest_code": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=True),
         "vector_quantize": masked,
         "code_sums": sums,
+        "gradients": gradients,
         "fast": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=False),
     }
 

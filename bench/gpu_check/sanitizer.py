@@ -80,7 +80,9 @@ def run_cases(device: str) -> None:
             indices = vqtriton.nearest_code(rows, codebook, backend="triton")
             if not torch.equal(indices, nearest_codes(rows, codebook)):
                 raise ValueError(f"indices are wrong, D={dim}")
-            out = vqtriton.vector_quantize(rows, codebook, mask=mask, backend="triton")
+            leaves = rows.clone().requires_grad_(), codebook.clone().requires_grad_()
+            out = vqtriton.vector_quantize(*leaves, mask=mask, backend="triton")
+            torch.autograd.grad(out.loss + out.quantized.sum(), leaves)
             vqtriton.code_sums(rows, out.indices, 300, backend="triton")
     if device == "cuda":
         torch.cuda.synchronize()
