@@ -5,8 +5,8 @@ sums a chunk; a second kernel adds up the chunks of a code, if there are several
 N/chunk + K chunks, whatever the data, so the grid needs no answer from the device, and no program
 has more than about √N rows or chunks even if one code has them all.
 
-Both add with `two_sum`, so what a sum of n rows is wrong by does not grow with n: at most
-2·2⁻²⁴·Σ|x|, and n²·2⁻⁴⁸·Σ|x|.
+Both add in float64 and round to float32 once, so what a sum is wrong by does not grow with the
+number of rows: at most 2·2⁻²⁴·Σ|x|, and n·2⁻⁵³·Σ|x|.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqtriton.kernels.row_planes import strides_of
+from vqtriton.kernels.row_planes import register_limit, strides_of
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,12 @@ class CodeSumsConfig:
     block_elements: int = 1024
     block_d: int = 1024
     num_warps: int = 4
+    # without a limit ptxas spills a few for the next step of occupancy
+    max_registers: int = 128
 
     def chunk(self, num_rows: int) -> int:
         """So that one code with all rows has no more chunks than a chunk has rows."""
         return max(self.least_chunk, triton.next_power_of_2(math.isqrt(num_rows)))
-
-
-@triton.jit
-def two_sum(a, a_error, b, b_error):
-    """a + b rounded, and what was rounded away, with what had been before (Knuth's two-sum)."""
-    total = a + b
-    of_b = total - a
-    return total, a_error + b_error + ((a - (total - of_b)) + (b - of_b))
-
-
-@triton.jit
-def sum_of_rows(sums, errors):
-    """[R, D] sums and their errors -> [D]."""
-    sums, errors = tl.reduce((sums, errors), 0, two_sum)
-    # what overflowed is infinite, and has no error
-    return sums + tl.where(tl.abs(errors) < float("inf"), errors, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_segments", "N", "chunk_rows", "stride_gn"])
@@ -87,8 +73,7 @@ def chunk_sums_kernel(
             code_offs = segment * stride_ck + offs_d * stride_cd
             code = tl.load(codebook_ptr + code_offs, mask=dim_mask, other=0.0).to(tl.float32)
 
-        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
-        errors = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
         counts = tl.zeros((BLOCK_ROWS,), tl.int32)
         for first in range(start, end, BLOCK_ROWS):
             offs = first + tl.arange(0, BLOCK_ROWS)
@@ -109,10 +94,10 @@ def chunk_sums_kernel(
                 grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=keep, other=0.0)
                 value = grad[:, None] * (code[None, :] - value)
             value = tl.where(keep[:, None] & dim_mask[None, :], value, 0.0)
-            sums, errors = two_sum(sums, errors, value, 0.0)
+            sums += value.to(tl.float64)
             counts += keep.to(tl.int32)
 
-        total, count = sum_of_rows(sums, errors), tl.sum(counts, 0)
+        total, count = tl.sum(sums, 0).to(tl.float32), tl.sum(counts, 0)
         if is_only:
             tl.store(sums_ptr + segment * D + offs_d, total, mask=dim_mask)
             tl.store(counts_ptr + segment, count)
@@ -139,8 +124,7 @@ def combine_chunks_kernel(
         tl.store(sums_ptr + segment * D + offs_d, tl.zeros((BLOCK_D,), tl.float32), mask=dim_mask)
         tl.store(counts_ptr + segment, 0)
     if end - start > 1:
-        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
-        errors = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
         counts = tl.zeros((BLOCK_ROWS,), tl.int64)
         for first in range(start, end, BLOCK_ROWS):
             offs = first + tl.arange(0, BLOCK_ROWS)
@@ -150,9 +134,9 @@ def combine_chunks_kernel(
                 mask=mask[:, None] & dim_mask[None, :],
                 other=0.0,
             )
-            sums, errors = two_sum(sums, errors, partial, 0.0)
+            sums += partial.to(tl.float64)
             counts += tl.load(partial_count_ptr + offs, mask=mask, other=0)
-        tl.store(sums_ptr + segment * D + offs_d, sum_of_rows(sums, errors), mask=dim_mask)
+        tl.store(sums_ptr + segment * D + offs_d, tl.sum(sums, 0).to(tl.float32), mask=dim_mask)
         tl.store(counts_ptr + segment, tl.sum(counts, 0))
 
 
@@ -247,6 +231,7 @@ def segment_sums(
                 BLOCK_D=block_d,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
+                **register_limit(config.max_registers),
             )
         combine_chunks_kernel[(num_segments, blocks_d)](
             partial,
@@ -259,6 +244,7 @@ def segment_sums(
             BLOCK_D=block_d,
             num_warps=config.num_warps,
             enable_fp_fusion=True,
+            **register_limit(config.max_registers),
         )
     return sums.view(heads, codebook_size, dim), counts.view(heads, codebook_size)
 
