@@ -14,7 +14,13 @@ import torch
 
 from bench.compiling import Launch, launches_of
 from bench.machines import Work
-from vqtriton.kernels import code_sums, nearest_code, screen_codes, vector_quantize_grad
+from vqtriton.kernels import (
+    code_sums,
+    ema_update,
+    nearest_code,
+    screen_codes,
+    vector_quantize_grad,
+)
 from vqtriton.kernels import prepare_planes as planes_kernels
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
@@ -124,6 +130,51 @@ def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
     ]
 
 
+def record_ema_update(x: torch.Tensor, target: str) -> list[Launch]:
+    """With everything that it can do, and with the least."""
+    codes = codebook_of(x.shape[1])
+    size = torch.ones(CODEBOOK_SIZE)
+    constants = (0.99, 1e-5, 1.0)
+    return [
+        *launches_of(
+            ema_update,
+            ema_update.ema_update_,
+            size,
+            codes,
+            codes,
+            size,
+            codes,
+            codes,
+            size,
+            *constants,
+        ),
+        *launches_of(
+            ema_update,
+            ema_update.ema_update_,
+            size,
+            codes,
+            codes,
+            size,
+            codes,
+            None,
+            None,
+            *constants,
+        ),
+        *launches_of(
+            ema_update,
+            ema_update.ema_update_,
+            size,
+            codes,
+            None,
+            size,
+            codes,
+            codes,
+            size,
+            *constants,
+        ),
+    ]
+
+
 def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
     return launches_of(
         planes_kernels,
@@ -174,6 +225,7 @@ KERNELS = (
     Kernel("chunk_sums", record_sums, ((64, torch.float32),)),
     Kernel("combine_chunks", record_sums, ((64, torch.float32),)),
     Kernel("grad_x", record_sums, ((64, torch.float32),)),
+    Kernel("ema_update", record_ema_update, tuple((d, torch.float32) for d in (8, 64, 512))),
     Kernel("part_sums", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("centred_norms", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("planes", record_prepare_planes, tuple((d, torch.float32) for d in (8, 64, 256))),

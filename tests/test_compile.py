@@ -34,7 +34,7 @@ INPUTS = (
 
 # of nearest_code: tests/test_screen_codes.py has the screen
 FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
-SUMS = ("chunk_sums", "combine_chunks", "grad_x")
+SUMS = ("chunk_sums", "combine_chunks", "grad_x", "ema_update")
 NAMES = (*FINISHING, *SUMS)
 
 
@@ -45,11 +45,16 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
         x = torch.zeros(48, dim, dtype=dtype)
         if layout == "strided":
             x = torch.zeros(dim, 47, dtype=dtype).T
-        launches = sass_kernels.record_nearest_code(x, target) + sass_kernels.record_sums(x, target)
+        launches = [
+            *sass_kernels.record_nearest_code(x, target),
+            *sass_kernels.record_sums(x, target),
+            *sass_kernels.record_ema_update(x, target),
+        ]
         for launch in launches:
             if launch.name in NAMES:
                 dtype_name = str(dtype).removeprefix("torch.")
-                flag = "-grad" if launch.values.get("IS_GRAD") else ""
+                flags = ("IS_GRAD", "IS_EMA", "REVIVES")
+                flag = "".join(f"-{name}" for name in flags if launch.values.get(name))
                 cases[f"{launch.name}{flag}-{dim}-{dtype_name}-{layout}"] = launch
     return cases
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vqtriton.distributed import take_filled
 from vqtriton.screening import (
     CentredCodebook,
     error_bound,
@@ -224,6 +225,45 @@ def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
         counts.index_put_((index,), torch.ones_like(index), accumulate=True)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return sums[:-1].to(dtype), counts[:-1]
+
+
+def ema_update_(
+    cluster_size: Tensor,
+    codebook: Tensor,
+    embed_sum: Tensor | None,
+    counts: Tensor,
+    sums: Tensor,
+    samples: Tensor | None,
+    is_filled: Tensor | None,
+    decay: float,
+    eps: float,
+    threshold: float,
+) -> None:
+    """One step of the moving averages, of the codes that follow from them, and of dead codes.
+
+    Changes cluster_size [K], codebook [K, D] and embed_sum [K, D], which is None where codes follow
+    no moving average; counts [K] and sums [K, D] are those of the batch. A code whose cluster size
+    is below the threshold gets one of the samples [K, D], those with is_filled [K] in turn, and the
+    mean cluster size.
+    """
+    # a batch in which no row counts is no step
+    weight = (1 - decay) * (counts.sum() > 0)
+    cluster_size.lerp_(counts, weight)
+    total = cluster_size.sum(dtype=torch.float64)
+    if embed_sum is not None:
+        embed_sum.lerp_(sums, weight)
+        rows = (cluster_size + eps) * (total / (total + len(cluster_size) * eps)).float()
+        # with eps=0 a code that was never chosen has nothing to be the average of
+        is_mean = (rows > 0)[:, None]
+        codebook.copy_((embed_sum / rows[:, None]).where(is_mean, codebook))
+    if samples is not None and is_filled is not None:
+        is_dead = cluster_size < threshold
+        samples, is_dead = take_filled(samples, is_filled, is_dead)
+        size = (total / len(cluster_size)).float().clamp(min=threshold)
+        codebook.copy_(samples.where(is_dead[:, None], codebook))
+        cluster_size.copy_(size.where(is_dead, cluster_size))
+        if embed_sum is not None:
+            embed_sum.copy_((samples * size).where(is_dead[:, None], embed_sum))
 
 
 def _blocks(x: Tensor) -> list[slice]:

@@ -54,6 +54,11 @@ _library.define(
     "grad_codebook(Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices, float weight, "
     "str backend) -> Tensor"
 )
+_library.define(
+    "ema_update_(Tensor(a!) cluster_size, Tensor(b!) codebook, Tensor(c!)? embed_sum, "
+    "Tensor counts, Tensor sums, Tensor? samples, Tensor? is_filled, float decay, float eps, "
+    "float threshold, str backend) -> ()"
+)
 _library.define("snapshot(Tensor tensor) -> Tensor")
 
 
@@ -211,6 +216,47 @@ def _grad_codebook(
     return kernels.grad_codebook(*tensors, weight)[0]
 
 
+def _ema_update_(
+    cluster_size: Tensor,
+    codebook: Tensor,
+    embed_sum: Tensor | None,
+    counts: Tensor,
+    sums: Tensor,
+    samples: Tensor | None,
+    is_filled: Tensor | None,
+    decay: float,
+    eps: float,
+    threshold: float,
+    backend: str,
+) -> None:
+    """See `blocked.ema_update_`."""
+    if resolve_backend(backend, codebook.device) == "torch":
+        update = blocked.ema_update_
+    else:
+        from vqtriton.kernels import ema_update as kernel
+
+        update = kernel.ema_update_
+    update(
+        cluster_size,
+        codebook,
+        embed_sum,
+        counts,
+        sums,
+        samples,
+        is_filled,
+        decay,
+        eps,
+        threshold,
+    )
+    # whoever saved one of them for backward is to be told that it has changed
+    changed = (cluster_size, codebook) if embed_sum is None else (cluster_size, codebook, embed_sum)
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+
+
+def _ema_update_fake(*args: object) -> None:
+    pass
+
+
 def _snapshot(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -280,6 +326,7 @@ for _name, _implementation, _fake in (
     ("code_sums", _code_sums, _code_sums_fake),
     ("grad_x", _grad_x, _grad_x_fake),
     ("grad_codebook", _grad_codebook, _grad_codebook_fake),
+    ("ema_update_", _ema_update_, _ema_update_fake),
     ("snapshot", _snapshot, _snapshot_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -292,4 +339,5 @@ vector_quantize = torch.ops.vqtriton.vector_quantize.default
 code_sums = torch.ops.vqtriton.code_sums.default
 grad_x = torch.ops.vqtriton.grad_x.default
 grad_codebook = torch.ops.vqtriton.grad_codebook.default
+ema_update_ = torch.ops.vqtriton.ema_update_.default
 snapshot = torch.ops.vqtriton.snapshot.default

@@ -295,26 +295,18 @@ class VectorQuantize(nn.Module):
             )
         sums, counts, *drawn = distributed.all_reduce(local, sync=self.sync_codebook)
 
-        # a batch in which no row counts is no step
-        weight = (1 - self.decay) * (counts.sum() > 0)
-        self.cluster_size.lerp_(counts, weight)
-        if is_ema:
-            self.embed_sum.lerp_(sums, weight)
-            total = self.cluster_size.sum()
-            smoothed = (
-                (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
-            )
-            # with eps=0 a code that was never chosen has nothing to be the average of
-            is_mean = (smoothed > 0)[:, None]
-            self.codebook.copy_((self.embed_sum / smoothed[:, None]).where(is_mean, self.codebook))
-        if revives:
-            is_dead = self.cluster_size < self.threshold_ema_dead_code
-            samples, is_dead = distributed.take_filled(drawn[0], drawn[1], is_dead)
-            size = self.cluster_size.mean().clamp(min=self.threshold_ema_dead_code)
-            self.codebook.copy_(samples.where(is_dead[:, None], self.codebook))
-            self.cluster_size.copy_(size.where(is_dead, self.cluster_size))
-            if is_ema:
-                self.embed_sum.copy_((samples * size).where(is_dead[:, None], self.embed_sum))
+        ops.ema_update_(
+            self.cluster_size,
+            self.codebook,
+            self.embed_sum if is_ema else None,
+            counts,
+            sums,
+            *(drawn or (None, None)),
+            self.decay,
+            self.eps,
+            self.threshold_ema_dead_code,
+            self.backend,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantize:
         def keep_dtype(tensor: Tensor) -> Tensor:
