@@ -29,7 +29,7 @@ class EmaUpdateConfig:
     block_k: int = 256
     block_d: int = 256
     num_warps: int = 8
-    max_registers: int = 128
+    max_registers: int = 168
 
 
 @triton.jit

@@ -328,3 +328,26 @@ def test_a_dry_walk_of_a_part(tmp_path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows[0]["programs"]["screen_codes_kernel"] == 1
     assert len(rows) == 6
+
+
+def test_a_row_that_was_cut_off_costs_its_own_part_alone(tmp_path: Path, monkeypatch) -> None:
+    cut = "open(sys.argv[1] + '/rows.jsonl', 'a').write('{\"part\": \"cu')"
+    monkeypatch.setitem(ENDINGS, "cut", cut)
+    outcomes = run_endings(tmp_path, names=("right", "cut", "last"))
+    assert [outcome.status for outcome in outcomes] == ["run", "failed", "run"]
+
+
+def test_an_interrupt_is_in_the_summary(tmp_path: Path, monkeypatch) -> None:
+    run_part = runner.run_part
+
+    def interrupted(part, *args):
+        if part.name == "wrong":
+            raise KeyboardInterrupt
+        return run_part(part, *args)
+
+    monkeypatch.setattr(runner, "run_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_endings(tmp_path, names=("right", "wrong", "last"))
+    text = (tmp_path / "summary.txt").read_text()
+    assert "2 failed, 0 skipped, 1 run" in text
+    assert text.count("interrupted") >= 2

@@ -44,6 +44,18 @@ def make_steps(check: Check) -> dict[str, Callable[[], Tensors]]:
                 return {name: value for name, value in out._asdict().items() if value is not None}
 
             steps[f"search of {case}, D={dim}"] = search
+        # directly: in the moving averages a difference in the last bit is rounded away
+        x = torch.randn(rows, dim, device=check.device)
+        spread = torch.randint(codes, (rows,), device=check.device)
+        collapsed = torch.zeros_like(spread)
+        for name, indices in (("spread", spread), ("collapsed", collapsed)):
+
+            def sums(x=x, indices=indices, codes=codes) -> Tensors:
+                return dict(
+                    zip(("sums", "counts"), ops.code_sums(x, indices, codes, "triton"), strict=True)
+                )
+
+            steps[f"sums of {name} rows, D={dim}"] = sums
         for update in UPDATES:
             x, grad = (torch.randn(rows, dim, device=check.device) for _ in range(2))
             training = Training(update, dim, codes, check.device)

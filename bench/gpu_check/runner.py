@@ -60,11 +60,22 @@ def run_all(
         if left < LEAST_SECONDS:
             outcome = Outcome(part.name, "failed", "not begun: no time was left for it", 0.0)
         else:
-            outcome = run_part(part, out, is_dry, min(part.limit, left), make)
+            try:
+                outcome = run_part(part, out, is_dry, min(part.limit, left), make)
+            except BaseException:
+                # Ctrl-C: whoever reads the summary later is to see what did not run
+                missing = parts[len(outcomes) :]
+                outcomes += [Outcome(p.name, "failed", "interrupted", 0.0) for p in missing]
+                _write_summary(outcomes, out, is_dry)
+                raise
         outcomes.append(outcome)
         print(summary.line(outcome), flush=True)
-        (out / "summary.txt").write_text(summary.text(outcomes, is_dry) + "\n")
+        _write_summary(outcomes, out, is_dry)
     return outcomes
+
+
+def _write_summary(outcomes: Sequence[Outcome], out: Path, is_dry: bool) -> None:
+    (out / "summary.txt").write_text(summary.text(outcomes, is_dry) + "\n")
 
 
 def run_part(part: Part, out: Path, is_dry: bool, limit: float, make: Command = command) -> Outcome:
@@ -107,9 +118,9 @@ def run_part(part: Part, out: Path, is_dry: bool, limit: float, make: Command = 
 def _ended(part: Part, out: Path, code: int | None, limit: float, printed: str) -> tuple[str, str]:
     """Status and text: what the part itself noted, unless its process says otherwise."""
     last = (printed.strip().splitlines() or ["nothing"])[-1][:200]
+    noted = _noted(part, out)
     if code is None:
         return "failed", f"killed after {limit:.0f} s; the last that it printed: {last}"
-    noted = _noted(part, out)
     if noted is None or (code != 0 and noted[0] != "failed"):
         return "failed", f"ended with status {code}; the last that it printed: {last}"
     return noted
@@ -118,6 +129,13 @@ def _ended(part: Part, out: Path, code: int | None, limit: float, printed: str) 
 def _noted(part: Part, out: Path) -> tuple[str, str] | None:
     if not (out / ROWS).exists():
         return None
-    rows = [json.loads(line) for line in (out / ROWS).read_text().splitlines()]
+    text = (out / ROWS).read_text(errors="replace")
+    if not text.endswith("\n"):
+        # killed in the middle of a row: the next part's rows are to start on a line of their own
+        (out / ROWS).write_text(text + "\n")
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
     ends = [row for row in rows if row["part"] == part.name and "outcome" in row]
     return (ends[-1]["outcome"], ends[-1]["text"]) if ends else None
