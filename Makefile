@@ -58,7 +58,7 @@ sass: $(READY) $(TRITONS:%=.triton/%/triton) ## registers, spills, instructions 
 	$(PYTHON) -m bench.sass --triton $(TRITONS) $(if $(JSON),--json $(JSON))
 
 gpu-check: $(READY) ## all that needs a GPU, in 9 minutes: runs/gpu-check/ or OUT=DIR; DRY=1: a walk on a CPU
-	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) $(FLAGS)
+	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry) $(if $(OUT),--out "$(OUT)") $(FLAGS)
 
 # without a network it is left out, and bench.sass says so
 .triton/%/triton: | $(READY)

@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if asked.repeats < 1:
         parser.error(f"--repeats is {asked.repeats}; it must be at least 1")
+    if asked.json and not asked.json.parent.is_dir():
+        parser.error(f"--json is {asked.json}; there is no folder {asked.json.parent}")
     if asked.docs:
         report.write_docs()
         return 0

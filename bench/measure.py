@@ -126,6 +126,12 @@ def measure_case(
             report.refused.append(f"{case}, {scope}: {error}")
         except torch.OutOfMemoryError:
             report.left_out.append(f"{name}, {case.name}, {scope}: out of memory")
+        except Exception as error:
+            # a peer may fail in any way, and what is measured of the others is not lost with it
+            first_line = (str(error).splitlines() or [""])[0]
+            report.refused.append(
+                f"{name}, {case.name}, {scope}: {type(error).__name__}: {first_line:.200}"
+            )
         else:
             runs.append(run)
             found.append((checked, peak))

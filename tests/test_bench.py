@@ -450,3 +450,19 @@ def test_cuda_is_timed_by_events_and_weighed_by_its_allocator(cuda_memory):
     assert device.seconds(step) == pytest.approx(4e-3)
     assert device.peak_memory(step) == 50
     assert device.cache_bytes == 1 << 20
+
+
+def test_a_subject_that_raises_costs_no_other_its_row(monkeypatch):
+    make = measuring.Run
+
+    def broken(subject, scope, inputs):
+        if subject.name == "torch.cdist+argmin":
+            raise RuntimeError("no compiler\nand a long story")
+        return make(subject, scope, inputs)
+
+    monkeypatch.setattr(measuring, "Run", broken)
+    found = measure_tiny(monkeypatch, ["torch.cdist+argmin", "vqtriton exact"])
+    assert [row["subject"] for row in found.rows] == ["vqtriton exact"]
+    (refusal,) = found.refused
+    assert refusal.endswith("RuntimeError: no compiler")
+    assert refusal.startswith("torch.cdist+argmin")
