@@ -131,48 +131,13 @@ def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
 
 
 def record_ema_update(x: torch.Tensor, target: str) -> list[Launch]:
-    """With everything that it can do, and with the least."""
-    codes = codebook_of(x.shape[1])
-    size = torch.ones(CODEBOOK_SIZE)
-    constants = (0.99, 1e-5, 1.0)
-    return [
-        *launches_of(
-            ema_update,
-            ema_update.ema_update_,
-            size,
-            codes,
-            codes,
-            size,
-            codes,
-            codes,
-            size,
-            *constants,
-        ),
-        *launches_of(
-            ema_update,
-            ema_update.ema_update_,
-            size,
-            codes,
-            codes,
-            size,
-            codes,
-            None,
-            None,
-            *constants,
-        ),
-        *launches_of(
-            ema_update,
-            ema_update.ema_update_,
-            size,
-            codes,
-            None,
-            size,
-            codes,
-            codes,
-            size,
-            *constants,
-        ),
-    ]
+    """Moving averages with revival, each of them alone."""
+    codes, size = codebook_of(x.shape[1]), torch.ones(CODEBOOK_SIZE)
+    launches = []
+    for embed_sum, *drawn in ((codes, codes, size), (codes, None, None), (None, codes, size)):
+        arguments = (size, codes, embed_sum, size, codes, *drawn, 0.99, 1e-5, 1.0)
+        launches += launches_of(ema_update, ema_update.ema_update_, *arguments)
+    return launches
 
 
 def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:

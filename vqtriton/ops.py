@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -217,37 +217,17 @@ def _grad_codebook(
 
 
 def _ema_update_(
-    cluster_size: Tensor,
-    codebook: Tensor,
-    embed_sum: Tensor | None,
-    counts: Tensor,
-    sums: Tensor,
-    samples: Tensor | None,
-    is_filled: Tensor | None,
-    decay: float,
-    eps: float,
-    threshold: float,
-    backend: str,
+    cluster_size: Tensor, codebook: Tensor, embed_sum: Tensor | None, *others: Any
 ) -> None:
-    """See `blocked.ema_update_`."""
+    """See `blocked.ema_update_`; the last of ``others`` is the backend."""
+    *arguments, backend = others
     if resolve_backend(backend, codebook.device) == "torch":
         update = blocked.ema_update_
     else:
         from vqtriton.kernels import ema_update as kernel
 
         update = kernel.ema_update_
-    update(
-        cluster_size,
-        codebook,
-        embed_sum,
-        counts,
-        sums,
-        samples,
-        is_filled,
-        decay,
-        eps,
-        threshold,
-    )
+    update(cluster_size, codebook, embed_sum, *arguments)
     # whoever saved one of them for backward is to be told that it has changed
     changed = (cluster_size, codebook) if embed_sum is None else (cluster_size, codebook, embed_sum)
     torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
