@@ -351,3 +351,22 @@ def test_an_interrupt_is_in_the_summary(tmp_path: Path, monkeypatch) -> None:
     text = (tmp_path / "summary.txt").read_text()
     assert "2 failed, 0 skipped, 1 run" in text
     assert text.count("interrupted") >= 2
+
+
+def test_a_last_bit_of_the_sums_that_does_not_repeat_is_found(tmp_path: Path, monkeypatch) -> None:
+    turn = 0
+
+    def restless(x, indices, codebook_size, backend):
+        nonlocal turn
+        turn += 1
+        sums, counts = blocked.code_sums(x, indices, codebook_size)
+        if turn % 2:
+            fullest = counts.argmax()
+            sums[fullest, 0] = sums[fullest, 0].nextafter(torch.tensor(torch.inf))
+        return sums, counts
+
+    monkeypatch.setattr(repeats.ops, "code_sums", restless)
+    steps = repeats.make_steps(make_check(tmp_path))
+    of_sums = [step for name, step in steps.items() if name.startswith("sums")]
+    assert of_sums
+    assert all(repeats.differences(step, 2, CPU) == ["sums"] for step in of_sums)
