@@ -14,9 +14,11 @@ from bench import compare, provenance, report
 from bench.cases import CASES, DEFAULT, DEFAULT_SCOPES, SCOPES
 from bench.check import Refused
 from bench.devices import make_device
-from bench.measure import GIB, Options, measure
+from bench.measure import GIB, Options, Row, measure
 from bench.subjects import OURS, SUBJECTS, default_subjects
 
+# of a command that Ctrl-C ended, as shells have it
+INTERRUPTED = 130
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -32,10 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--device": {"default": "cpu", "choices": ("cpu", "cuda")},
         "--dtype": {"default": "float32", "choices": DTYPES},
         "--repeats": {"type": int, "default": 5, "help": "timed steps of each subject"},
-        "--memory": {"type": float, "default": 2, "metavar": "GIB",
+        "--memory": {"type": positive, "default": 2, "metavar": "GIB",
                      "help": "leave out who would hold larger matrices; 2 by default"},
         "--check-all": {"action": "store_true", "help": "all rows, however long it takes"},
-        "--budget": {"type": float, "default": float("inf"), "metavar": "SECONDS",
+        "--budget": {"type": positive, "default": float("inf"), "metavar": "SECONDS",
                      "help": "begin no case after that"},
         "--json": {"type": Path, "metavar": "FILE", "help": "write the rows there, a line each"},
         "--docs": {"action": "store_true",
@@ -48,6 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser()
@@ -56,12 +65,23 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--repeats is {asked.repeats}; it must be at least 1")
     if asked.json and not asked.json.parent.is_dir():
         parser.error(f"--json is {asked.json}; there is no folder {asked.json.parent}")
+    if asked.json and asked.compare:
+        parser.error("--json is for rows that are measured; --compare makes none")
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda; torch sees no GPU")
     if asked.docs:
         report.write_docs()
         return 0
-    if asked.compare and all(Path(name).is_file() for name in asked.compare):
-        print("\n".join(compare.compare_files(*map(Path, asked.compare))))
+    are_files = [Path(name).is_file() for name in asked.compare or ()]
+    if all(are_files) and asked.compare:
+        try:
+            print("\n".join(compare.compare_files(*map(Path, asked.compare))))
+        except ValueError as error:
+            parser.error(str(error))
         return 0
+    if any(are_files):
+        file, other = (asked.compare[are_files.index(is_file)] for is_file in (True, False))
+        parser.error(f"--compare: {file} is a file and {other} is none")
 
     device, dtype = make_device(asked.device), DTYPES[asked.dtype]
     options = Options(
@@ -94,21 +114,36 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not device.can_weigh():
         print("peak memory is not measured: that needs Linux and /proc/self/clear_refs")
-    found = measure(
-        asked.scope,
-        cases.__getitem__,
-        lambda scope: asked.subject or default_subjects(scope, asked.device, dtype),
-        device,
-        options,
-        lambda rows: print(report.table(rows) if rows else "", flush=True),
-    )
+    measured: list[Row] = []
+
+    def keep(rows: list[Row]) -> None:
+        """At once: an interrupt later on loses nothing of it."""
+        measured.extend(rows)
+        if rows:
+            print(report.table(rows), flush=True)
+        if measured and asked.json:
+            report.write_rows(asked.json, measured)
+
+    try:
+        found = measure(
+            asked.scope,
+            cases.__getitem__,
+            lambda scope: asked.subject or default_subjects(scope, asked.device, dtype),
+            device,
+            options,
+            keep,
+        )
+    except KeyboardInterrupt:
+        kept = f"; they are in {asked.json}" if measured and asked.json else ""
+        print(f"interrupted after {len(measured)} rows{kept}", file=sys.stderr)
+        return INTERRUPTED
     if found.left_out:
         print("\nleft out:", *found.left_out, sep="\n  ")
     for refusal in found.refused:
         print(f"refused, {refusal}", file=sys.stderr)
-    if asked.json:
-        report.write_rows(asked.json, found.rows)
-    return 1 if found.refused else 0
+    if not found.rows:
+        print("nothing was measured", file=sys.stderr)
+    return int(bool(found.refused) or not found.rows)
 
 
 if __name__ == "__main__":

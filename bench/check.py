@@ -113,7 +113,7 @@ def expected_outputs(inputs: Inputs, indices: Tensor) -> Outputs:
     counts = torch.bincount(indices, minlength=size).double()
     sums = torch.zeros_like(codebook).index_put_((indices,), x, accumulate=True)
     cluster_size = torch.ones_like(counts).lerp_(counts, 1 - DECAY)
-    embed_sum = codebook.lerp(sums, 1 - DECAY)
+    embed_sum = sums * (1 - DECAY)
     total = cluster_size.sum()
     smoothed = (cluster_size + EPS) / (total + size * EPS) * total
     pull = 2 * COMMITMENT_WEIGHT * (x - codes) / x.numel()

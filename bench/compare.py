@@ -23,8 +23,14 @@ from bench.worker import Worker
 KEY = ("scope", "case", "subject", "dtype", "device", "threads")
 
 
+# steps of each, fewer than which have no spread
+LEAST_REPEATS = 3
+
+
 def verdict(before: Sequence[float], after: Sequence[float]) -> str:
     """What became of the time; a difference is one where p20 to p80 of both do not overlap."""
+    if min(len(before), len(after)) < LEAST_REPEATS:
+        return f"no verdict from fewer than {LEAST_REPEATS} repeats"
     times = quantile(before, 0.5) / quantile(after, 0.5)
     if quantile(after, 0.8) < quantile(before, 0.2):
         return f"faster by {times:.2f}x"
@@ -37,9 +43,12 @@ def compare_files(before: Path, after: Path) -> list[str]:
     """A line for each row that both have.
 
     Raises:
-        ValueError: they have none in common.
+        ValueError: they have none in common, or one is no file of rows.
     """
-    old, new = ({tuple(row[k] for k in KEY): row for row in read_rows(p)} for p in (before, after))
+    old, new = (
+        {tuple(row[k] for k in KEY): row for row in read_rows(path) if row.keys() >= {*KEY}}
+        for path in (before, after)
+    )
     shared = [key for key in old if key in new]
     if not shared:
         raise ValueError(f"{before} and {after} share no row of the same {', '.join(KEY)}")

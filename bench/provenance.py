@@ -29,7 +29,9 @@ def commit() -> str:
 
 def driver() -> str | None:
     """Version of NVIDIA's driver."""
-    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    # a line for each GPU, all alike
+    lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return lines.splitlines()[0] if lines else None
 
 
 def version(package: str) -> str | None:
@@ -42,7 +44,9 @@ def version(package: str) -> str | None:
 
 def _output(command: list[str]) -> str | None:
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -103,7 +103,8 @@ class Run:
         if self.scope != "assign":
             codebook, cluster_size, embed_sum = self._state()
             codebook.copy_(self.inputs.codebook)
-            embed_sum.copy_(self.inputs.codebook)
+            # at zero, so that no larger average hides the last bits of a step's sums
+            embed_sum.zero_()
             cluster_size.fill_(1)
 
     def step(self) -> Outputs:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vqtriton import quantizers
+
 # bench is not installed, and plain `pytest` does not look for modules in the root
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,6 +24,7 @@ command = importlib.import_module("bench.__main__")
 devices = importlib.import_module("bench.devices")
 machines = importlib.import_module("bench.machines")
 measuring = importlib.import_module("bench.measure")
+report = importlib.import_module("bench.report")
 subjects = importlib.import_module("bench.subjects")
 
 TINY = cases.Case("tiny", 96, 40, 12)
@@ -466,3 +469,84 @@ def test_a_subject_that_raises_costs_no_other_its_row(monkeypatch):
     (refusal,) = found.refused
     assert refusal.endswith("RuntimeError: no compiler")
     assert refusal.startswith("torch.cdist+argmin")
+
+
+def test_a_last_bit_of_the_sums_is_not_hidden_by_their_average(monkeypatch):
+    turn = 0
+    honest = quantizers.code_sums
+
+    def restless(x, indices, codebook_size, **options):
+        nonlocal turn
+        turn += 1
+        sums, counts = honest(x, indices, codebook_size, **options)
+        if turn % 2:
+            sums = sums.nextafter(torch.tensor(torch.inf))
+        return sums, counts
+
+    monkeypatch.setattr(quantizers, "code_sums", restless)
+    inputs = subjects.make_inputs(TINY)
+    run = subjects.Run(subjects.SUBJECTS[OURS], "training", inputs)
+    with pytest.raises(checks.Refused, match=r"codebook, embed_sum of a step that is repeated"):
+        checks.check(run, checks.find_truth(inputs, ALL))
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def tiny_command(monkeypatch, tmp_path):
+    """The command, on a case that takes no time; its file."""
+    monkeypatch.setitem(cases.CASES, "tiny", TINY)
+    monkeypatch.setattr(devices.Cpu, "rates", lambda self: machines.Rates(1e9, 1e9))
+    monkeypatch.setattr(devices.Cpu, "can_weigh", lambda self: False)
+    monkeypatch.setattr(command, "DEFAULT", {"assign": ("tiny", "rq-vae")})
+    file = tmp_path / "rows.jsonl"
+    return file, ["--scope", "assign", "--subject", OURS, "--repeats", "2", "--json", str(file)]
+
+
+def test_an_interrupt_loses_no_row(tiny_command, monkeypatch, capsys):
+    file, arguments = tiny_command
+    honest = measuring.measure_case
+
+    def interrupted(case, *args):
+        if case.name == "rq-vae":
+            raise KeyboardInterrupt
+        return honest(case, *args)
+
+    monkeypatch.setattr(measuring, "measure_case", interrupted)
+    assert command.main(arguments) == 130
+    assert [row["case"] for row in report.read_rows(file)] == ["tiny"]
+    assert f"interrupted after 1 rows; they are in {file}" in capsys.readouterr().err
+
+
+def test_nothing_measured_is_a_failure_and_leaves_the_file(tiny_command, capsys):
+    file, arguments = tiny_command
+    file.write_text("of yesterday")
+    assert command.main([*arguments, "--budget", "1e-9"]) == 1
+    assert file.read_text() == "of yesterday"
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "-1"], "--memory: -1 is not above 0"),
+        (["--budget", "nan"], "--budget: nan is not above 0"),
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--compare", "HEAD", ".", "--json", "rows.jsonl"], "--compare makes none"),
+        (["--compare", __file__, "nowhere"], "is a file and nowhere is none"),
+        (["--compare", "nowhere", __file__], "is a file and nowhere is none"),
+        (["--compare", __file__, __file__], "has a line that is not JSON"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_cuda_without_a_gpu_is_an_error_of_the_argument(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--device", "cuda"])
+    assert "--device is cuda; torch sees no GPU" in capsys.readouterr().err

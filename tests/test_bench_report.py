@@ -136,6 +136,7 @@ def test_the_picture_has_a_bar_for_each_row():
         ([10, 11, 12], [9, 10, 11.5], "no difference beyond the spread"),
         # one outlier is not the spread
         ([10] * 9 + [1], [5] * 9 + [50], "faster by 2.00x"),
+        ([10, 10], [5, 5, 5], "no verdict from fewer than 3 repeats"),
     ],
 )
 def test_a_verdict_is_beyond_the_spread(before, after, words):
@@ -147,8 +148,8 @@ def test_files_are_compared_by_what_they_share(tmp_path, capsys):
     for path, rows in zip(
         paths,
         (
-            [row(OURS, [2.0, 2.0]), row(PEER, [1.0])],
-            [row(PEER, [1.0], device="another"), row(OURS, [1.0, 1.0])],
+            [row(OURS, [2.0] * 3), row(PEER, [1.0])],
+            [row(PEER, [1.0], device="another"), row(OURS, [1.0] * 3)],
         ),
         strict=True,
     ):
@@ -233,7 +234,7 @@ def test_command_fails_when_a_subject_is_refused(tmp_path, monkeypatch, capsys):
     flags = ["--case", "rq-vae", "--scope", "assign", "--subject", OURS, "--json", str(file)]
     assert command.main(flags) == 1
     assert "it is wrong" in capsys.readouterr().err
-    assert file.read_text() == ""
+    assert not file.exists()
 
 
 def test_unknown_names_are_usage_errors(capsys):
@@ -266,3 +267,8 @@ def test_the_floors_are_those_of_the_roofline():
     # int64 indices and float32 codes take a little more than there
     assert 1e3 * floors["memory"] == pytest.approx(0.18, rel=0.05)
     assert json.dumps(floors)
+
+
+def test_the_picture_is_of_the_result_file() -> None:
+    drawn = report.RESULTS / "training_cpu.jsonl"
+    assert f"{drawn.name}, sha256 {report.checksum(drawn)}" in report.PICTURE.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -370,3 +371,96 @@ def test_a_last_bit_of_the_sums_that_does_not_repeat_is_found(tmp_path: Path, mo
     of_sums = [step for name, step in steps.items() if name.startswith("sums")]
     assert of_sums
     assert all(repeats.differences(step, 2, CPU) == ["sums"] for step in of_sums)
+
+
+def test_errors_that_persist_do_not_use_up_the_time(tmp_path: Path) -> None:
+    calls = []
+
+    def search(x, codebook):
+        calls.append(1)
+        raise RuntimeError("no such kernel")
+
+    check = make_check(tmp_path)
+    exactness.run(check, search)
+    assert len(calls) == exactness.MOST_ERRORS
+    assert check.failures[-1].startswith("given up after 5 errors")
+
+
+def test_without_triton_it_says_so_at_once(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.runner, "run_all", lambda *_: pytest.fail("it began"))
+    assert command.main(["--dry", "--out", str(tmp_path / "out")]) == 2
+    assert "Triton is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan", "soon"])
+def test_no_seconds_are_an_error_of_the_argument(seconds, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--dry", f"--seconds={seconds}"])
+    assert "--seconds" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, capsys) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--dry", "--out", str(tmp_path / "out")])
+    assert "which is no folder" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_tool_that_hangs_is_ended_and_its_output_kept() -> None:
+    sanitizer = importlib.import_module("bench.gpu_check.sanitizer")
+    words = "import os, time; print(os.environ['SAID'], flush=True); time.sleep(60)"
+    start = time.monotonic()
+    status, printed = sanitizer.run_within(2, [sys.executable, "-c", words], SAID="so far")
+    assert status is None
+    assert printed == "so far\n"
+    assert time.monotonic() - start < 20
+    assert sanitizer.run_within(60, [sys.executable, "-c", "exit(3)"]) == (3, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_part_that_runs_and_keeps_its_output(tmp_path: Path, number) -> None:
+    """The command in a process of its own, with a part that sleeps."""
+    words = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from bench.gpu_check import __main__ as command, runner
+slow = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
+make = lambda part, out, is_dry, seconds: [sys.executable, "-c", slow]
+run_all = runner.run_all
+runner.run_all = lambda *args: run_all(*args, make)
+command.main(["large", "--dry", "--out", {str(tmp_path)!r}])
+"""
+    process = subprocess.Popen([sys.executable, "-c", words], stderr=subprocess.DEVNULL)
+    child = wait_for(lambda: children(process.pid))[0]
+    # its first line
+    wait_for(lambda: is_running(child) and b"pid" in stdout_of(child))
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    wait_for(lambda: not is_running(child))
+    assert f"pid {child}" in (tmp_path / "log.txt").read_text()
+    assert "interrupted" in (tmp_path / "summary.txt").read_text()
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def stdout_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/fd/1").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_for(find, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not (found := find()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench.__main__ import positive
 from bench.gpu_check import check, runner, summary
 from bench.gpu_check.parts import PARTS
 from bench.provenance import ROOT
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry", action="store_true", help="tiny sizes on a CPU, in Triton's interpreter"
     )
-    parser.add_argument("--seconds", type=float, help="for all parts; what is left then fails")
+    parser.add_argument("--seconds", type=positive, help="for all parts; what is left then fails")
     # what the process of a part does, and how long it has
     parser.add_argument("--here", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -44,12 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if not importlib.util.find_spec("triton"):
+        print("Triton is not installed, so nothing was checked", file=sys.stderr)
+        return 2
     out = options.out.absolute()
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out is {out}, which is no folder")
     if options.here is not None:
         (name,) = options.part
         return check.run_here(PARTS[name], out, options.dry, options.here)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # as Ctrl-C does it: the part that runs is ended too
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     seconds = options.seconds or (DRY_SECONDS if options.dry else SECONDS)
     with kernels_in_reach():
         outcomes = runner.run_all(

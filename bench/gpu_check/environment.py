@@ -21,7 +21,9 @@ QUERY = (
 def run(check: Check) -> str:
     print(describe())
     device = make_device(check.device.type)
-    before = nvidia_smi()
+    # by its own name: CUDA_VISIBLE_DEVICES may have renumbered it
+    gpu = None if check.is_dry else f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    before = nvidia_smi(gpu)
     rates = device.rates()
     commit = provenance.commit()
     check.note(
@@ -35,7 +37,7 @@ def run(check: Check) -> str:
         matmul_flop_per_s=rates.dot,
         nvidia_smi_before=before,
         # right after the matmuls: the clocks under load, nearly
-        nvidia_smi_after=nvidia_smi(),
+        nvidia_smi_after=nvidia_smi(gpu),
     )
     return (
         f"{device.name}, driver {device.driver}, torch {torch.__version__}, "
@@ -44,9 +46,11 @@ def run(check: Check) -> str:
     )
 
 
-def nvidia_smi() -> dict[str, str] | None:
+def nvidia_smi(gpu: str | None) -> dict[str, str] | None:
     """What it reads, by name; None where there is none."""
-    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]
+    if gpu is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", f"--id={gpu}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

@@ -32,6 +32,8 @@ MOST_CODES, LEAST_CODES = 4096, 17
 MOST_ROWS, MOST_ELEMENTS = 1 << 20, 1 << 26
 # pairs of row and dimension of a code: what a trial costs where every row is a close call
 MOST_PRODUCTS = 1 << 37
+# trials that end in an error, not in a wrong index
+MOST_ERRORS = 5
 # rows that numpy looks at too
 ORACLE_ROWS = 16
 
@@ -113,11 +115,14 @@ def run(check: Check, search: Search = run_kernels) -> str:
     wanted = DRY_ROWS * len(cases) if check.is_dry else ROWS
     found: list[dict[str, Any]] = []
     rows = 0
-    for trial in trials(cases, check.is_dry):
+    for begun, trial in enumerate(trials(cases, check.is_dry)):
         if rows >= wanted and len(found) >= len(cases):
             break
         if check.time_left() < 0:
             check.expect(False, f"the time was up after {rows:.3g} rows of {wanted:.3g}")
+            break
+        if begun - len(found) >= MOST_ERRORS:
+            check.expect(False, f"given up after {MOST_ERRORS} errors and {rows:.3g} rows")
             break
         with check.step(str(trial)):
             found.append(check_trial(trial, check.device, search))

@@ -55,6 +55,8 @@ def run(check: Check) -> str:
     missed = [f"{row['N']},{row['K']},{row['D']} {row['missed']}" for row in rows if row["missed"]]
     # a miss is a finding, not a failure: the prediction may be what is wrong
     text = f"{len(rows) - len(missed)} of {len(rows)} as predicted"
+    if "H100" not in device.name:
+        text += f" of an H100, which {device.name} is not"
     return text + (f", beyond 30 %: {'; '.join(missed)}" if missed else "")
 
 

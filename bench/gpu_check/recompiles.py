@@ -54,7 +54,7 @@ def works(dim: int, device: torch.device) -> dict[str, Callable[[int], object]]:
         mask = torch.ones(rows, dtype=torch.bool, device=device)
         return ops.run_kernels(vectors(rows), codebook, exact=True, mask=mask, gather=True)
 
-    def sums(rows: int) -> object:
+    def sums(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         from vqtriton.kernels.code_sums import code_sums
 
         return code_sums(vectors(rows)[None], indices(rows)[None], CODEBOOK_SIZE)
@@ -66,11 +66,29 @@ def works(dim: int, device: torch.device) -> dict[str, Callable[[int], object]]:
         grads = (torch.ones(1, rows, device=device), x, one_head, indices(rows)[None], 1.0)
         return grad_x(x, *grads), grad_codebook(*grads)
 
+    def update(rows: int) -> None:
+        from vqtriton.kernels.ema_update import ema_update_
+
+        (of_codes,), (counts,) = sums(rows)
+        rows_per_code = counts.float()
+        ema_update_(
+            *(t.clone() for t in (rows_per_code, codebook, of_codes)),
+            rows_per_code,
+            of_codes,
+            # what may stand for a dead code, all of it there
+            codebook,
+            torch.ones_like(rows_per_code),
+            decay=0.9,
+            eps=1e-5,
+            threshold=0.5,
+        )
+
     return {
         "nearest_code": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=True),
         "vector_quantize": masked,
         "code_sums": sums,
         "gradients": gradients,
+        "update": update,
         "fast": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=False),
     }
 

@@ -21,6 +21,8 @@ from bench.provenance import ROOT
 
 # of the output of a part, from either end: the log stays small
 KEPT = 40_000
+# for a process to end that was killed
+KILL_SECONDS = 10.0
 # with less than that left no part is begun
 LEAST_SECONDS = 3.0
 
@@ -101,18 +103,25 @@ def run_part(part: Part, out: Path, is_dry: bool, limit: float, make: Command = 
         except subprocess.TimeoutExpired:
             pass
         finally:
+            # also where Ctrl-C ends this process: what the part printed is kept
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        seconds = time.monotonic() - start
-        output.seek(0)
-        printed = output.read().decode(errors="replace")
-    if len(printed) > 2 * KEPT:
-        cut = len(printed) - 2 * KEPT
-        printed = f"{printed[:KEPT]}\n[{cut} characters left out]\n{printed[-KEPT:]}"
-    with (out / "log.txt").open("a") as log:
-        log.write(f"=== {part.name}, {seconds:.1f} s, exit status {code}\n{printed}\n")
+            # a process that hangs in its driver may outlive even that
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)
+            seconds = time.monotonic() - start
+            output.seek(0)
+            printed = _shorten(output.read().decode(errors="replace"))
+            with (out / "log.txt").open("a") as log:
+                log.write(f"=== {part.name}, {seconds:.1f} s, exit status {code}\n{printed}\n")
     return Outcome(part.name, *_ended(part, out, code, limit, printed), seconds)
+
+
+def _shorten(printed: str) -> str:
+    if len(printed) <= 2 * KEPT:
+        return printed
+    cut = len(printed) - 2 * KEPT
+    return f"{printed[:KEPT]}\n[{cut} characters left out]\n{printed[-KEPT:]}"
 
 
 def _ended(part: Part, out: Path, code: int | None, limit: float, printed: str) -> tuple[str, str]:

@@ -44,12 +44,19 @@ def run(check: Check) -> str:
         print(done.stdout, flush=True)
         return (done.stdout.strip().splitlines() or ["nothing"])[-1] if done.returncode else ""
 
+    late = 0
     with ThreadPoolExecutor(workers) as pool:
         for share, future in [(share, pool.submit(work, share)) for share in shares]:
             with check.step(f"D and dtype {share}"):
-                error = future.result()
+                try:
+                    error = future.result()
+                except subprocess.TimeoutExpired:
+                    # on few cores: the parts that need the rest compile it themselves
+                    late += 1
+                    continue
                 check.expect(not error, f"D and dtype {share}: {error}")
-    return f"{len(pairs)} pairs of D and dtype in {workers} processes"
+    text = f"{len(pairs)} pairs of D and dtype in {workers} processes"
+    return text + (f", {late} of which had not the time" if late else "")
 
 
 def search_one(dim: int, dtype: torch.dtype, device: str) -> None:
