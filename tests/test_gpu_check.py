@@ -328,7 +328,7 @@ def test_a_dry_walk_of_a_part(tmp_path) -> None:
     assert "run     recompiles" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows[0]["programs"]["screen_codes_kernel"] == 1
-    assert len(rows) == 6
+    assert len(rows) == 7
 
 
 def test_a_row_that_was_cut_off_costs_its_own_part_alone(tmp_path: Path, monkeypatch) -> None:
