@@ -1,80 +1,359 @@
-"""k-means on the two ops of vector quantization: `nearest_code` and `code_sums`."""
+"""k-means on the ops of vector quantization: the nearest codes, and the sums of their rows.
+
+The rows may be more than fit in memory, and be spread over the ranks of a process group: each pass
+reads them block by block and ends with one collective.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqtriton import distributed
-from vqtriton.functional import check_x, code_sums, nearest_code
+from vqtriton.functional import check_x, code_sums, vector_quantize
 from vqtriton.screening import finite_rows
+
+Batches = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+Callback = Callable[[int, float, int], object]
+INITS = ("random", "k-means++")
+# elements that are held at a time, beside the rows themselves
+BLOCK_ELEMENTS = 1 << 25
+# rows for each code among which k-means++ looks for starts
+ROWS_PER_CODE = 16
 
 
 def kmeans(
-    x: Tensor,
+    x: Tensor | Batches,
     codebook_size: int,
     iters: int = 10,
     generator: torch.Generator | None = None,
+    *,
+    init: str = "random",
+    sync: bool = False,
+    callback: Callback | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """Lloyd's k-means from randomly drawn rows.
+    """Lloyd's k-means; of a tensor, or of batches that need not fit in memory.
 
-    Deterministic for a seed. A code that no row chose stays where it is. With fewer rows than
-    codes, rows are drawn more than once.
+    The same codebook for a seed, bit for bit, however the rows are divided into batches. It ends
+    before ``iters`` where an iteration changes nothing. A code that no row chose starts anew from
+    a row, drawn with a probability in proportion to its squared distance to its code; where every
+    row is a code already, it stays where it is.
 
     Args:
-        x: vectors, [..., D]. Rows that are not finite are left out.
-        codebook_size: K >= 1.
+        x: vectors, [..., D]; or batches of them: an iterable that can be read again (a list, a
+            ``DataLoader``), or a function that returns an iterator. It is read ``iters + 1`` times
+            and must give the same rows each time, in any order. Rows that are not finite are left
+            out.
+        codebook_size: K >= 1. With fewer rows than codes, some codes are equal.
         iters: Lloyd iterations, >= 0.
-        generator: source of the draw, on ``x``'s device; torch's own by default.
+        generator: source of all draws, on the device of the computation; torch's own by default.
+        init: "random": start from rows drawn uniformly. "k-means++": from rows that are far from
+            each other, each the best of 2 + ln K that are drawn; chosen among 16·K rows drawn
+            uniformly, in K steps that take 16·K²·(2 + ln K)·D multiplications in float64.
+        sync: over all ranks of `torch.distributed`, each with rows of its own or none (then say
+            on which ``device``). Every rank gets the same bits; an error on one is one on all.
+        callback: called on every rank after each iteration with its number from 0, the inertia
+            (sum of squared distances, of all rows to the codes that the iteration began with),
+            and the number of codes that no row chose.
+        device: where to compute; that of the (first) batch by default.
+        backend: see `nearest_code`.
 
     Returns:
         codebook, [K, D] float32.
 
     Raises:
-        ValueError: no finite row, or a number out of range.
-        TypeError: ``x`` is not a float tensor, or a number is not an int.
+        ValueError: no finite row, batches that do not fit together, or a number out of range.
+        TypeError: a batch is not a float tensor, ``x`` can be read only once, or a number is not
+            an int.
+        RuntimeError: another rank failed (``sync``).
+
+    References: Lloyd 1982; Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful
+    Seeding"; weighted draws: Efraimidis and Spirakis 2006.
     """
-    check_x(x)
-    for name, number in (("codebook_size", codebook_size), ("iters", iters)):
+    for name, number, least in (("codebook_size", codebook_size, 1), ("iters", iters, 0)):
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{name} is {number!r:.80}; it must be an int")
-    if codebook_size < 1:
-        raise ValueError(f"codebook_size is {codebook_size}; it must be at least 1")
-    if iters < 0:
-        raise ValueError(f"iters is {iters}; it must be at least 0")
-    rows = x.detach().reshape(-1, x.shape[-1])
-    rows = rows[finite_rows(rows)]
-    if rows.shape[0] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)} and no finite row to start from")
-    codebook, _, _ = lloyd(rows, codebook_size, iters, generator, sync=False)
-    return codebook
+        if number < least:
+            raise ValueError(f"{name} is {number}; it must be at least {least}")
+    if init not in INITS:
+        raise ValueError(f"init is {init!r:.80}; it must be one of {', '.join(INITS)}")
+    found = lloyd(
+        Rows(x, device),
+        codebook_size,
+        iters,
+        generator,
+        init=init,
+        sync=sync,
+        callback=callback,
+        backend=backend,
+    )
+    if not found.has_rows:
+        what = f"has shape {tuple(x.shape)} and" if isinstance(x, Tensor) else "has"
+        raise ValueError(f"x {what} no finite row to start from")
+    return found.codebook
+
+
+class Rows:
+    """The finite rows of x, pass after pass, in blocks whose size does not depend on its batches.
+
+    Args:
+        x: see `kmeans`.
+        device: of the blocks; that of the first batch by default.
+
+    Attributes:
+        dim: D, once a batch was seen; 0 before.
+        device: of the blocks; the CPU before a batch was seen.
+    """
+
+    def __init__(self, x: Tensor | Batches, device: torch.device | str | None = None) -> None:
+        self._batches: Callable[[], Iterable[Tensor]]
+        self.dim, self._dtype = 0, torch.float32
+        self.device = torch.device(device or "cpu")
+        self._has_device = device is not None
+        self._num_rows: int | None = None
+        if isinstance(x, Tensor):
+            check_x(x)
+            self._see(x)
+            self._batches = lambda: (x,)
+        elif isinstance(x, Iterator):
+            raise TypeError(
+                f"x is a {type(x).__name__}, which can be read only once; k-means reads it again "
+                "and again: give a list, a DataLoader, or a function that returns an iterator"
+            )
+        elif isinstance(x, Iterable):
+            self._batches = lambda: x
+        elif callable(x):
+            self._batches = x
+        else:
+            raise TypeError(
+                f"x is a {type(x).__name__}; it must be a tensor, an iterable of tensors, or a "
+                "function that returns an iterator of them"
+            )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """
+        Yields:
+            [n, D], all of the same n but the last.
+
+        Raises:
+            TypeError, ValueError: a batch that does not fit, or fewer or more rows than before.
+        """
+        held: list[Tensor] = []
+        num_held = num_rows = 0
+        for place, batch in enumerate(self._batches()):
+            rows = self._check(place, batch)
+            block = max(1, BLOCK_ELEMENTS // self.dim)
+            for piece in rows.split(block):
+                piece = piece.to(self.device)
+                keep = finite_rows(piece)
+                if not keep.all():
+                    piece = piece[keep]
+                held.append(piece)
+                num_held += piece.shape[0]
+                num_rows += piece.shape[0]
+                if num_held >= block:
+                    joined = torch.cat(held) if len(held) > 1 else piece
+                    yield joined[:block]
+                    held, num_held = [joined[block:]], num_held - block
+        if num_held:
+            yield torch.cat(held)
+        if self._num_rows not in (None, num_rows):
+            raise ValueError(
+                f"x gave {self._num_rows} finite rows at first and {num_rows} later; it must give "
+                "the same rows each time that it is read"
+            )
+        self._num_rows = num_rows
+
+    def _see(self, batch: Tensor) -> None:
+        self.dim, self._dtype = batch.shape[-1], batch.dtype
+        if not self._has_device:
+            self.device, self._has_device = batch.device, True
+
+    def _check(self, place: int, batch: Tensor) -> Tensor:
+        try:
+            check_x(batch)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batch {place} of x: {error}") from None
+        if not self.dim:
+            self._see(batch)
+        if batch.shape[-1] != self.dim or batch.dtype != self._dtype:
+            raise ValueError(
+                f"batch {place} of x has shape {tuple(batch.shape)} and {batch.dtype}; the first "
+                f"had D = {self.dim} and {self._dtype}"
+            )
+        return batch.detach().reshape(-1, self.dim)
+
+
+class Clusters(NamedTuple):
+    """What `lloyd` returns."""
+
+    # [K, D] float32; zeros without rows
+    codebook: Tensor
+    # [K] float64, rows of each code in the last assignment
+    counts: Tensor
+    # on any rank
+    has_rows: bool
 
 
 @torch.no_grad()
 def lloyd(
-    rows: Tensor,
+    rows: Rows,
     codebook_size: int,
     iters: int,
     generator: torch.Generator | None = None,
     *,
+    init: str = "random",
     sync: bool,
+    callback: Callback | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """k-means over the finite rows [N, D] of this rank, or of all ranks.
+) -> Clusters:
+    """See `kmeans`; without any row it returns zeros."""
+    places = codebook_size * (ROWS_PER_CODE if init == "k-means++" else 1)
+    drawn = Reservoir(distributed.num_places(places, sync=sync), generator)
+    with distributed.together(sync=sync) as agreement:
+        for block in rows:
+            drawn.add(block, torch.ones(len(block), device=block.device))
+    dim = agreement.settle(rows.dim, rows.device)
+    if not dim:
+        nothing = torch.zeros(codebook_size, device=rows.device)
+        return Clusters(nothing[:, None], nothing, False)
 
-    Returns:
-        codebook, [K, D] float32, the same bits on every rank; counts, [K] float32, of the last
-        assignment; whether there was any row, [] bool. Without one, zeros.
-    """
+    spread = distributed.spread(*drawn.take(dim, rows.device), places, sync=sync)
+    samples, is_filled = distributed.all_reduce(spread, sync=sync)
     everywhere = torch.ones(codebook_size, dtype=torch.bool, device=rows.device)
-    keep = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-    drawn = distributed.sample_rows(rows, codebook_size, keep=keep, generator=generator, sync=sync)
-    samples, is_filled = distributed.all_reduce(drawn, sync=sync)
-    codebook, _ = distributed.take_filled(samples, is_filled, everywhere)
-    counts = torch.zeros(codebook_size, device=rows.device)
-    for _ in range(iters):
-        indices = nearest_code(rows, codebook, backend=backend)
-        local = code_sums(rows, indices, codebook_size, backend=backend)
-        sums, counts = distributed.all_reduce(local, sync=sync)
-        codebook = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), codebook)
-    return codebook, counts, is_filled.any()
+    codebook, _ = distributed.take_filled(
+        samples[:codebook_size], is_filled[:codebook_size], everywhere
+    )
+    counts = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
+    if not is_filled.any():
+        return Clusters(codebook, counts, False)
+    if init == "k-means++":
+        codebook = plus_plus(samples[is_filled > 0], codebook_size, generator)
+        if sync:
+            distributed.broadcast_([codebook])
+
+    for iteration in range(iters):
+        sums = torch.zeros(codebook_size, dim, dtype=torch.float64, device=rows.device)
+        counts = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
+        inertia = counts.new_zeros(())
+        far = Reservoir(distributed.num_places(codebook_size, sync=sync), generator)
+        with distributed.together(sync=sync) as agreement:
+            for block in rows:
+                sq_error, indices = assign(block, codebook, backend)
+                of_block, of_codes = code_sums(block, indices, codebook_size, backend=backend)
+                sums += of_block
+                counts += of_codes
+                inertia += sq_error.sum()
+                far.add(block, sq_error)
+        sums, counts, inertia, failed = distributed.all_reduce(
+            (sums, counts, inertia, agreement.failed(rows.device)), sync=sync, dtype=torch.float64
+        )
+        agreement.raise_if(failed)
+        is_empty = counts == 0
+        means = (sums / counts.clamp(min=1)[:, None]).float()
+        updated = torch.where(is_empty[:, None], codebook, means)
+        num_empty = int(is_empty.sum())
+        if num_empty:
+            spread = distributed.spread(*far.take(dim, rows.device), codebook_size, sync=sync)
+            fresh, is_filled = distributed.all_reduce(spread, sync=sync)
+            fresh, is_fresh = distributed.take_filled(fresh, is_filled, is_empty)
+            updated = torch.where(is_fresh[:, None], fresh, updated)
+        if callback is not None:
+            callback(iteration, float(inertia), num_empty)
+        is_settled = torch.equal(updated, codebook)
+        codebook = updated
+        if is_settled:
+            break
+    return Clusters(codebook, counts, True)
+
+
+def assign(rows: Tensor, codebook: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Squared distance of each row to its code, [N] float64, and its index."""
+    _, indices, sq_error = vector_quantize(
+        rows,
+        codebook,
+        commitment_weight=1.0,
+        codebook_weight=0.0,
+        reduction="none",
+        backend=backend,
+    )
+    return sq_error.double(), indices
+
+
+def weighted_keys(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[n] float64; rows with the largest keys are a draw without replacement in proportion to w.
+
+    That of a row whose weight is 0 is -inf.
+    """
+    draws = torch.empty_like(weights, dtype=torch.float64).exponential_(generator=generator)
+    return -draws / weights
+
+
+class Reservoir:
+    """Rows drawn from a stream without replacement, in proportion to their weights.
+
+    Args:
+        size: how many, at most.
+        generator: on the device of the rows.
+    """
+
+    def __init__(self, size: int, generator: torch.Generator | None) -> None:
+        self._size, self._generator = size, generator
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def add(self, rows: Tensor, weights: Tensor) -> None:
+        """
+        Args:
+            rows: [n, D].
+            weights: [n], >= 0.
+        """
+        keys, places = weighted_keys(weights, self._generator).topk(min(self._size, len(rows)))
+        drawn = rows[places].float()
+        if self._held is not None:
+            keys, drawn = torch.cat([self._held[0], keys]), torch.cat([self._held[1], drawn])
+            keys, places = keys.topk(min(self._size, len(keys)))
+            drawn = drawn[places]
+        self._held = keys, drawn
+
+    def take(self, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[n, D] float32 in the order of the draw, and [n] bool, which of them count."""
+        if self._held is None:
+            return torch.zeros(0, dim, device=device), torch.zeros(
+                0, dtype=torch.bool, device=device
+            )
+        keys, rows = self._held
+        return rows, keys > -math.inf
+
+
+def plus_plus(rows: Tensor, codebook_size: int, generator: torch.Generator | None) -> Tensor:
+    """Greedy k-means++: [K, D] of the rows [n, D] float32, the first of which is the first code."""
+    count = rows.shape[0]
+    # far from the origin, squared norms would leave nothing of the distances
+    y = rows.double() - rows.double().mean(0)
+    sqnorm = y.square().sum(1)
+    # what is less than rounding is no distance
+    least = 16 * (y.shape[1] + 2) * torch.finfo(torch.float64).eps
+
+    def sq_distances(places: Tensor) -> Tensor:
+        scale = sqnorm[places, None] + sqnorm
+        distances = scale - 2 * (y[places] @ y.T)
+        return distances.where(distances > least * scale, 0)
+
+    trials = min(count, 2 + int(math.log(codebook_size)))
+    chosen = torch.arange(codebook_size, device=rows.device) % count
+    closest = sq_distances(chosen[:1])[0]
+    for place in range(1, codebook_size):
+        keys, drawn = weighted_keys(closest, generator).topk(trials)
+        candidates = torch.minimum(closest, sq_distances(drawn))
+        best = candidates.sum(1).argmin()
+        # where every row is a code already, those that were drawn first are taken again
+        is_new = keys[0] > -math.inf
+        chosen[place] = torch.where(is_new, drawn[best], chosen[place])
+        closest = torch.where(is_new, candidates[best], closest)
+    return rows[chosen]

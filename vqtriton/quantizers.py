@@ -266,7 +266,7 @@ class VectorQuantize(nn.Module):
     def _init_from_data(self, vectors: Tensor, mask: Tensor | None) -> None:
         rows = vectors.reshape(-1, self.dim) if mask is None else vectors[mask]
         codebook, counts, has_rows = clustering.lloyd(
-            rows[finite_rows(rows)],
+            clustering.Rows(rows),
             self.codebook_size,
             self.kmeans_iters,
             sync=self.sync_codebook,
