@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from backends import Backend, on_every_backend
 
 import vqtriton
+from vqtriton import clustering
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -80,3 +84,196 @@ def test_shape_of_the_batch_does_not_matter() -> None:
 def test_bad_input_is_named(x, options, message) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         vqtriton.kmeans(x, **{"codebook_size": 2, **options})
+
+
+# --- batches ---
+
+
+def blobs(num: int, rows: int, dim: int = 3, seed: int = 5) -> torch.Tensor:
+    """Far apart, each of a few rows."""
+    source = generator(seed)
+    centers = 100 * torch.randn(num, dim, generator=source)
+    return centers.repeat(rows, 1) + torch.randn(num * rows, dim, generator=source)
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_batches_change_no_bit(monkeypatch, init) -> None:
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 64 * 4)
+    x = torch.randn(999, 4)
+    x[::7, 1] = torch.nan
+
+    def run(rows):
+        return vqtriton.kmeans(rows, 20, 4, generator(), init=init)
+
+    want = run(x)
+    assert torch.equal(run([x[:1], x[1:1], x[1:500].reshape(-1, 1, 4), x[500:]]), want)
+    assert torch.equal(run(lambda: iter(x.split(37))), want)
+    loader = torch.utils.data.DataLoader(x, batch_size=150)
+    assert torch.equal(run(loader), want)
+
+
+def test_batches_are_not_held(monkeypatch) -> None:
+    """Of a stream of 30 batches no more than a few are alive at a time."""
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 100 * 4)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def batches():
+        nonlocal most
+        for place in range(30):
+            batch = torch.randn(100, 4, generator=generator(place))
+            alive.add(batch)
+            most = max(most, len(alive))
+            yield batch
+
+    vqtriton.kmeans(batches, 8, 2, generator())
+    assert most <= 4
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (iter([torch.zeros(3, 4)]), TypeError, "can be read only once"),
+        ((torch.zeros(3, 4) for _ in range(2)), TypeError, "x is a generator"),
+        (7, TypeError, "x is a int"),
+        ("rows", TypeError, "batch 0 of x: x is a str"),
+        ([torch.zeros(3, 4), torch.zeros(3, 5)], ValueError, "batch 1 of x has shape"),
+        ([torch.zeros(3, 4), torch.zeros(3, 4).double()], ValueError, "batch 1 of x .*float64"),
+        ([torch.zeros(3, 4), (torch.zeros(3, 4), 1)], TypeError, "batch 1 of x: x is a tuple"),
+        ([], ValueError, "x has no finite row"),
+        (list, ValueError, "x has no finite row"),
+        ([torch.zeros(0, 4), torch.full((2, 4), torch.inf)], ValueError, "x has no finite row"),
+    ],
+)
+def test_bad_batches_are_named(x, error, message) -> None:
+    with pytest.raises(error, match=message):
+        vqtriton.kmeans(x, 2)
+
+
+def test_a_source_that_runs_dry_is_named() -> None:
+    passes = iter([[torch.randn(9, 4)], [torch.randn(9, 4)], []])
+    with pytest.raises(ValueError, match="x gave 9 finite rows at first and 0 later"):
+        vqtriton.kmeans(lambda: next(passes), 2, iters=3)
+
+
+@pytest.mark.parametrize("init", ["furthest", None, "k-means"])
+def test_an_unknown_start_is_named(init) -> None:
+    with pytest.raises(ValueError, match="init is "):
+        vqtriton.kmeans(torch.randn(9, 4), 2, init=init)
+
+
+# --- starts, empty clusters, progress ---
+
+
+def inertia(x: torch.Tensor, codebook: torch.Tensor) -> float:
+    codes = codebook.double()[vqtriton.reference.nearest_code(x, codebook)]
+    return (x.double() - codes).square().sum().item()
+
+
+def test_plus_plus_finds_what_is_far_apart() -> None:
+    """A start of one row in each of 40 blobs, which a uniform draw does not give."""
+    x = blobs(40, 30)
+    within = 3 * len(x)
+    for seed in range(3):
+        careful = vqtriton.kmeans(x, 40, 0, generator(seed), init="k-means++")
+        assert inertia(x, careful) < 4 * within
+        assert inertia(x, vqtriton.kmeans(x, 40, 0, generator(seed))) > 40 * within
+        # far from the origin it is no different
+        moved = vqtriton.kmeans(x + 1e4, 40, 0, generator(seed), init="k-means++")
+        assert inertia(x + 1e4, moved) < 4 * within
+
+
+def test_plus_plus_starts_from_rows_even_if_there_are_few() -> None:
+    x = torch.randn(3, 4).repeat(5, 1)
+    codebook = vqtriton.kmeans(x, 8, 2, generator(), init="k-means++")
+    assert codebook.unique(dim=0).shape[0] == 3
+    assert inertia(x, codebook) == 0
+
+
+def test_empty_clusters_start_anew() -> None:
+    """Half of the rows are one point, of which a uniform draw takes many."""
+    x = torch.cat([torch.zeros(300, 3), blobs(60, 5)])
+    empty = []
+    codebook = vqtriton.kmeans(
+        x, 40, 12, generator(), callback=lambda i, inertia, num_empty: empty.append(num_empty)
+    )
+    assert empty[0] > 5
+    assert empty[-1] == 0
+    assert codebook.unique(dim=0).shape[0] == 40
+    assert vqtriton.nearest_code(x, codebook).unique().numel() == 40
+
+
+def test_an_empty_cluster_never_starts_from_a_row_that_is_a_code() -> None:
+    # integers, of which the means are exact
+    x = torch.tensor([[1.0, 2, 3], [7, 0, -2], [5, 5, 5], [0, -9, 4]]).repeat(50, 1)
+    codebook = vqtriton.kmeans(x, 10, 6, generator())
+    assert inertia(x, codebook) == 0
+    assert (codebook[:, None] == x[:4]).all(-1).any(1).all()
+
+
+def test_progress_is_the_inertia_of_each_iteration() -> None:
+    x = torch.randn(400, 4)
+    seen = []
+    codebook = vqtriton.kmeans(x, 10, 200, generator(), callback=lambda *row: seen.append(row))
+    assert [row[0] for row in seen] == list(range(len(seen)))
+    for iteration, found, _ in seen[:5]:
+        began = vqtriton.kmeans(x, 10, iteration, generator())
+        assert found == pytest.approx(inertia(x, began), rel=1e-6)
+    errors = [row[1] for row in seen]
+    assert errors == sorted(errors, reverse=True)
+    # it settled, and more iterations are none
+    assert len(seen) < 200
+    assert torch.equal(vqtriton.kmeans(x, 10, len(seen) - 1, generator()), codebook)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype) -> None:
+    x = blobs(10, 20).to(dtype)
+    codebook = vqtriton.kmeans(x, 10, 5, generator(), init="k-means++")
+    assert codebook.dtype == torch.float32
+    assert inertia(x, codebook) == pytest.approx(
+        inertia(x, vqtriton.kmeans(x.float(), 10, 5, generator(), init="k-means++")), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_beside_scikit_learn(init) -> None:
+    """From a start of the same kind, to an end as good: the best of five of each."""
+    cluster = pytest.importorskip("sklearn.cluster")
+    x = torch.randn(3000, 8, generator=generator(1))
+    ours = min(
+        inertia(x, vqtriton.kmeans(x, 32, 60, generator(seed), init=init)) for seed in range(5)
+    )
+    theirs = min(
+        cluster.KMeans(32, init=init, n_init=1, max_iter=60, tol=0, random_state=seed)
+        .fit(x.numpy())
+        .inertia_
+        for seed in range(5)
+    )
+    assert ours < 1.01 * theirs
+
+
+# --- the kernels ---
+
+
+@on_every_backend
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_on_every_backend(backend: Backend, monkeypatch, init) -> None:
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 20 * 3)
+    x = blobs(6, 8).to(backend.device)
+    empty = []
+    codebook = vqtriton.kmeans(
+        x,
+        9,
+        3,
+        torch.Generator(backend.device).manual_seed(0),
+        init=init,
+        callback=lambda i, inertia, num_empty: empty.append(num_empty),
+        backend=backend.name,
+    )
+    assert codebook.device.type == backend.device
+    assert 1 <= len(empty) <= 3
+    assert min(empty) == empty[-1]
+    means = torch.stack([x[k::6].mean(0) for k in range(6)])
+    if init == "k-means++":
+        assert (torch.cdist(means, codebook).amin(1) < 4).all()

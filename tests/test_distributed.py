@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import ranks
 import torch
 from torch import Tensor
 
-from vqtriton import VectorQuantize
+from vqtriton import VectorQuantize, kmeans, nearest_code
 
 DIM, SIZE = 5, 16
 
@@ -179,3 +180,89 @@ def count_collectives(rank: int, world_size: int, meeting_point: str) -> dict[st
 
 def test_one_collective_a_step(tmp_path: Path) -> None:
     assert [result["calls"].item() for result in ranks.run(count_collectives, tmp_path)] == [1, 1]
+
+
+def clustered(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    x = torch.cat([torch.zeros(60, DIM), 9 * batch(0, 200)])
+    found = {}
+    for init in ("random", "k-means++"):
+        for name, share in {
+            "even": list(x.chunk(world_size)),
+            # no tensor from which a rank could learn D
+            "no batch": [[]] * (world_size - 1) + [list(x.split(33))],
+            "no row": [[x[:0]]] * (world_size - 1) + [list(x.split(33))],
+            "no finite row": [x * torch.nan] * (world_size - 1) + [x],
+        }.items():
+            rows = []
+            found[f"{init}, {name}"] = kmeans(
+                share[rank],
+                SIZE,
+                12,
+                # each rank with a seed of its own
+                torch.Generator().manual_seed(rank),
+                init=init,
+                sync=True,
+                callback=lambda *row, rows=rows: rows.append(row),
+            )
+            found[f"{init}, {name}: progress"] = torch.tensor(rows, dtype=torch.float64)
+    return found
+
+
+def test_kmeans_of_all_ranks(tmp_path: Path) -> None:
+    results = ranks.run(clustered, tmp_path)
+    assert_equal(results)
+    x = torch.cat([torch.zeros(60, DIM), 9 * batch(0, 200)])
+    alone = (x - kmeans(x, SIZE, 12, torch.Generator().manual_seed(0))[nearest(x)]).square().sum()
+    for name, value in results[0].items():
+        if name.endswith("progress"):
+            _, inertia, num_empty = value[-1]
+            assert num_empty == 0
+            assert inertia < 1.3 * alone
+        else:
+            assert value.unique(dim=0).shape[0] == SIZE
+
+
+def nearest(x: Tensor) -> Tensor:
+    return nearest_code(x, kmeans(x, SIZE, 12, torch.Generator().manual_seed(0)))
+
+
+def clustered_badly(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    passes = iter(range(100))
+    x = batch(0)
+
+    def fails_later():
+        if rank == 1 and next(passes) == 3:
+            raise OSError("the disk is gone")
+        return [x]
+
+    texts = []
+    for rows in (
+        fails_later,
+        [x] if rank == 0 else ["x"],
+        x if rank == 0 else x[:, 1:],
+        x * torch.nan,
+        [],
+    ):
+        with pytest.raises((OSError, RuntimeError, TypeError, ValueError)) as raised:
+            kmeans(rows, SIZE, sync=True)
+        texts.append(str(raised.value))
+    want = [
+        ["1 other ranks failed", "the disk is gone"][rank],
+        ["1 other ranks failed", "batch 0 of x: x is a str"][rank],
+        "x has vectors of size 4 on one rank and 5 on another",
+        "no finite row",
+        "no finite row",
+    ]
+    for text, words in zip(texts, want, strict=True):
+        assert words in text, (text, words)
+    # and the ranks are still in step
+    return {"codebook": kmeans(x, SIZE, 2, torch.Generator().manual_seed(rank), sync=True)}
+
+
+def test_an_error_on_one_rank_is_one_on_all(tmp_path: Path) -> None:
+    start = time.monotonic()
+    assert_equal(ranks.run(clustered_badly, tmp_path))
+    # nobody waited for the other until the time was up
+    assert time.monotonic() - start < 18
