@@ -25,7 +25,7 @@ from bench import provenance
 from bench.check import nearest_codes
 from bench.measure import interleave, quantile
 
-ROW = dict[str, Any]
+Row = dict[str, Any]
 ITERS = 20
 TURNS = 5
 
@@ -114,7 +114,7 @@ def inertia(x: Tensor, codebook: Tensor) -> float:
     return (x.double() - codes).square().sum().item()
 
 
-def measure(data: Data, turns: int, command: str) -> list[ROW]:
+def measure(data: Data, turns: int, command: str) -> list[Row]:
     x = data.make()
     fits = {
         name: make()
@@ -154,7 +154,7 @@ def measure(data: Data, turns: int, command: str) -> list[ROW]:
     ]
 
 
-def table(rows: Iterable[ROW]) -> str:
+def table(rows: Iterable[Row]) -> str:
     """Markdown: median inertia over that of ours from the same kind of start, and time."""
     rows = list(rows)
     ours = {(r["data"], r["init"]): r for r in rows if r["subject"].startswith("vqtriton")}
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.json and not asked.json.parent.is_dir():
         parser.error(f"--json is {asked.json}; there is no folder {asked.json.parent}")
     command = shlex.join(["python", "-m", "bench.clustering", *arguments])
-    rows: list[ROW] = []
+    rows: list[Row] = []
     for data in DATA:
         found = measure(data, asked.turns, command)
         print(table(found), flush=True)

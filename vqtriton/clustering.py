@@ -23,7 +23,7 @@ INITS = ("random", "k-means++")
 # elements that are held at a time, beside the rows themselves
 BLOCK_ELEMENTS = 1 << 25
 # rows for each code among which k-means++ looks for starts
-ROWS_PER_CODE = 16
+ROWS_PER_CODE = 128
 
 
 def kmeans(
@@ -54,8 +54,8 @@ def kmeans(
         iters: Lloyd iterations, >= 0.
         generator: source of all draws, on the device of the computation; torch's own by default.
         init: "random": start from rows drawn uniformly. "k-means++": from rows that are far from
-            each other, each the best of 2 + ln K that are drawn; chosen among 16·K rows drawn
-            uniformly, in K steps that take 16·K²·(2 + ln K)·D multiplications in float64.
+            each other, each the best of 2 + ln K that are drawn; chosen among 128·K rows drawn
+            uniformly, in K steps that take 128·K²·(2 + ln K)·D multiplications in float64.
         sync: over all ranks of `torch.distributed`, each with rows of its own or none (then say
             on which ``device``). Every rank gets the same bits; an error on one is one on all.
         callback: called on every rank after each iteration with its number from 0, the inertia
