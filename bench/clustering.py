@@ -8,24 +8,21 @@ returns, evaluated in float64. Turn by turn; every turn has another seed, the sa
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import vqtriton
-from bench import provenance
+from bench import provenance, report
 from bench.check import nearest_codes
-from bench.measure import interleave, quantile
+from bench.measure import Row, interleave
 
-Row = dict[str, Any]
 ITERS = 20
 TURNS = 5
 
@@ -154,29 +151,6 @@ def measure(data: Data, turns: int, command: str) -> list[Row]:
     ]
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Markdown: median inertia over that of ours from the same kind of start, and time."""
-    rows = list(rows)
-    ours = {(r["data"], r["init"]): r for r in rows if r["subject"].startswith("vqtriton")}
-    lines = [
-        "| N, K, D | | inertia (of seeds) | over ours | seconds | over ours |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        mine = ours[row["data"], row["init"]]
-        shape = ", ".join(str(row["shape"][name]) for name in "NKD")
-        middle, low, high = quantile(row["inertia"], 0.5), min(row["inertia"]), max(row["inertia"])
-        more = middle / quantile(mine["inertia"], 0.5)
-        times = [a / b for a, b in zip(row["seconds"], mine["seconds"], strict=True)]
-        lines.append(
-            f"| {row['data']}: {shape} | {row['subject']} "
-            f"| {middle:.4g} ({low:.4g} to {high:.4g}) | {more:.3f} "
-            f"| {quantile(row['seconds'], 0.5):.3g} | {quantile(times, 0.5):.2f} "
-            f"({quantile(times, 0.2):.2f} to {quantile(times, 0.8):.2f}) |"
-        )
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m bench.clustering", description=__doc__)
@@ -191,10 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for data in DATA:
         found = measure(data, asked.turns, command)
-        print(table(found), flush=True)
+        print(report.clustering_table(found), flush=True)
         rows += found
         if asked.json:
-            asked.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            report.write_rows(asked.json, rows)
     return 0
 
 

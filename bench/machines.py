@@ -196,6 +196,27 @@ def floors(
     return {name: 1e3 * value for name, value in seconds.items()}
 
 
+def step_bytes(shape: Shape, element_size: int) -> dict[str, int]:
+    """Bytes that each kernel of the rest of a training step has to move, once.
+
+    sums: x, an order of 8 bytes a row, sums of 4 bytes. With the sort of the indices, whose radix
+    passes read and write a key (of as many bytes as hold K) and a place of 8 bytes.
+    grad_x: x, what comes back and what goes on, indices; the codes come out of L2.
+    grad_codebook: as sums, and a gradient of 4 bytes a row.
+    ema_update: codes, averages (read and written), sums of the batch.
+    """
+    rows, size = shape.num_rows, shape.codebook_size
+    vectors, codes = rows * shape.dim * element_size, 4 * size * shape.dim
+    key = 1 if size < 2**8 else 2 if size < 2**15 else 4
+    sort = 8 * rows + 2 * key * (key + 8) * rows
+    return {
+        "sums": sort + 8 * rows + vectors + codes,
+        "grad_x": 3 * vectors + 8 * rows,
+        "grad_codebook": sort + 12 * rows + vectors + 2 * codes,
+        "ema_update": 4 * codes + codes,
+    }
+
+
 def in_turns(least: dict[str, float]) -> float:
     """Milliseconds if dot and instructions take turns, because no other warps fill the gap."""
     return max(least["memory"], least["L2"], least["dot"] + max(least["alu"], least["issue"]))

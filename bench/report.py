@@ -108,6 +108,8 @@ def with_tables(text: str) -> str:
         "training_run": lambda: run_line(RESULTS / "training_cpu.jsonl"),
         "assign_all": lambda: full_table(read_rows(RESULTS / "assign_cpu.jsonl")),
         "assign_run": lambda: run_line(RESULTS / "assign_cpu.jsonl"),
+        "clustering": lambda: clustering_table(read_rows(RESULTS / "clustering_cpu.jsonl")),
+        "clustering_run": lambda: clustering_line(RESULTS / "clustering_cpu.jsonl"),
         "cases": case_table,
     }
     return fill(text, "bench", lambda name: made[name]())
@@ -150,6 +152,36 @@ def full_table(rows: Iterable[Row]) -> str:
                 f"| {1e3 * row['tflop_per_s']:.3g} | {row['floor_fraction']:.0%} |"
             )
     return "\n".join(lines)
+
+
+def clustering_table(rows: Sequence[Row]) -> str:
+    """Markdown: inertia of each seed's codebook and time, beside ours from the same start."""
+    ours = {(r["data"], r["init"]): r for r in rows if r["subject"].startswith("vqtriton")}
+    lines = [
+        "| data: N, K, D | | median inertia (of seeds) | over ours | median s | over ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mine = ours[row["data"], row["init"]]
+        shape = ", ".join(str(row["shape"][name]) for name in "NKD")
+        middle, least, most = (quantile(row["inertia"], q) for q in (0.5, 0, 1))
+        low, times, high = ratio(row, mine)
+        lines.append(
+            f"| {row['data']}: {shape} | {row['subject']} | {middle:.4g} ({least:.4g} to {most:.4g}) "
+            f"| {middle / quantile(mine['inertia'], 0.5):.3f} "
+            f"| {quantile(row['seconds'], 0.5):.3g} | {times:.2f} ({low:.2f} to {high:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def clustering_line(path: Path) -> str:
+    """Markdown: where and how the rows of a file were measured."""
+    row = read_rows(path)[0]
+    return (
+        f"[{path.name}](../{path.relative_to(ROOT)}), from `{row['command']}` at commit "
+        f"{row['commit']}: {row['device']}, {row['threads']} threads, {row['iters']} iterations, "
+        f"{len(row['seconds'])} seeds, torch {row['torch']}."
+    )
 
 
 def run_line(path: Path) -> str:

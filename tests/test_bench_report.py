@@ -272,3 +272,17 @@ def test_the_floors_are_those_of_the_roofline():
 def test_the_picture_is_of_the_result_file() -> None:
     drawn = report.RESULTS / "training_cpu.jsonl"
     assert f"{drawn.name}, sha256 {report.checksum(drawn)}" in report.PICTURE.read_text()
+
+
+def test_clustering_is_as_good_as_that_of_others() -> None:
+    """Of the result file: from the same kind of start, no inertia below 0.99 of ours."""
+    rows = report.read_rows(report.RESULTS / "clustering_cpu.jsonl")
+    packages = {row["subject"].split(",")[0] for row in rows}
+    assert packages == {"vqtriton", "scikit-learn", "faiss"}
+    ours = {(r["data"], r["init"]): r for r in rows if r["subject"].startswith("vqtriton")}
+    assert len(ours) == 2 * len({row["data"] for row in rows})
+    for row in rows:
+        mine = ours[row["data"], row["init"]]
+        of_seeds = (sorted(r["inertia"])[len(r["inertia"]) // 2] for r in (row, mine))
+        theirs, median = of_seeds
+        assert theirs >= 0.99 * median, (row["data"], row["subject"])

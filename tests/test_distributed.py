@@ -266,3 +266,97 @@ def test_an_error_on_one_rank_is_one_on_all(tmp_path: Path) -> None:
     assert_equal(ranks.run(clustered_badly, tmp_path))
     # nobody waited for the other until the time was up
     assert time.monotonic() - start < 18
+
+
+def compiled(rank: int, world_size: int, meeting_point: str, update: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    found = {}
+    for name in ("eager", "compiled"):
+        torch.manual_seed(rank)
+        vq = VectorQuantize(DIM, SIZE, codebook_update=update, threshold_ema_dead_code=0.1)
+        model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), vq)
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        step = ddp
+        for i in range(4):
+            if i == 1 and name == "compiled":
+                # after a first step, in which the ranks meet
+                step = torch.compile(ddp, backend="aot_eager")
+            torch.manual_seed(100 * i + rank)
+            out = step(batch(i).chunk(world_size)[rank])
+            optimizer.zero_grad()
+            (out.loss + out.quantized.square().mean()).backward()
+            optimizer.step()
+        found |= {f"{name}: {key}": value for key, value in state(vq).items()}
+        found[f"{name}: encoder"] = model[0].weight.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_compiled_distributed_data_parallel(tmp_path: Path, update: str) -> None:
+    results = ranks.run(functools.partial(compiled, update=update), tmp_path, seconds=80)
+    assert_equal(results)
+    for name, value in results[0].items():
+        if name.startswith("eager"):
+            other = results[0][name.replace("eager", "compiled")]
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def fully_sharded(rank: int, world_size: int, meeting_point: str, update: str) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks.join(rank, world_size, meeting_point)
+    mesh = init_device_mesh("cpu", (world_size,))
+    found = {}
+    for name in ("alone", "sharded"):
+        torch.manual_seed(0)
+        options = {"threshold_ema_dead_code": 0.1, "kmeans_init": True} if update == "ema" else {}
+        vq = VectorQuantize(DIM, SIZE, codebook_update=update, **options)
+        vq.sync_codebook = name == "sharded"
+        model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), vq)
+        if name == "sharded":
+            fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for i in range(4):
+            torch.manual_seed(i)
+            # with one rank the whole batch: the means of halves are those of the whole
+            x = batch(i) if name == "alone" else batch(i).chunk(world_size)[rank]
+            out = model(x)
+            optimizer.zero_grad()
+            (out.loss + out.quantized.square().mean()).backward()
+            optimizer.step()
+        for key, value in model.state_dict().items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            found[f"{name}: {key}"] = whole.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_fully_sharded_data_parallel(tmp_path: Path, update: str) -> None:
+    """FSDP2: buffers are whole on each rank, a codebook that is a parameter is sharded."""
+    results = ranks.run(functools.partial(fully_sharded, update=update), tmp_path)
+    assert_equal(results)
+    if update == "gradient":
+        # no draws, so what two ranks learn is what one does
+        for name, value in results[0].items():
+            if name.startswith("alone"):
+                other = results[0][name.replace("alone", "sharded")]
+                torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def sharded_in_vain(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks.join(rank, world_size, meeting_point)
+    mesh = init_device_mesh("cpu", (world_size,))
+    for options in ({"kmeans_init": True}, {"threshold_ema_dead_code": 1.0}):
+        vq = VectorQuantize(DIM, SIZE, codebook_update="gradient", **options)
+        with pytest.raises(ValueError, match=f"{next(iter(options))}.* cannot be sharded"):
+            fully_shard(torch.nn.Sequential(vq), mesh=mesh)
+    return {}
+
+
+def test_what_sharding_would_lose_is_refused(tmp_path: Path) -> None:
+    ranks.run(sharded_in_vain, tmp_path)

@@ -308,6 +308,22 @@ class VectorQuantize(nn.Module):
             self.backend,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 sets a shard in place of the parameter. Forward then sees a copy, gathered from the
+        # shards, and what it changes there is lost; the optimizer's steps are not.
+        if name == "codebook" and hasattr(value, "device_mesh"):
+            for option, used in (
+                ("threshold_ema_dead_code", self.threshold_ema_dead_code > 0),
+                ("kmeans_init", not self._known_initialized),
+            ):
+                if used:
+                    raise ValueError(
+                        f"{option} changes the codebook in forward, so that one which is a "
+                        "parameter cannot be sharded; pass ignored_params={vq.codebook} to "
+                        'fully_shard, or use codebook_update="ema"'
+                    )
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantize:
         def keep_dtype(tensor: Tensor) -> Tensor:
             result = fn(tensor)

@@ -13,7 +13,7 @@ import vqtriton
 from bench import provenance
 from bench.devices import Cpu, Cuda, make_device
 from bench.gpu_check.check import Check
-from bench.machines import SHAPES, Shape, floors, in_turns
+from bench.machines import H100, SHAPES, Shape, floors, in_turns, step_bytes
 from bench.measure import quantile
 from bench.sass import STORED
 from bench.sass_kernels import NUM_ROWS, record_nearest_code, screen_codes_work
@@ -50,14 +50,66 @@ def run(check: Check) -> str:
             check.note(**row)
             cells = "".join(f"{row[column]:>9.3g}" for column in columns)
             print(f"{name:<24}{cells}{row['exact_over_fast']:>12.2f}  {row['missed']}", flush=True)
+    steps = compare_steps(check, device, repeats)
     if check.is_dry:
         return f"{len(rows)} searches predicted and timed; on a CPU the two have nothing in common"
     missed = [f"{row['N']},{row['K']},{row['D']} {row['missed']}" for row in rows if row["missed"]]
     # a miss is a finding, not a failure: the prediction may be what is wrong
     text = f"{len(rows) - len(missed)} of {len(rows)} as predicted"
+    text += f"; {steps}"
     if "H100" not in device.name:
         text += f" of an H100, which {device.name} is not"
     return text + (f", beyond 30 %: {'; '.join(missed)}" if missed else "")
+
+
+def compare_steps(check: Check, device: Cpu | Cuda, repeats: int) -> str:
+    """The kernels of the rest of a step: bytes over the H100's memory rate, beside their time."""
+    late = []
+    for shape in DRY_SHAPES if check.is_dry else SHAPES:
+        name = f"{shape.num_rows}, {shape.codebook_size}, {shape.dim}"
+        with check.step(f"step of {name}"):
+            if check.time_left() < 0:
+                check.expect(False, f"step of {name}: the time was up")
+                continue
+            moved = step_bytes(shape, element_size=2)
+            predicted = {kernel: 1e3 * count / H100.memory for kernel, count in moved.items()}
+            measured = step_stages(shape, device, repeats)
+            check.note(step=name, predicted_ms=predicted, measured_ms=measured)
+            cells = (f"{k} {predicted[k]:.3g} / {measured[k]:.3g}" for k in predicted)
+            print(f"{name:<24}{', '.join(cells)} ms predicted / measured", flush=True)
+            late += [
+                f"{name} {kernel} {measured[kernel] / predicted[kernel]:.1f}×"
+                for kernel in predicted
+                if measured[kernel] > (1 + MISS) * predicted[kernel]
+            ]
+    return (
+        f"of the other kernels, beyond their bytes by more than 30 %: {'; '.join(late) or 'none'}"
+    )
+
+
+def step_stages(shape: Shape, device: Cpu | Cuda, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each kernel of the rest of a step, on rows of float16."""
+    torch.manual_seed(0)
+    rows, size, dim = shape.num_rows, shape.codebook_size, shape.dim
+    x = torch.randn(rows, dim, device=device.device).half()
+    codebook, averages = (torch.randn(size, dim, device=device.device) for _ in range(2))
+    indices = torch.randint(size, (rows,), device=device.device)
+    grad_loss, counts = (torch.ones(n, device=device.device) for n in (rows, size))
+    of_loss = (grad_loss, x, codebook, indices, 1.0, "triton")
+    update = (counts.clone(), codebook.clone(), averages, counts, codebook, None, None)
+    steps: dict[str, Callable[[], object]] = {
+        "sums": lambda: ops.code_sums(x, indices, size, "triton"),
+        "grad_x": lambda: ops.grad_x(x, *of_loss),
+        "grad_codebook": lambda: ops.grad_codebook(*of_loss),
+        "ema_update": lambda: ops.ema_update_(*update, 0.99, 1e-5, 0.0, "triton"),
+    }
+    return {name: median(step, device, repeats) for name, step in steps.items()}
+
+
+def median(step: Callable[[], object], device: Cpu | Cuda, repeats: int) -> float:
+    """Milliseconds."""
+    step()
+    return 1e3 * quantile([device.seconds(step) for _ in range(repeats)], 0.5)
 
 
 def predict(shape: Shape) -> dict[str, Any]:
@@ -104,20 +156,19 @@ def stages(shape: Shape, device: Cpu | Cuda, repeats: int) -> dict[str, Any]:
     )
     prepared = vqtriton.prepare_codebook(codebook, backend="triton")
 
-    def median(step: Callable[[], object]) -> float:
-        step()
-        return 1e3 * quantile([device.seconds(step) for _ in range(repeats)], 0.5)
+    def milliseconds(step: Callable[[], object]) -> float:
+        return median(step, device, repeats)
 
     def search(codes: Any, precision: str) -> Callable[[], object]:
         return lambda: vqtriton.nearest_code(x, codes, precision=precision, backend="triton")
 
     found = {
-        "screen": median(screen_step(x, codebook, prepared.tensors)),
-        "prepare": median(lambda: vqtriton.prepare_codebook(codebook, backend="triton")),
-        "exact": median(search(codebook, "exact")),
-        "fast": median(search(codebook, "fast")),
+        "screen": milliseconds(screen_step(x, codebook, prepared.tensors)),
+        "prepare": milliseconds(lambda: vqtriton.prepare_codebook(codebook, backend="triton")),
+        "exact": milliseconds(search(codebook, "exact")),
+        "fast": milliseconds(search(codebook, "fast")),
     }
-    exact, fast = (median(search(prepared, precision)) for precision in ("exact", "fast"))
+    exact, fast = (milliseconds(search(prepared, precision)) for precision in ("exact", "fast"))
     in_doubt = int(ops.run_kernels(x, codebook, exact=True).num_doubtful)
     return {
         **found,
