@@ -166,8 +166,9 @@ def clustering_table(rows: Sequence[Row]) -> str:
         shape = ", ".join(str(row["shape"][name]) for name in "NKD")
         middle, least, most = (quantile(row["inertia"], q) for q in (0.5, 0, 1))
         low, times, high = ratio(row, mine)
+        inertia = f"{middle:.4g} ({least:.4g} to {most:.4g})"
         lines.append(
-            f"| {row['data']}: {shape} | {row['subject']} | {middle:.4g} ({least:.4g} to {most:.4g}) "
+            f"| {row['data']}: {shape} | {row['subject']} | {inertia} "
             f"| {middle / quantile(mine['inertia'], 0.5):.3f} "
             f"| {quantile(row['seconds'], 0.5):.3g} | {times:.2f} ({low:.2f} to {high:.2f}) |"
         )

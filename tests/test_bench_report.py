@@ -24,7 +24,7 @@ report = importlib.import_module("bench.report")
 subjects = importlib.import_module("bench.subjects")
 
 OURS, PEER = subjects.OURS, subjects.PEER
-FILES = sorted(report.RESULTS.glob("*.jsonl"))
+FILES = sorted(set(report.RESULTS.glob("*.jsonl")) - {report.RESULTS / "clustering_cpu.jsonl"})
 
 
 def row(subject: str, seconds: list[float], **changes) -> dict:

@@ -256,7 +256,8 @@ class VectorQuantize(nn.Module):
         )
         if must_broadcast:
             with torch.no_grad():
-                distributed.broadcast_(list(self.state_dict(keep_vars=True).values()))
+                # not state_dict(): FSDP2 has hooks on it that put the shards back
+                distributed.broadcast_([*self.parameters(), *self.buffers()])
             self._is_broadcast = True
             self._known_initialized = bool(self.is_initialized)
         if not self._known_initialized:
