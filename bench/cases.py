@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.machines import SHAPES, Shape
+from vqtriton.tuning.machines import SHAPES, Shape
 
 SCOPES = ("assign", "inference", "forward", "training")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import provenance
-from bench.machines import Rates
+from vqtriton.tuning.machines import Rates
 
 Step = Callable[[], object]
 # what is written between steps is no larger, whatever the cache

@@ -21,9 +21,9 @@ from bench import provenance
 from bench.cases import CASES, Case
 from bench.check import Refused, check, check_memory, find_truth, memory_limit
 from bench.devices import Cpu, Cuda
-from bench.machines import Rates
 from bench.subjects import SUBJECTS, Run, Subject, make_inputs
 from bench.worker import Worker
+from vqtriton.tuning.machines import Rates
 
 GIB = 1 << 30
 Row = dict[str, Any]

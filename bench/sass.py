@@ -23,10 +23,10 @@ from typing import Any
 
 import triton
 
-from bench.compiling import Launch, compile_launch
-from bench.disassembly import Disassembly
-from bench.machines import ARCHITECTURES, SHAPES, floors
 from bench.sass_kernels import KERNELS, Kernel
+from vqtriton.tuning.compiling import Launch, compile_launch
+from vqtriton.tuning.disassembly import Disassembly
+from vqtriton.tuning.machines import ARCHITECTURES, SHAPES, floors
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "bench" / "results" / "sass.json"
@@ -129,7 +129,7 @@ def compile_row(kernel: Kernel, dim: int, config: str, launch: Launch, target: s
         threads = compiled.num_warps * architecture.warp_size
         pairs = kernel.pairs(launch.values) / threads
         try:
-            loop = Disassembly(compiled.assembly).hot_loop(pairs, kernel.work(launch.values).inner)
+            loop = Disassembly(compiled.assembly).hot_loop(pairs, kernel.work(launch).inner)
         except ValueError as error:
             raise ValueError(f"{kernel.name}, D={dim}, {config}, {target}: {error}") from error
         if loop is not None:
@@ -248,7 +248,7 @@ def floor_table(rows: Iterable[Row]) -> str:
                 if heading != (heading := f"{kernel.name} {config}"):
                     lines.append(heading)
                 least = floors(
-                    shape, kernel.work(launch.values), row["alu_per_pair"], row["total_per_pair"]
+                    shape, kernel.work(launch), row["alu_per_pair"], row["total_per_pair"]
                 )
                 name = f"  {shape.num_rows}, {shape.codebook_size}, {dim}"
                 values = [*(least[column] for column in columns), max(least.values())]

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from bench.compiling import Launch, launches_of
-from bench.machines import Work
 from vqtriton.kernels import (
     code_sums,
     ema_update,
@@ -24,6 +22,9 @@ from vqtriton.kernels import (
 from vqtriton.kernels import prepare_planes as planes_kernels
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
+from vqtriton.tuning.compiling import Launch, launches_of
+from vqtriton.tuning.machines import Work
+from vqtriton.tuning.tunables import screen_work
 
 NUM_ROWS, CODEBOOK_SIZE = 48, 40
 # what a kernel was launched with, by parameter
@@ -53,7 +54,7 @@ class Kernel:
     # written; None for a kernel that has no such loop
     pairs: Callable[[Values], int] | None = None
     # what is done for a pair: needed with `pairs`
-    work: Callable[[Values], Work] | None = None
+    work: Callable[[Launch], Work] | None = None
     limits: tuple[Limit, ...] = ()
     # whether it goes through all rows and codes, so that it alone is a floor under a search
     takes_all_rows: bool = False
@@ -153,16 +154,6 @@ def block_of_pairs(values: Values) -> int:
     return values["BLOCK_N"] * values["BLOCK_K"]
 
 
-def screen_codes_work(values: Values) -> Work:
-    offset_bytes = 0 if values["BIAS_COLUMNS"] else values["offset_ptr"].element_size()
-    code_bytes = values["codes_ptr"].element_size() * values["INNER"] + offset_bytes
-    # of 2 bytes an element, as the floor of the memory has it; once for each tile of codes
-    row_bytes = 2 * values["BLOCK_N"] * values["D"] / values["BLOCK_K"]
-    if values["HOLD_ROWS"]:
-        row_bytes = 0.0
-    return Work(values["BLOCK_N"], code_bytes, values["INNER"], uses_mma=True, row_bytes=row_bytes)
-
-
 # with 4 warps these let three CTAs reside, so that the dot of one overlaps the rest of another
 THREE_CTAS = {"registers": 168}
 # what a screen on tensor cores is held to: its epilogue then stays below the dot of D=64
@@ -174,7 +165,7 @@ KERNELS = (
         record_nearest_code,
         tuple((dim, torch.float32) for dim in (4, 8, 12, 32, 64, 128, 256, 512, 1024)),
         block_of_pairs,
-        screen_codes_work,
+        screen_work,
         tuple(Limit("sm_90", dim, TENSOR_CORE_SCREEN) for dim in (4, 8, 12, 32, 64)),
         takes_all_rows=True,
     ),

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
-compiling = importlib.import_module("bench.compiling")
-machines = importlib.import_module("bench.machines")
+compiling = importlib.import_module("vqtriton.tuning.compiling")
+machines = importlib.import_module("vqtriton.tuning.machines")
 sass_kernels = importlib.import_module("bench.sass_kernels")
 launches_of, TARGETS = compiling.launches_of, compiling.TARGETS
 

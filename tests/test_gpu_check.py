@@ -26,7 +26,7 @@ parts = importlib.import_module("bench.gpu_check.parts")
 repeats = importlib.import_module("bench.gpu_check.repeats")
 runner = importlib.import_module("bench.gpu_check.runner")
 checks = importlib.import_module("bench.check")
-machines = importlib.import_module("bench.machines")
+machines = importlib.import_module("vqtriton.tuning.machines")
 
 CPU = torch.device("cpu")
 

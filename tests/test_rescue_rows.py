@@ -28,7 +28,7 @@ from vqtriton.kernels.screen_codes import ScreenCodesConfig, screen_codes
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
-compiling = importlib.import_module("bench.compiling")
+compiling = importlib.import_module("vqtriton.tuning.compiling")
 
 HAS_GPU = torch.cuda.is_available()
 pytestmark = [

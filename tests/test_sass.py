@@ -21,9 +21,9 @@ import triton.language as tl
 # bench is not installed, and plain `pytest` does not look for modules in the root
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-compiling = importlib.import_module("bench.compiling")
-disassembly = importlib.import_module("bench.disassembly")
-machines = importlib.import_module("bench.machines")
+compiling = importlib.import_module("vqtriton.tuning.compiling")
+disassembly = importlib.import_module("vqtriton.tuning.disassembly")
+machines = importlib.import_module("vqtriton.tuning.machines")
 kernels = importlib.import_module("bench.sass_kernels")
 sass = importlib.import_module("bench.sass")
 

@@ -12,6 +12,7 @@ from vqtriton.functional import (
 )
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.serialization import load, save
+from vqtriton.tuning.warmup import warmup
 
 __all__ = [
     "PreparedCodebook",
@@ -26,4 +27,5 @@ __all__ = [
     "reference",
     "save",
     "vector_quantize",
+    "warmup",
 ]

@@ -1,18 +1,32 @@
-"""``python -m vqtriton env``."""
+"""``vqtriton env`` and ``vqtriton tune``; also as ``python -m vqtriton``."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from vqtriton.environment import describe
+from vqtriton.tuning import tune
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vqtriton")
+    parser = argparse.ArgumentParser(prog="vqtriton")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="print versions, devices, backends and tables in use")
-    parser.parse_args()
-    print(describe())
+    env = commands.add_parser("env", help="print versions, devices, backends and tables in use")
+    env.add_argument(
+        "--shape",
+        type=tune.shape,
+        action="append",
+        default=[],
+        metavar="N,K,D[,DTYPE]",
+        help="print the tiles that the kernels use for it",
+    )
+    tuning = commands.add_parser("tune", help="find the fastest tiles; see docs/tuning.md")
+    tune.add_arguments(tuning)
+    asked = parser.parse_args()
+    if asked.command == "tune":
+        sys.exit(tune.run(asked, tuning))
+    print(describe(asked.shape))
 
 
 if __name__ == "__main__":

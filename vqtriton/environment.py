@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from vqtriton import blocked, ops
 from vqtriton._version import __version__
+from vqtriton.tuning import tables
 
 
-def describe() -> str:
-    """Versions, devices, backends and tables in use, a line each."""
+def describe(shapes: Sequence[tuple[int, int, int, str]] = ()) -> str:
+    """Versions, devices, backends and tables in use, a line each.
+
+    Args:
+        shapes: N, K, D and dtype of searches, of which the tiles are told as well.
+    """
     lines = [("vqtriton", __version__), ("python", platform.python_version())]
     lines.append(("platform", platform.platform()))
     for package in ("torch", "triton", "einops", "safetensors", "numpy"):
@@ -36,9 +42,38 @@ def describe() -> str:
         lines.append((f"backend on {device_type}", _backend(device_type)))
     rounds = blocked.matmul_input_roundoff(torch.device("cpu"), torch.float32) > 0
     lines.append(("float32 matmul", "inputs rounded" if rounds else "float32"))
-    lines.append(("tables", "none: the defaults in vqtriton.kernels"))
+    lines += _tables(shapes)
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]]:
+    """Which tables there are, and the tiles for some shapes."""
+    if not ops.triton_is_installed():
+        return [("tables", "none: no Triton")]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = [
+        folder / tables.file_name(name)
+        for folder in tables.folders()
+        for name in tables.device_names(device)
+    ]
+    found = [f"{path}, {len(tables.rows_of(path))} rows" for path in paths if path.exists()]
+    lines = [("tables", path) for path in found or ["none: the defaults in vqtriton.kernels"]]
+    if shapes:
+        from vqtriton.kernels.screen_codes import architecture
+        from vqtriton.tuning.tunables import TUNABLES
+
+        for n, k, d, dtype in shapes:
+            for op, tunable in TUNABLES.items():
+                is_update = op == "ema_update"
+                problem = tables.Problem(
+                    op, "float32" if is_update else dtype, d, k, k if is_update else n
+                )
+                row = tables.find(problem, device)
+                config = row[1] if row else tunable.default(architecture(device), d)
+                origin = f"{row[0]['source']}, {row[2].name}" if row else "default"
+                lines.append((f"{problem}", f"{config} ({origin})"))
+    return lines
 
 
 def _backend(device_type: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,10 @@ from vqtriton.planes import (
     screen_bound,
 )
 from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
+from vqtriton.tuning import tables, trace
 
 if TYPE_CHECKING:
-    from vqtriton.kernels.nearest_code import NearestCode
+    from vqtriton.kernels.nearest_code import NearestCode, NearestCodeConfig
 
 PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
@@ -108,6 +110,7 @@ def _nearest_code_prepared(
     """``prepared``: what `_prepare_codebook` gave for the same backend, or nothing."""
     if x.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
+    trace.record("nearest_code", x, codebook.shape[0])
     if resolve_backend(backend, x.device) == "torch":
         return blocked.nearest_code(x, codebook, precision, prepared)
     return run_kernels(x, codebook, prepared, exact=precision == "exact").indices[0]
@@ -125,6 +128,7 @@ def _vector_quantize(
     """Indices, -1 where ``mask`` [N] is false; codes; squared distances."""
     is_triton = resolve_backend(backend, x.device) == "triton"
     if x.shape[0] > 0 and is_triton:
+        trace.record("nearest_code", x, codebook.shape[0])
         out = run_kernels(x, codebook, exact=precision == "exact", mask=mask, gather=True)
         assert out.quantized is not None
         assert out.sq_error is not None
@@ -149,20 +153,37 @@ def run_kernels(
     from vqtriton.kernels.screen_codes import architecture, rows_are_aligned
 
     planes = _prepare_planes(codebook, prepared)
-    config = nearest_code_config(
-        architecture(x.device), planes.codes.shape[2], rows_are_aligned(x[None])
-    )
-    return nearest_code(
-        x[None],
-        codebook[None],
-        planes,
-        screen_bound(planes, config.screen.block_k),
-        error_bound(x.shape[1], torch.float32),
-        exact=exact,
-        mask=None if mask is None else mask[None],
-        gather=gather,
-        config=config,
-    )
+    is_aligned = rows_are_aligned(x[None])
+    config = nearest_code_config(architecture(x.device), planes.codes.shape[2], is_aligned)
+    # tables are of rows that are aligned
+    screen = _tiles("nearest_code", x, codebook.shape[0]) if is_aligned else None
+
+    def search(config: NearestCodeConfig) -> NearestCode:
+        return nearest_code(
+            x[None],
+            codebook[None],
+            planes,
+            screen_bound(planes, config.screen.block_k),
+            error_bound(x.shape[1], torch.float32),
+            exact=exact,
+            mask=None if mask is None else mask[None],
+            gather=gather,
+            config=config,
+        )
+
+    if screen is not None:
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            return search(replace(config, screen=screen))
+        except OutOfResources:
+            tables.reject(screen)
+    return search(config)
+
+
+def _tiles(op: str, x: Tensor, codebook_size: int) -> Any:
+    """Tiles for an op on x [N, D] from the tables; None: the default."""
+    return tables.choose(op, x.dtype, x.shape[1], codebook_size, x.shape[0], x.device)
 
 
 def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePlanes:
@@ -178,11 +199,13 @@ def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePl
 def _code_sums(
     x: Tensor, indices: Tensor, codebook_size: int, backend: str
 ) -> tuple[Tensor, Tensor]:
+    trace.record("code_sums", x, codebook_size)
     if resolve_backend(backend, x.device) == "torch":
         return blocked.code_sums(x, indices, codebook_size)
     from vqtriton.kernels import code_sums as kernel
 
-    sums, counts = kernel.code_sums(x[None], indices[None], codebook_size)
+    tiles = _tiles("code_sums", x, codebook_size)
+    sums, counts = kernel.code_sums(x[None], indices[None], codebook_size, config=tiles)
     return sums[0], counts[0]
 
 
@@ -196,24 +219,27 @@ def _grad_x(
     backend: str,
 ) -> Tensor:
     """grad_quantized + weight·grad_loss·(x - codebook[indices]), zero where the index is -1."""
+    trace.record("grad_x", x, codebook.shape[0])
     if resolve_backend(backend, x.device) == "torch":
         return blocked.grad_x(grad_quantized, grad_loss, x, codebook, indices, weight)
     from vqtriton.kernels import vector_quantize_grad as kernels
 
     tensors = (t[None] for t in (grad_quantized, grad_loss, x, codebook, indices))
-    return kernels.grad_x(*tensors, weight)[0]
+    return kernels.grad_x(*tensors, weight, config=_tiles("grad_x", x, codebook.shape[0]))[0]
 
 
 def _grad_codebook(
     grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float, backend: str
 ) -> Tensor:
     """Σ weight·grad_loss·(codebook[k] - x) over the finite rows of each code, as `code_sums`."""
+    trace.record("code_sums", x, codebook.shape[0])
     if resolve_backend(backend, x.device) == "torch":
         return blocked.grad_codebook(grad_loss, x, codebook, indices, weight)
     from vqtriton.kernels import vector_quantize_grad as kernels
 
     tensors = (t[None] for t in (grad_loss, x, codebook, indices))
-    return kernels.grad_codebook(*tensors, weight)[0]
+    tiles = _tiles("code_sums", x, codebook.shape[0])
+    return kernels.grad_codebook(*tensors, weight, config=tiles)[0]
 
 
 def _ema_update_(
@@ -221,13 +247,15 @@ def _ema_update_(
 ) -> None:
     """See `blocked.ema_update_`; the last of ``others`` is the backend."""
     *arguments, backend = others
+    # the statistics are float32, and the batch is no part of it
+    trace.record("ema_update", codebook, codebook.shape[0])
     if resolve_backend(backend, codebook.device) == "torch":
-        update = blocked.ema_update_
+        blocked.ema_update_(cluster_size, codebook, embed_sum, *arguments)
     else:
         from vqtriton.kernels import ema_update as kernel
 
-        update = kernel.ema_update_
-    update(cluster_size, codebook, embed_sum, *arguments)
+        tiles = _tiles("ema_update", codebook, codebook.shape[0])
+        kernel.ema_update_(cluster_size, codebook, embed_sum, *arguments, config=tiles)
     # whoever saved one of them for backward is to be told that it has changed
     changed = (cluster_size, codebook) if embed_sum is None else (cluster_size, codebook, embed_sum)
     torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])

@@ -13,12 +13,13 @@ import vqtriton
 from bench import provenance
 from bench.devices import Cpu, Cuda, make_device
 from bench.gpu_check.check import Check
-from bench.machines import H100, SHAPES, Shape, floors, in_turns, step_bytes
 from bench.measure import quantile
 from bench.sass import STORED
-from bench.sass_kernels import NUM_ROWS, record_nearest_code, screen_codes_work
+from bench.sass_kernels import NUM_ROWS, record_nearest_code
 from vqtriton import ops
 from vqtriton.planes import screen_bound
+from vqtriton.tuning.machines import H100, SHAPES, Shape, floors, in_turns, step_bytes
+from vqtriton.tuning.tunables import screen_work
 
 DRY_SHAPES = (Shape(48, 40, 8), Shape(48, 40, 64))
 REPEATS, DRY_REPEATS = 9, 1
@@ -124,7 +125,7 @@ def predict(shape: Shape) -> dict[str, Any]:
     counted = counts.get(version or "") or counts[max(counts)]
     launches = record_nearest_code(torch.zeros(NUM_ROWS, shape.dim), "sm_90")
     (screen,) = (launch for launch in launches if launch.name == "screen_codes")
-    work = screen_codes_work(screen.values)
+    work = screen_work(screen)
     least = floors(shape, work, counted["alu_per_pair"], counted["total_per_pair"])
     return {
         "N": shape.num_rows,

@@ -75,7 +75,7 @@ class Recorder:
         self.kernel = kernel
         self.launches = launches
 
-    def __getitem__(self, grid: Any):
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
 
 
@@ -167,14 +167,16 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
 def nvidia_usage(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and the bytes that it spills: a Triton kernel has no other stack."""
     usage = run_cuda_tool("cuobjdump", ["-res-usage"], cubin)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump told no registers: {usage[:200]}")
+    return int(found[1]), int(found[2])
 
 
 def amd_usage(assembly: str) -> tuple[int, int]:
     """The same, from the metadata at the end of AMD assembly."""
     registers, spilled, scratch = (
-        int(re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.M)[1])
+        int(re.findall(rf"^\s*\.{name}:\s+(\d+)", assembly, re.M)[0])
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
     return registers, max(4 * spilled, scratch)

@@ -71,7 +71,9 @@ class Instruction:
         # the uniform datapath: one lane of its own for the whole warp
         if self.name.startswith("U"):
             return "other"
-        raise ValueError(f"{self.name} is not in PIPES of bench/disassembly.py: say what runs it")
+        raise ValueError(
+            f"{self.name} is not in PIPES of vqtriton/tuning/disassembly.py: say what runs it"
+        )
 
     @property
     def jump(self) -> str | None:

@@ -1,0 +1,297 @@
+"""Tables of tiles, one JSON file for each device, and which of their rows a kernel gets.
+
+Looked for in this order: the folder that VQTRITON_CONFIG_DIR names, then those that come with the
+package; in each the file of the device and then that of its architecture. What is found nowhere is
+the default of `vqtriton.kernels`. A table never changes a result: whatever cannot be read or is not
+among the tiles that `vqtriton tune` would try is left out, with a warning that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SCHEMA = 1
+VARIABLE = "VQTRITON_CONFIG_DIR"
+BUNDLED = Path(__file__).parent / "tables"
+# more than that is no table
+MOST_BYTES = 4 << 20
+# doublings between a row's N, K or heads and what is asked for, beyond which it tells nothing
+MOST_OCTAVES = 3
+SOURCES = ("static", "measured")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+log = logging.getLogger("vqtriton")
+Row = dict[str, Any]
+
+
+class Problem(NamedTuple):
+    """What is tuned for."""
+
+    op: str
+    dtype: str
+    dim: int
+    codebook_size: int
+    num_rows: int
+    heads: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op} N={self.num_rows} K={self.codebook_size} D={self.dim} {self.dtype}"
+            + f" H={self.heads}" * (self.heads > 1)
+        )
+
+
+# what a row has, beside what tells where it is from
+KINDS: dict[str, type] = {
+    "op": str,
+    "dtype": str,
+    "dim": int,
+    "codebook_size": int,
+    "num_rows": int,
+    "heads": int,
+    "config": dict,
+    "shared": int,
+}
+
+
+def problem_of(row: Row) -> Problem:
+    return Problem(*(row[name] for name in Problem._fields))
+
+
+def file_name(device: str) -> str:
+    """Of a device's table: its name, with nothing in it that a file system could mind."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json"
+
+
+def device_names(device: torch.device) -> list[str]:
+    """Names of tables for a device, the best first."""
+    from vqtriton.kernels.screen_codes import architecture
+
+    if device.type != "cuda":
+        return ["interpreter", architecture(device)]
+    major, minor = torch.cuda.get_device_capability(device)
+    by_kind = architecture(device) if torch.version.hip else f"sm_{major}{minor}"
+    return [torch.cuda.get_device_name(device), by_kind]
+
+
+def folders() -> list[Path]:
+    """Where tables are looked for."""
+    named = os.environ.get(VARIABLE)
+    return [*([Path(named).expanduser()] if named else []), BUNDLED]
+
+
+def read_all(path: Path) -> list[Any]:
+    """The rows of a table, whatever they are.
+
+    Raises:
+        ValueError: the file is no table.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES >> 20} MiB")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {str(error)[:200]}") from None
+    if not isinstance(table, dict) or not isinstance(table.get("rows"), list):
+        raise ValueError(f"{path} is no table of tiles")
+    if table.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {table.get('schema')!r:.40}; this version reads {SCHEMA}"
+        )
+    return table["rows"]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table that are right; a warning for each that is not.
+
+    Raises:
+        ValueError, OSError: see `read_all`.
+    """
+    rows = []
+    for place, row in enumerate(read_all(path)):
+        reason = fault(row)
+        if reason:
+            warnings.warn(f"row {place} of {path} is left out: {reason}", stacklevel=2)
+        else:
+            rows.append(row)
+    return rows
+
+
+def fault(row: Any) -> str | None:
+    """What is wrong with a row; None if nothing is."""
+    from vqtriton.tuning.tunables import TUNABLES
+
+    if not isinstance(row, dict):
+        return "it is no object"
+    for name, kind in KINDS.items():
+        # True is an int to Python
+        if type(row.get(name)) is not kind:
+            return f"{name} is {row.get(name)!r:.40}; it must be of type {kind.__name__}"
+    if row["op"] not in TUNABLES:
+        return f"op is {row['op']!r:.40}; it must be one of {', '.join(TUNABLES)}"
+    if row["dtype"] not in DTYPES:
+        return f"dtype is {row['dtype']!r:.40}; it must be one of {', '.join(DTYPES)}"
+    for name in ("dim", "codebook_size", "num_rows", "heads"):
+        if not 1 <= row[name] < 2**48:
+            return f"{name} is {row[name]}; it must be at least 1"
+    if row.get("source") not in SOURCES:
+        return f"source is {row.get('source')!r:.40}; it must be one of {', '.join(SOURCES)}"
+    tunable = TUNABLES[row["op"]]
+    if not any(asdict(config) == row["config"] for config in tunable.candidates(row["dim"])):
+        return f"config is {row['config']!r:.200}, which is none that is tried for D={row['dim']}"
+    return None
+
+
+# --- which row a kernel gets ---
+
+_tables: dict[str, list[Row]] = {}
+_chosen: dict[tuple[Any, ...], Any] = {}
+_rejected: list[Any] = []
+
+
+def forget() -> None:
+    """Reads the tables anew when they are next needed."""
+    _tables.clear()
+    _chosen.clear()
+    _rejected.clear()
+
+
+def choose(
+    op: str,
+    dtype: torch.dtype,
+    dim: int,
+    codebook_size: int,
+    num_rows: int,
+    device: torch.device,
+    heads: int = 1,
+) -> Any:
+    """Tiles for an op from the tables, or None: the default.
+
+    N, K and heads count by their power of two; of rows with the same op, dtype and D the nearest
+    in logarithms is taken, unless it is more than 2³ times away in one of them.
+    """
+    key = (op, dtype, dim, codebook_size.bit_length(), num_rows.bit_length(), heads, device)
+    try:
+        return _chosen[key]
+    except KeyError:
+        name = str(dtype).removeprefix("torch.")
+        found = find(Problem(op, name, dim, codebook_size, num_rows, heads), device)
+        config = _chosen[key] = None if found is None else found[1]
+        return config
+
+
+def find(problem: Problem, device: torch.device) -> tuple[Row, Any, Path] | None:
+    """The row for a problem, its tiles, and the table it is from."""
+    from vqtriton.tuning.tunables import TUNABLES
+
+    limit = shared_limit(device)
+    for folder in folders():
+        for name in device_names(device):
+            path = folder / file_name(name)
+            fitting = [
+                (distance, -SOURCES.index(row["source"]), place, row)
+                for place, row in enumerate(rows_of(path))
+                if (distance := _octaves(problem, row)) is not None and row["shared"] <= limit
+            ]
+            for *_, row in sorted(fitting, key=lambda found: found[:3]):
+                config = TUNABLES[row["op"]].config(**row["config"])
+                if config not in _rejected:
+                    return row, config, path
+    return None
+
+
+def reject(config: Any) -> None:
+    """Tiles that a launch has refused are not chosen again."""
+    warnings.warn(f"{config} does not fit on this device; the default is used", stacklevel=3)
+    _rejected.append(config)
+    _chosen.clear()
+
+
+def _octaves(problem: Problem, row: Row) -> float | None:
+    if (row["op"], row["dtype"], row["dim"]) != problem[:3]:
+        return None
+    apart = [
+        abs(row[name].bit_length() - getattr(problem, name).bit_length())
+        for name in ("codebook_size", "num_rows", "heads")
+    ]
+    return None if max(apart) > MOST_OCTAVES else sum(apart)
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Rows of a table, read once; none where there is no file or it is wrong."""
+    key = str(path)
+    if key not in _tables:
+        _tables[key] = []
+        if path.exists() or path.is_symlink():
+            try:
+                _tables[key] = read(path)
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{error}; the defaults are used", stacklevel=2)
+        elif path.parent == BUNDLED:
+            log.info("no table %s: the kernels have their default tiles", path.name)
+    return _tables[key]
+
+
+def shared_limit(device: torch.device) -> float:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return float("inf")
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or 64 << 10
+
+
+# --- writing ---
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with a table, whoever else tunes into the folder."""
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def merge(path: Path, device: str, rows: Iterable[Row]) -> None:
+    """Adds rows to a table; each replaces an older one for the same problem.
+
+    A static row replaces no measured one. Written beside it and put in its place: whoever is
+    interrupted leaves the table as it was.
+
+    Raises:
+        ValueError, OSError: there is a file, and it is no table.
+    """
+    with locked(path):
+        there = read_all(path) if path.exists() or path.is_symlink() else []
+        # rows that this version does not understand stay where they are
+        strange = [row for row in there if fault(row)]
+        kept = {problem_of(row): row for row in there if not fault(row)}
+        for row in rows:
+            before = kept.get(problem_of(row))
+            if before is None or SOURCES.index(row["source"]) >= SOURCES.index(before["source"]):
+                kept[problem_of(row)] = row
+        ordered = [kept[problem] for problem in sorted(kept)] + strange
+        lines = ",\n".join(json.dumps(row) for row in ordered)
+        head = json.dumps({"schema": SCHEMA, "device": device})[:-1]
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
+            file.write(f'{head}, "rows": [\n{lines}\n]}}\n')
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    forget()

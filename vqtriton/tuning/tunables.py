@@ -1,0 +1,270 @@
+"""What can be tuned: for each op its tiles, how it is launched with them, and what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqtriton import blocked, reference
+from vqtriton.kernels import code_sums, ema_update, nearest_code, screen_codes, vector_quantize_grad
+from vqtriton.ops import GROUP
+from vqtriton.planes import inner_size, prepare_planes, screen_bound
+from vqtriton.screening import error_bound
+from vqtriton.tuning.compiling import Launch, launches_of
+from vqtriton.tuning.machines import Work
+from vqtriton.tuning.tables import DTYPES, Problem
+
+# rows that the float64 reference looks at
+REFERENCE_ROWS = 64
+
+
+class Inputs(NamedTuple):
+    """Of one step."""
+
+    x: Tensor  # [N, D]
+    codebook: Tensor  # [K, D] float32
+    indices: Tensor  # [N] int64
+    grad: Tensor  # [N, D]
+
+
+def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
+    """Gaussian, with rows that are codes, ties between two codes, and a NaN."""
+    generator = torch.Generator(device).manual_seed(seed)
+    n, k, d = problem.num_rows, problem.codebook_size, problem.dim
+    x, codebook, grad = (
+        torch.randn(size, d, device=device, generator=generator) for size in (n, k, n)
+    )
+    hard = min(n, k, 16)
+    x[:hard] = codebook[:hard]
+    codebook[k // 2] = codebook[0]
+    if n > 20:
+        x[20, -1] = torch.nan
+    indices = torch.randint(k, (n,), device=device, generator=generator)
+    dtype = DTYPES[problem.dtype]
+    return Inputs(x.to(dtype), codebook, indices, grad.to(dtype))
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """An op."""
+
+    config: type
+    # tiles to try, by D; the default is always among what is tried
+    candidates: Callable[[int], list[Any]]
+    # the default for a target and D
+    default: Callable[[str, int], Any]
+    # runs it on inputs
+    run: Callable[[Inputs, Any], tuple[Tensor, ...]]
+    # whether results are right
+    is_right: Callable[[Inputs, tuple[Tensor, ...]], bool]
+    # what it would launch for a target with tiles, if the static model knows it
+    launches: Callable[[Problem, str, Any], list[Launch]] | None = None
+    # products and bytes of a launch, likewise
+    work: Callable[[Launch], Work] | None = None
+
+
+# --- the search ---
+
+
+def screen_candidates(dim: int) -> list[Any]:
+    """For rows that are aligned; all of them divide the padded codebook."""
+    inner = inner_size(dim)[0]
+    defaults = [screen_codes.screen_codes_config(t, inner) for t in screen_codes.HELD_INNER]
+    tried = [
+        screen_codes.ScreenCodesConfig(
+            block_n=block_n, block_k=block_k, hold_rows=True, num_warps=warps, num_stages=stages
+        )
+        for block_n, block_k, (warps, stages) in product(
+            (64, 128), (64, 128), ((4, 2), (4, 3), (8, 2), (8, 3))
+        )
+        if inner <= max(screen_codes.HELD_INNER.values())
+    ]
+    tried += [
+        screen_codes.ScreenCodesConfig(
+            block_n=128,
+            block_k=block_k,
+            block_d=block_d,
+            hold_rows=False,
+            num_warps=8,
+            num_stages=stages,
+        )
+        for block_k, block_d, stages in product((128, 256), (32, 64), (2, 3))
+        if inner > min(screen_codes.HELD_INNER.values())
+    ]
+    return list(dict.fromkeys(defaults + tried))
+
+
+def run_screen(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
+    """The whole search, which is what the screen's tiles have to be good for."""
+    x, codebook, *_ = inputs
+    target = screen_codes.architecture(x.device)
+    planes = _planes(codebook, target)
+    rest = nearest_code.nearest_code_config(target, planes.codes.shape[2])
+    out = nearest_code.nearest_code(
+        x[None],
+        codebook[None],
+        planes,
+        screen_bound(planes, config.block_k),
+        error_bound(x.shape[1], torch.float32),
+        exact=True,
+        config=nearest_code.NearestCodeConfig(config, rest.finish, rest.rescue),
+    )
+    return (out.indices[0],)
+
+
+def screen_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
+    """Every row beside the torch backend, some of them beside the reference."""
+    (indices,) = results
+    x, codebook, *_ = inputs
+    few = torch.linspace(0, len(x) - 1, min(len(x), REFERENCE_ROWS), device=x.device).long()
+    truth = reference.nearest_code(x[few], codebook)
+    return torch.equal(indices[few], truth) and torch.equal(
+        indices, blocked.nearest_code(x, codebook, "exact")
+    )
+
+
+def screen_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
+    x = torch.zeros(1, 48, problem.dim, dtype=DTYPES[problem.dtype])
+    # two tiles at least
+    codebook = torch.randn(512, problem.dim, generator=torch.Generator().manual_seed(0))
+    planes = _planes(codebook, target)
+    bound = screen_bound(planes, config.block_k)
+    launched = launches_of(
+        screen_codes, screen_codes.screen_codes, x, planes, bound, splits=1, config=config
+    )
+    return [launch for launch in launched if launch.name == "screen_codes"]
+
+
+def screen_work(launch: Launch) -> Work:
+    """Per (row, code) pair: see `vqtriton.tuning.machines.floors`."""
+    values = launch.values
+    offset_bytes = 0 if values["BIAS_COLUMNS"] else values["offset_ptr"].element_size()
+    code_bytes = values["codes_ptr"].element_size() * values["INNER"] + offset_bytes
+    # of 2 bytes an element, as the floor of the memory has it; once for each tile of codes
+    row_bytes = 2 * values["BLOCK_N"] * values["D"] / values["BLOCK_K"]
+    if values["HOLD_ROWS"]:
+        row_bytes = 0.0
+    return Work(values["BLOCK_N"], code_bytes, values["INNER"], uses_mma=True, row_bytes=row_bytes)
+
+
+def _planes(codebook: Tensor, target: str) -> Any:
+    lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
+    return prepare_planes(codebook[None], group=GROUP, lanes=lanes, vec=vec)
+
+
+# --- the rest of a step, of which the static model tells no tiles apart: they move the same bytes
+
+
+def sums_candidates(dim: int) -> list[Any]:
+    return [
+        code_sums.CodeSumsConfig(least_chunk=chunk, block_elements=elements, num_warps=warps)
+        for chunk, elements, warps in product((256, 512, 1024), (512, 1024, 2048), (4, 8))
+    ]
+
+
+def run_sums(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
+    x, codebook, indices, _ = inputs
+    sums, counts = code_sums.code_sums(x[None], indices[None], len(codebook), config=config)
+    return sums[0], counts[0]
+
+
+def sums_are_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
+    x, codebook, indices, _ = inputs
+    size = len(codebook)
+    sums, counts = results
+    want, want_counts = blocked.code_sums(x.double(), indices, size)
+    magnitude, _ = blocked.code_sums(x.double().abs(), indices, size)
+    is_near = (sums - want).abs() <= 2.01 * 2.0**-24 * magnitude
+    return torch.equal(counts, want_counts) and bool(is_near.all())
+
+
+def grad_x_candidates(dim: int) -> list[Any]:
+    return [
+        vector_quantize_grad.GradXConfig(block_elements=elements, num_warps=warps)
+        for elements, warps in product((1024, 2048, 4096, 8192), (4, 8))
+    ]
+
+
+def run_grad_x(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
+    x, codebook, indices, grad = inputs
+    grad_loss = torch.ones(1, len(x), device=x.device)
+    tensors = (grad[None], grad_loss, x[None], codebook[None], indices[None])
+    return (vector_quantize_grad.grad_x(*tensors, 0.5, config=config)[0],)
+
+
+def grad_x_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
+    x, codebook, indices, grad = inputs
+    want = grad.double() + 0.5 * (x.double() - codebook.double()[indices])
+    eps = torch.finfo(x.dtype).eps
+    return torch.allclose(results[0].double(), want, rtol=eps, atol=32 * 2.0**-24, equal_nan=True)
+
+
+def ema_update_candidates(dim: int) -> list[Any]:
+    return [
+        ema_update.EmaUpdateConfig(block_elements=elements, block_k=block_k, num_warps=8)
+        for elements, block_k in product((1024, 2048), (64, 128, 256))
+    ]
+
+
+def run_ema_update(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
+    size, codebook, embed_sum, counts, sums = _statistics(inputs)
+    ema_update.ema_update_(
+        size, codebook, embed_sum, counts, sums, None, None, 0.99, 1e-5, 0.0, config=config
+    )
+    return size, codebook, embed_sum
+
+
+def ema_update_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
+    size, codebook, embed_sum, counts, sums = _statistics(inputs)
+    blocked.ema_update_(size, codebook, embed_sum, counts, sums, None, None, 0.99, 1e-5, 0.0)
+    return all(
+        torch.allclose(got, want, rtol=8 * 2.0**-24, atol=8 * 2.0**-24)
+        for got, want in zip(results, (size, codebook, embed_sum), strict=True)
+    )
+
+
+def _statistics(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sizes, codes and averages as they were; counts and sums of a batch."""
+    codebook = inputs.codebook
+    counts = torch.arange(len(codebook), device=codebook.device).remainder(5).float()
+    sums = codebook * counts[:, None]
+    return torch.ones_like(counts), codebook.clone(), codebook.clone(), counts, sums
+
+
+TUNABLES = {
+    "nearest_code": Tunable(
+        screen_codes.ScreenCodesConfig,
+        screen_candidates,
+        lambda target, dim: screen_codes.screen_codes_config(target, inner_size(dim)[0]),
+        run_screen,
+        screen_is_right,
+        screen_launches,
+        screen_work,
+    ),
+    "code_sums": Tunable(
+        code_sums.CodeSumsConfig,
+        sums_candidates,
+        lambda target, dim: code_sums.CodeSumsConfig(),
+        run_sums,
+        sums_are_right,
+    ),
+    "grad_x": Tunable(
+        vector_quantize_grad.GradXConfig,
+        grad_x_candidates,
+        lambda target, dim: vector_quantize_grad.GradXConfig(),
+        run_grad_x,
+        grad_x_is_right,
+    ),
+    "ema_update": Tunable(
+        ema_update.EmaUpdateConfig,
+        ema_update_candidates,
+        lambda target, dim: ema_update.EmaUpdateConfig(),
+        run_ema_update,
+        ema_update_is_right,
+    ),
+}
