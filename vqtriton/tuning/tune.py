@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    for flag, settings in {
+    flags: dict[str, dict[str, Any]] = {
         "--shape": {"type": shape, "action": "append", "default": [], "metavar": "N,K,D[,DTYPE]",
                     "help": "tune for that; may be given again"},
         "--from-trace": {"type": Path, "metavar": "FILE",
@@ -80,9 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check": {"action": "store_true",
                     "help": "tune nothing; compile each row of the table for the target"},
         "--device": {"help": "cuda by default; cpu in Triton's interpreter, to try the command"},
-    }.items():
-        parser.add_argument(flag, **settings)
+    }
     # fmt: on
+    for flag, settings in flags.items():
+        parser.add_argument(flag, **settings)
 
 
 def shape(text: str) -> tuple[int, int, int, str]:
