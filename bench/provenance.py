@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError
@@ -21,8 +22,12 @@ def processor() -> str:
     return models[0] if models else platform.machine()
 
 
+@functools.cache
 def commit() -> str:
-    """Short hash of the checkout, "-dirty" where files have changed since."""
+    """Short hash of the checkout, "-dirty" where files had changed when it was first asked for.
+
+    A result file that is written meanwhile is no change of what is measured.
+    """
     command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]
     return _output(command) or "no commit"
 
