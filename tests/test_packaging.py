@@ -168,9 +168,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, sources):
     info = f"vqtriton-{__version__}.dist-info"
     package = {f"vqtriton/{file.name}" for file in (sources / "vqtriton").glob("*.py")}
     kernels = {f"vqtriton/kernels/{file.name}" for file in (sources / "kernels").glob("*.py")}
+    folder = sources / "vqtriton" / "tuning"
+    tuning = {f"vqtriton/tuning/{file.name}" for file in folder.glob("*.py")}
     assert "vqtriton/kernels/__init__.py" in kernels
     assert {name for name in names if not name.startswith(f"{info}/")} == (
-        package | kernels | {"vqtriton/py.typed"}
+        package | kernels | tuning | {"vqtriton/py.typed"}
     )
     assert f"{info}/licenses/LICENSE" in names
     # wheel names say what it runs on: any Python 3, any machine

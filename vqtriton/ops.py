@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
+# elements between rows from which on Triton knows that loads are aligned
+ALIGNMENT = 16
 # codes whose scores the kernels reduce together
 GROUP = 8
 
@@ -155,8 +157,9 @@ def run_kernels(
     planes = _prepare_planes(codebook, prepared)
     is_aligned = rows_are_aligned(x[None])
     config = nearest_code_config(architecture(x.device), planes.codes.shape[2], is_aligned)
-    # tables are of rows that are aligned
-    screen = _tiles("nearest_code", x, codebook.shape[0]) if is_aligned else None
+    # tables are of contiguous rows, whose addresses are as well aligned as D allows
+    is_as_tuned = is_aligned or x.shape[1] % ALIGNMENT != 0
+    screen = _tiles("nearest_code", x, codebook.shape[0]) if is_as_tuned else None
 
     def search(config: NearestCodeConfig) -> NearestCode:
         return nearest_code(

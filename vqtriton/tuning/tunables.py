@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqtriton import blocked, reference
 from vqtriton.kernels import code_sums, ema_update, nearest_code, screen_codes, vector_quantize_grad
-from vqtriton.ops import GROUP
+from vqtriton.ops import ALIGNMENT, GROUP
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 from vqtriton.tuning.compiling import Launch, launches_of
@@ -72,9 +72,9 @@ class Tunable:
 
 
 def screen_candidates(dim: int) -> list[Any]:
-    """For rows that are aligned; all of them divide the padded codebook."""
+    """For contiguous rows; all of them divide the padded codebook."""
     inner = inner_size(dim)[0]
-    defaults = [screen_codes.screen_codes_config(t, inner) for t in screen_codes.HELD_INNER]
+    defaults = [screen_default(target, dim) for target in screen_codes.HELD_INNER]
     tried = [
         screen_codes.ScreenCodesConfig(
             block_n=block_n, block_k=block_k, hold_rows=True, num_warps=warps, num_stages=stages
@@ -99,12 +99,18 @@ def screen_candidates(dim: int) -> list[Any]:
     return list(dict.fromkeys(defaults + tried))
 
 
+def screen_default(target: str, dim: int) -> Any:
+    return screen_codes.screen_codes_config(target, inner_size(dim)[0], dim % ALIGNMENT == 0)
+
+
 def run_screen(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
     """The whole search, which is what the screen's tiles have to be good for."""
     x, codebook, *_ = inputs
     target = screen_codes.architecture(x.device)
     planes = _planes(codebook, target)
-    rest = nearest_code.nearest_code_config(target, planes.codes.shape[2])
+    rest = nearest_code.nearest_code_config(
+        target, planes.codes.shape[2], screen_codes.rows_are_aligned(x[None])
+    )
     out = nearest_code.nearest_code(
         x[None],
         codebook[None],
@@ -240,7 +246,7 @@ TUNABLES = {
     "nearest_code": Tunable(
         screen_codes.ScreenCodesConfig,
         screen_candidates,
-        lambda target, dim: screen_codes.screen_codes_config(target, inner_size(dim)[0]),
+        screen_default,
         run_screen,
         screen_is_right,
         screen_launches,

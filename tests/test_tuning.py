@@ -1,0 +1,558 @@
+"""Tables of tiles: what is chosen from them, what breaks them, and what tuning puts into them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import timeit
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from backends import BACKENDS
+from conftest import INTERPRETED
+
+import vqtriton
+from vqtriton import environment
+from vqtriton.tuning import tables, trace, tune
+from vqtriton.tuning.tables import Problem
+
+pytest.importorskip("triton")
+tunables = pytest.importorskip("vqtriton.tuning.tunables")
+
+CPU = torch.device("cpu")
+once = pytest.mark.skipif(INTERPRETED, reason="once is enough")
+PROBLEM = Problem("nearest_code", "float32", 8, 1024, 4096)
+OTHER = tunables.screen_candidates(8)[5]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The user's folder of tables, empty."""
+    monkeypatch.setenv(tables.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tables, "BUNDLED", tmp_path / "bundled")
+    tables.forget()
+    yield tmp_path
+    tables.forget()
+
+
+def row(problem: Problem = PROBLEM, tiles=OTHER, **changes) -> dict:
+    found = {**problem._asdict(), "config": None, "shared": 1000, "source": "static"}
+    return found | {"config": asdict(tiles)} | changes
+
+
+def write(path: Path, rows: list, **changes) -> None:
+    path.write_text(json.dumps({"schema": 1, "device": "sm_90", "rows": rows} | changes))
+    tables.forget()
+
+
+def choose(problem: Problem = PROBLEM):
+    dtype = tables.DTYPES[problem.dtype]
+    return tables.choose(
+        problem.op, dtype, problem.dim, problem.codebook_size, problem.num_rows, CPU, problem.heads
+    )
+
+
+# --- what is chosen ---
+
+
+@once
+def test_without_a_table_it_is_the_default(caplog) -> None:
+    with caplog.at_level("INFO", logger="vqtriton"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose() is None
+        assert choose(PROBLEM._replace(dim=16)) is None
+    # a line for each table that there might be, once
+    assert len(caplog.records) == len(tables.device_names(CPU))
+
+
+@once
+def test_the_nearest_row_is_chosen(folder) -> None:
+    configs = tunables.screen_candidates(8)
+    rows = [
+        row(PROBLEM._replace(num_rows=2**12), configs[3]),
+        row(PROBLEM._replace(num_rows=2**16), configs[4]),
+        row(PROBLEM._replace(num_rows=2**16, codebook_size=2**14), configs[6]),
+        row(PROBLEM._replace(dtype="float16"), configs[7]),
+    ]
+    write(folder / "sm_90.json", rows)
+    assert choose(PROBLEM._replace(num_rows=5000)) == configs[3]
+    assert choose(PROBLEM._replace(num_rows=2**18)) == configs[4]
+    assert choose(PROBLEM._replace(num_rows=2**18, codebook_size=2**13)) == configs[6]
+    assert choose(PROBLEM._replace(dtype="float16")) == configs[7]
+    # too far, or of another kind
+    for other in ({"num_rows": 2**30}, {"dim": 9}, {"heads": 64}, {"dtype": "bfloat16"}):
+        assert choose(PROBLEM._replace(**other)) is None
+    assert choose(PROBLEM._replace(op="grad_x")) is None
+
+
+@once
+def test_the_users_folder_and_the_device_come_first(folder) -> None:
+    configs = tunables.screen_candidates(8)
+    (folder / "bundled").mkdir()
+    write(folder / "bundled" / "interpreter.json", [row(tiles=configs[3])])
+    assert choose() == configs[3]
+    write(folder / "sm_90.json", [row(tiles=configs[4])])
+    assert choose() == configs[4]
+    write(folder / "interpreter.json", [row(tiles=configs[5])])
+    assert choose() == configs[5]
+
+
+@once
+def test_what_does_not_fit_is_not_chosen(folder, monkeypatch) -> None:
+    write(folder / "sm_90.json", [row(shared=100_000), row(tiles=tunables.screen_candidates(8)[6])])
+    monkeypatch.setattr(tables, "shared_limit", lambda device: 99_999)
+    assert choose() == tunables.screen_candidates(8)[6]
+    # what a launch has refused is not tried again
+    with pytest.warns(UserWarning, match="does not fit"):
+        tables.reject(tunables.screen_candidates(8)[6])
+    assert choose() is None
+
+
+@once
+def test_a_look_up_takes_less_than_two_microseconds(folder) -> None:
+    write(folder / "sm_90.json", [row()])
+    assert choose() == OTHER
+    arguments = ("nearest_code", torch.float32, 8, 1024, 4096, CPU)
+    seconds = min(timeit.repeat(lambda: tables.choose(*arguments), number=2000, repeat=20))
+    assert seconds / 2000 < 2e-6
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, for which the table is")
+def test_the_search_uses_the_row(folder, monkeypatch) -> None:
+    from vqtriton.kernels import nearest_code as module
+
+    x, codebook = torch.randn(40, 8), torch.randn(600, 8)
+    want = vqtriton.nearest_code(x, codebook, backend="triton")
+    config = replace(OTHER, block_n=64, block_k=128, num_warps=8)
+    assert config in tunables.screen_candidates(8)
+    write(folder / "sm_90.json", [row(PROBLEM._replace(codebook_size=600, num_rows=40), config)])
+    used = []
+    screen = module.screen_codes
+    monkeypatch.setattr(
+        module,
+        "screen_codes",
+        lambda *a, config, **k: used.append(config) or screen(*a, config=config, **k),
+    )
+    assert torch.equal(vqtriton.nearest_code(x, codebook, backend="triton"), want)
+    assert used == [config]
+    assert torch.equal(want, vqtriton.reference.nearest_code(x, codebook))
+
+
+@once
+def test_env_shows_what_is_chosen(folder) -> None:
+    write(folder / "sm_90.json", [row()])
+    lines = environment.describe([(4096, 1024, 8, "float32")]).splitlines()
+    (tiles,) = (line for line in lines if line.startswith("nearest_code"))
+    assert str(OTHER) in tiles
+    assert "(static, sm_90.json)" in tiles
+    assert any("sm_90.json, 1 rows" in line for line in lines)
+    (tiles,) = (line for line in lines if line.startswith("grad_x"))
+    assert tiles.endswith("(default)")
+
+
+# --- what breaks a table ---
+
+
+def spoil(path: Path, kind: str) -> None:
+    whole = json.dumps({"schema": 1, "device": "sm_90", "rows": [row()]})
+    texts = {
+        "empty": "",
+        "truncated": whole[:-40],
+        "junk": "x" * (10 << 20),
+        "nested": "[" * 100_000,
+        "a number": "7",
+        "no rows": json.dumps({"schema": 1}),
+        "rows of no list": json.dumps({"schema": 1, "rows": {"a": 1}}),
+        "wrong schema": whole.replace('"schema": 1', '"schema": 99'),
+        "no schema": whole.replace('"schema": 1, ', ""),
+    }
+    if kind in texts:
+        path.write_text(texts[kind])
+    elif kind == "binary":
+        path.write_bytes(bytes(range(256)) * 9)
+    elif kind == "a directory":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "a link to itself":
+        path.symlink_to(path)
+    elif kind == "no permission":
+        path.write_text(whole)
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip("this user may read everything")
+
+
+@once
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("empty", "truncated", "junk", "nested", "a number", "no rows", "rows of no list"),
+        *("wrong schema", "no schema", "binary", "a directory", "a pipe", "a dangling link"),
+        *("a link to itself", "no permission"),
+    ],
+)
+def test_a_broken_table_is_named_and_not_used(folder, kind) -> None:
+    path = folder / "sm_90.json"
+    spoil(path, kind)
+    with pytest.warns(UserWarning, match=r"sm_90\.json"):
+        assert choose() is None
+    # once is enough
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(PROBLEM._replace(num_rows=7)) is None
+
+
+@once
+def test_a_table_that_may_not_be_read(folder, monkeypatch) -> None:
+    write(folder / "sm_90.json", [row()])
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "sm_90.json")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.warns(UserWarning, match=r"Permission denied: 'sm_90\.json'; the defaults"):
+        assert choose() is None
+
+
+@once
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": asdict(replace(OTHER, block_n=-64))}, "none that is tried"),
+        ({"config": asdict(replace(OTHER, block_k=96))}, "none that is tried"),
+        ({"config": asdict(replace(OTHER, block_k=1 << 20))}, "none that is tried"),
+        ({"config": asdict(OTHER) | {"num_wraps": 4}}, "none that is tried"),
+        ({"config": asdict(OTHER) | {"num_warps": "4"}}, "none that is tried"),
+        ({"config": [1]}, r"config is \[1\]"),
+        ({"op": "nearest"}, "op is 'nearest'"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"num_rows": 0}, "num_rows is 0"),
+        ({"num_rows": float("nan")}, "num_rows is nan"),
+        ({"dim": True}, "dim is True"),
+        ({"shared": None}, "shared is None"),
+        ({"source": "dreamt"}, "source is 'dreamt'"),
+    ],
+)
+def test_a_broken_row_costs_no_other(folder, changes, message) -> None:
+    good = row(PROBLEM._replace(codebook_size=2**16))
+    write(folder / "sm_90.json", [row(**changes), 7, good])
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        found = choose(), choose(PROBLEM._replace(codebook_size=2**16))
+    assert found == (None, OTHER)
+    first, second = (str(warning.message) for warning in caught)
+    assert f"row 0 of {folder}/sm_90.json is left out" in first
+    assert re.search(message, first)
+    assert "row 1 of" in second
+    # and what is not understood is not lost when rows are added
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tables.merge(folder / "sm_90.json", "sm_90", [row(PROBLEM._replace(num_rows=99))])
+    kept = json.loads((folder / "sm_90.json").read_text())["rows"]
+    assert len(kept) == 4
+    assert 7 in kept
+
+
+# --- writing ---
+
+
+@once
+def test_measured_rows_replace_static_ones_and_not_the_reverse(folder) -> None:
+    path, configs = folder / "sm_90.json", tunables.screen_candidates(8)
+    for source, config, left in (
+        ("static", configs[3], 3),
+        ("static", configs[4], 4),
+        ("measured", configs[5], 5),
+        ("static", configs[6], 5),
+        ("measured", configs[7], 7),
+    ):
+        tables.merge(path, "sm_90", [row(tiles=config, source=source)])
+        (found,) = tables.read(path)
+        assert found["config"] == asdict(configs[left])
+        assert choose() == configs[left]
+
+
+def merge_some(path: Path, start: int) -> None:
+    for number in range(start, start + 12):
+        tables.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=number + 1))])
+
+
+@once
+def test_processes_into_one_folder_make_a_union(folder) -> None:
+    context = multiprocessing.get_context("fork")
+    path = folder / "sm_90.json"
+    workers = [context.Process(target=merge_some, args=(path, 12 * i)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert {found["num_rows"] for found in tables.read(path)} == set(range(1, 49))
+    # nothing is left beside it but the lock
+    assert {p.name for p in folder.iterdir()} == {"sm_90.json", ".sm_90.json.lock"}
+
+
+PROBLEMS = [PROBLEM._replace(num_rows=2**i) for i in range(12)]
+
+
+def quick(problem: Problem) -> tune.Outcome:
+    time.sleep(0.004)
+    config = tunables.screen_candidates(8)[problem.num_rows.bit_length()]
+    found = {"config": asdict(config), "shared": 0, "ms": 1.0, "default_ms": 2.0}
+    return tune.Outcome(problem, 2.0, 1.0, found, 3, 0)
+
+
+def tune_quickly(folder: Path) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tune.predict = lambda problem, target: quick(problem)
+    tune.problems_of = lambda asked, ops: PROBLEMS
+    sys.argv = ["vqtriton", "tune", "--static", "--resume", "--out", str(folder)]
+    from vqtriton.__main__ import main
+
+    main()
+
+
+@once
+def test_interrupts_lose_nothing(folder) -> None:
+    """Killed or interrupted at 20 random moments: the table can be read, and ends up whole."""
+    context = multiprocessing.get_context("fork")
+    path, draw = folder / "sm_90.json", random.Random(3)
+    seen = 0
+    for turn in range(20):
+        worker = context.Process(target=tune_quickly, args=(folder,))
+        worker.start()
+        time.sleep(draw.uniform(0, 0.12))
+        os.kill(worker.pid, signal.SIGKILL if turn % 2 else signal.SIGINT)
+        worker.join(60)
+        if path.exists():
+            found = tables.read(path)
+            assert len(found) >= seen
+            seen = len(found)
+        # another run for its end, from the beginning
+        if seen == len(PROBLEMS):
+            path.unlink()
+            seen = 0
+    worker = context.Process(target=tune_quickly, args=(folder,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+    found = {tables.problem_of(r): r["config"] for r in tables.read(path)}
+    assert found == {problem: quick(problem).row["config"] for problem in PROBLEMS}
+
+
+# --- tuning ---
+
+
+@once
+def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monkeypatch) -> None:
+    default = tunables.screen_candidates(8)[1]
+    starved = replace(default, max_registers=32)
+    tunable = replace(
+        tunables.TUNABLES["nearest_code"],
+        candidates=lambda dim: [starved],
+        default=lambda target, dim: default,
+    )
+    monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    outcome = tune.predict(PROBLEM, "sm_90")
+    assert (outcome.tried, outcome.left_out) == (2, 1)
+    assert outcome.row["config"] == asdict(default)
+    assert outcome.default_ms == outcome.best_ms > 0
+
+
+@once
+@pytest.mark.parametrize("op", tunables.TUNABLES)
+@pytest.mark.parametrize("dim", [1, 3, 8, 12, 64, 100, 256, 512, 4000])
+def test_a_default_may_stand_in_a_table(op, dim) -> None:
+    tunable = tunables.TUNABLES[op]
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        problem = Problem(op, "float16", dim, 9, 9)
+        assert tables.fault(row(problem, tunable.default(target, dim))) is None
+
+
+@once
+def test_a_wrong_candidate_never_wins(monkeypatch, capsys) -> None:
+    """The fastest is off by one in a row of 4096; another leaves memory as it was; one raises."""
+    configs = tunables.screen_candidates(8)
+    problem = PROBLEM._replace(codebook_size=50)
+
+    def run(inputs, config):
+        place = configs.index(config)
+        time.sleep({0: 0.03, 1: 0.0, 2: 0.0, 3: 0.0, 4: 0.01}.get(place, 0.05))
+        indices = vqtriton.nearest_code(inputs.x, inputs.codebook)
+        if place == 1:
+            indices[777] = (indices[777] + 1) % 50
+        if place == 2:
+            indices = torch.empty_like(indices)
+        if place == 3:
+            raise RuntimeError("out of shared memory")
+        return (indices,)
+
+    tunable = replace(
+        tunables.TUNABLES["nearest_code"], run=run, default=lambda target, dim: configs[0]
+    )
+    monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    outcome = tune.measure(problem, CPU)
+    assert outcome.row["config"] == asdict(configs[4])
+    assert outcome.left_out == 3
+    said = capsys.readouterr().err
+    assert said.count("it is wrong") == 2
+    assert "out of shared memory" in said
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not BACKENDS or BACKENDS[0].name != "triton", reason="needs the kernels")
+@pytest.mark.parametrize("op", tunables.TUNABLES)
+def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
+    """With kernels: results are right with every candidate; a wrong one is told from them."""
+    problem = Problem(op, "float32", 8, 40, 40 if op == "ema_update" else 60)
+    tunable = tunables.TUNABLES[op]
+    few = tunable.candidates(8)[-2:]
+    monkeypatch.setitem(tunables.TUNABLES, op, replace(tunable, candidates=lambda dim: few))
+    device = torch.device(BACKENDS[0].device)
+    outcome = tune.measure(problem, device)
+    assert outcome.left_out == 0
+    assert outcome.tried >= 2
+    inputs = tunables.make_inputs(problem, device)
+    results = tunable.run(inputs, few[0])
+    assert tunable.is_right(inputs, results)
+    results[0].view(-1)[3] += 1
+    assert not tunable.is_right(inputs, results)
+
+
+@once
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to tune for"),
+        (["--shape", "1,2"], "is not N,K,D"),
+        (["--shape", "1,2,0"], "must be at least 1"),
+        (["--shape", "1,2,3,int8"], "DTYPE one of"),
+        (["--from-trace", "nowhere"], "--from-trace: "),
+        (["--preset", "mine"], "invalid choice"),
+        (["--budget", "0", "--preset", "real-models"], "0 is not above 0"),
+        (["--static", "--target", "sm_75"], "invalid choice"),
+        (["--static", "--device", "cuda", "--shape", "9,9,9"], "--static times none"),
+        (["--device", "cpu", "--shape", "9,9,9"], "only under TRITON_INTERPRET=1"),
+        (["--check", "--out", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message) -> None:
+    from vqtriton.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["vqtriton", "tune", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in capsys.readouterr().err
+
+
+@once
+def test_a_broken_table_stops_tuning_before_it_begins(folder, monkeypatch, capsys) -> None:
+    from vqtriton.__main__ import main
+
+    (folder / "sm_90.json").write_text("mine, and no table")
+    monkeypatch.setattr(tune, "predict", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(sys, "argv", ["vqtriton", "tune", "--static", "--shape", "9,9,9"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "nothing was tuned" in capsys.readouterr().err
+    assert (folder / "sm_90.json").read_text() == "mine, and no table"
+
+
+# --- traces and warm-up ---
+
+
+@once
+def test_a_trace_has_each_shape_once(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "trace.jsonl"
+    monkeypatch.setenv(trace.VARIABLE, str(file))
+    vq = vqtriton.VectorQuantize(6, 30)
+    for rows in (20, 20, 50):
+        x = torch.randn(rows, 6).requires_grad_()
+        vq(x).loss.backward()
+    found = trace.read(file)
+    assert len(file.read_text().splitlines()) == len(found)
+    assert set(found) == {
+        *(
+            Problem(op, "float32", 6, 30, n)
+            for op in ("nearest_code", "code_sums")
+            for n in (20, 50)
+        ),
+        *(Problem("grad_x", "float32", 6, 30, n) for n in (20, 50)),
+        Problem("ema_update", "float32", 6, 30, 30),
+    }
+    # as many more as another process sees
+    words = "import torch, vqtriton; vqtriton.nearest_code(torch.ones(9, 6), torch.ones(30, 6))"
+    subprocess.run([sys.executable, "-c", words], check=True, timeout=120)
+    assert set(trace.read(file)) - set(found) == {Problem("nearest_code", "float32", 6, 30, 9)}
+
+
+@once
+def test_tuning_from_a_trace_is_for_exactly_its_shapes(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "trace.jsonl"
+    rows = [PROBLEM, PROBLEM._replace(op="grad_x"), PROBLEM._replace(dim=9)]
+    file.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in rows))
+    tuned = []
+
+    def note(problem, target):
+        tuned.append(problem)
+        return quick(PROBLEM)
+
+    monkeypatch.setattr(tune, "predict", note)
+    from vqtriton.__main__ import main
+
+    arguments = ["vqtriton", "tune", "--static", "--from-trace", str(file), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    # of the gradient nothing can be predicted
+    assert tuned == [PROBLEM, PROBLEM._replace(dim=9)]
+
+
+@once
+def test_a_trace_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(trace.VARIABLE, str(tmp_path))
+    x, codebook = torch.randn(5, 4), torch.randn(7, 4)
+    with pytest.warns(UserWarning, match=trace.VARIABLE):
+        indices = vqtriton.nearest_code(x, codebook)
+    assert torch.equal(indices, vqtriton.reference.nearest_code(x, codebook))
+
+
+@once
+def test_a_line_that_is_no_shape_is_named(tmp_path) -> None:
+    file = tmp_path / "trace.jsonl"
+    for text, message in (("7\n", "line 1"), ("", "has no shapes"), ('{"op": 1}', "line 1")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            trace.read(file)
+
+
+@once
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_warmup_leaves_the_module_as_it_is(monkeypatch, update) -> None:
+    vq = vqtriton.VectorQuantize(4, 9, codebook_update=update, kmeans_init=True)
+    before = {name: value.clone() for name, value in vq.state_dict().items()}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    vqtriton.warmup(vq, (2, 7, 4), (3, 4), dtype=torch.bfloat16)
+    after = vq.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert vq.training
+    assert vq.codebook.grad is None
+    with pytest.raises(TypeError, match="module is a Linear"):
+        vqtriton.warmup(torch.nn.Linear(2, 2), (3, 4))
+    with pytest.raises(ValueError, match="shapes is empty"):
+        vqtriton.warmup(vq)
