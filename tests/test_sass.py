@@ -239,9 +239,7 @@ def test_floors_are_those_of_the_design(shape, expected) -> None:
 
 def test_streamed_rows_are_read_for_each_tile_of_codes() -> None:
     kernel = next(kernel for kernel in kernels.KERNELS if kernel.name == "screen_codes")
-    works = {
-        dim: kernel.work(launch.values) for (dim, _), launch in kernel.launches("sm_90").items()
-    }
+    works = {dim: kernel.work(launch) for (dim, _), launch in kernel.launches("sm_90").items()}
     # of 128 rows, 2 bytes an element, for 256 codes
     assert works[512].row_bytes == 128 * 512 * 2 / 256
     assert works[64].row_bytes == 0
