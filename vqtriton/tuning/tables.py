@@ -9,7 +9,6 @@ among the tiles that `vqtriton tune` would try is left out, with a warning that 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -261,7 +260,12 @@ def shared_limit(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Alone with a table, whoever else tunes into the folder."""
+    """Alone with a table, whoever else tunes into the folder; on Windows only by chance."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
     with path.with_name(f".{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
