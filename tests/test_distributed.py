@@ -223,6 +223,20 @@ def test_kmeans_of_all_ranks(tmp_path: Path) -> None:
             assert value.unique(dim=0).shape[0] == SIZE
 
 
+def single_code(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    x = batch(0, 5 if rank == 1 else 0)
+    return {init: kmeans(x, 1, 3, init=init, sync=True) for init in ("random", "k-means++")}
+
+
+def test_fewer_codes_than_ranks(tmp_path: Path) -> None:
+    """The rows are on the rank that no place of a single code belongs to."""
+    results = ranks.run(single_code, tmp_path)
+    assert_equal(results)
+    for value in results[0].values():
+        torch.testing.assert_close(value, batch(0, 5).mean(0, keepdim=True))
+
+
 def nearest(x: Tensor) -> Tensor:
     return nearest_code(x, kmeans(x, SIZE, 12, torch.Generator().manual_seed(0)))
 

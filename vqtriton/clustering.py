@@ -214,7 +214,9 @@ def lloyd(
     backend: str = "auto",
 ) -> Clusters:
     """See `kmeans`; without any row it returns zeros."""
+    # a place for each rank at least: the only row may be on any of them
     places = codebook_size * (ROWS_PER_CODE if init == "k-means++" else 1)
+    places = max(places, distributed.world_size() if sync else 1)
     drawn = Reservoir(distributed.num_places(places, sync=sync), generator)
     with distributed.together(sync=sync) as agreement:
         for block in rows:
@@ -227,9 +229,7 @@ def lloyd(
     spread = distributed.spread(*drawn.take(dim, rows.device), places, sync=sync)
     samples, is_filled = distributed.all_reduce(spread, sync=sync)
     everywhere = torch.ones(codebook_size, dtype=torch.bool, device=rows.device)
-    codebook, _ = distributed.take_filled(
-        samples[:codebook_size], is_filled[:codebook_size], everywhere
-    )
+    codebook, _ = distributed.take_filled(samples, is_filled, everywhere)
     counts = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
     if not is_filled.any():
         return Clusters(codebook, counts, False)

@@ -101,8 +101,8 @@ def take_filled(samples: Tensor, is_filled: Tensor, wanted: Tensor) -> tuple[Ten
     """Hands the samples that were filled to the places where ``wanted``, in turn.
 
     Args:
-        samples: [K, D], summed over the ranks.
-        is_filled: [K], likewise.
+        samples: [S, D], summed over the ranks.
+        is_filled: [S], likewise.
         wanted: [K] bool.
 
     Returns:

@@ -65,10 +65,7 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
 
         for n, k, d, dtype in shapes:
             for op, tunable in TUNABLES.items():
-                is_update = op == "ema_update"
-                problem = tables.Problem(
-                    op, "float32" if is_update else dtype, d, k, k if is_update else n
-                )
+                problem = tables.problem_for(op, n, k, d, dtype)
                 row = tables.find(problem, device)
                 config = row[1] if row else tunable.default(architecture(device), d)
                 origin = f"{row[0]['source']}, {row[2].name}" if row else "default"

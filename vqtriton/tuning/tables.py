@@ -53,6 +53,14 @@ class Problem(NamedTuple):
         )
 
 
+def problem_for(op: str, n: int, k: int, d: int, dtype: str) -> Problem:
+    """Of an op in a step with x [n, d] and k codes."""
+    if op == "ema_update":
+        # of float32 statistics, whatever the rows are and however many
+        return Problem(op, "float32", d, k, k)
+    return Problem(op, dtype, d, k, n)
+
+
 # what a row has, beside what tells where it is from
 KINDS: dict[str, type] = {
     "op": str,

@@ -114,14 +114,7 @@ def problems_of(asked: argparse.Namespace, ops: Iterable[str]) -> list[Problem]:
     shapes: list[tuple[int, int, int, str]] = list(asked.shape)
     if asked.preset:
         shapes += [(n, k, d, "float32") for n, k, d in PRESETS[asked.preset]]
-    found = []
-    for n, k, d, dtype in shapes:
-        for op in ops:
-            # the update is of float32 statistics, whatever the rows are
-            is_update = op == "ema_update"
-            found.append(
-                Problem(op, "float32" if is_update else dtype, d, k, k if is_update else n)
-            )
+    found = [tables.problem_for(op, *of_step) for of_step in shapes for op in ops]
     if asked.from_trace:
         found += [problem for problem in trace.read(asked.from_trace) if problem.op in ops]
     return list(dict.fromkeys(found))
