@@ -24,10 +24,13 @@ from conftest import INTERPRETED
 import vqtriton
 from vqtriton import environment
 from vqtriton.tuning import tables, trace, tune
+from vqtriton.tuning.outcomes import Outcome
 from vqtriton.tuning.tables import Problem
 
 pytest.importorskip("triton")
 tunables = pytest.importorskip("vqtriton.tuning.tunables")
+measure = pytest.importorskip("vqtriton.tuning.measure")
+predict = pytest.importorskip("vqtriton.tuning.predict")
 
 CPU = torch.device("cpu")
 once = pytest.mark.skipif(INTERPRETED, reason="once is enough")
@@ -308,17 +311,17 @@ def test_processes_into_one_folder_make_a_union(folder) -> None:
 PROBLEMS = [PROBLEM._replace(num_rows=2**i) for i in range(12)]
 
 
-def quick(problem: Problem) -> tune.Outcome:
+def quick(problem: Problem) -> Outcome:
     time.sleep(0.004)
     config = tunables.screen_candidates(8)[problem.num_rows.bit_length()]
     found = {"config": asdict(config), "shared": 0, "ms": 1.0, "default_ms": 2.0}
-    return tune.Outcome(problem, 2.0, 1.0, found, 3, 0)
+    return Outcome(problem, 2.0, 1.0, found, 3, 0)
 
 
 def tune_quickly(folder: Path) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    tune.predict = lambda problem, target: quick(problem)
+    predict.predict = lambda problem, target, say: quick(problem)
     tune.problems_of = lambda asked, ops: PROBLEMS
     sys.argv = ["vqtriton", "tune", "--static", "--resume", "--out", str(folder)]
     from vqtriton.__main__ import main
@@ -367,7 +370,7 @@ def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monk
         default=lambda target, dim: default,
     )
     monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
-    outcome = tune.predict(PROBLEM, "sm_90")
+    outcome = predict.predict(PROBLEM, "sm_90")
     assert (outcome.tried, outcome.left_out) == (2, 1)
     assert outcome.row["config"] == asdict(default)
     assert outcome.default_ms == outcome.best_ms > 0
@@ -384,7 +387,7 @@ def test_a_default_may_stand_in_a_table(op, dim) -> None:
 
 
 @once
-def test_a_wrong_candidate_never_wins(monkeypatch, capsys) -> None:
+def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
     """The fastest is off by one in a row of 4096; another leaves memory as it was; one raises."""
     configs = tunables.screen_candidates(8)
     problem = PROBLEM._replace(codebook_size=50)
@@ -402,15 +405,83 @@ def test_a_wrong_candidate_never_wins(monkeypatch, capsys) -> None:
         return (indices,)
 
     tunable = replace(
-        tunables.TUNABLES["nearest_code"], run=run, default=lambda target, dim: configs[0]
+        tunables.TUNABLES["nearest_code"],
+        prepare=tunables.as_they_are,
+        run=run,
+        default=lambda target, dim: configs[0],
     )
     monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
-    outcome = tune.measure(problem, CPU)
+    said = []
+    outcome = measure.measure(problem, CPU, said.append)
     assert outcome.row["config"] == asdict(configs[4])
     assert outcome.left_out == 3
+    assert sum("it is wrong" in text for text in said) == 2
+    assert sum("out of shared memory" in text for text in said) == 1
+
+
+@once
+def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
+    """On a GPU: what spills or does not fit, and those that are predicted to be far behind."""
+    gpu = torch.device("cuda")
+    default, *others = tunables.candidates_of(PROBLEM, "sm_90")
+    starved = replace(default, max_registers=32)
+    monkeypatch.setattr(measure, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(measure, "MOST_TIMED", 3)
+    monkeypatch.setattr(measure, "shared_limit", lambda device: 1 << 20)
+
+    said = []
+
+    def kept():
+        candidates = [default, starved, *others]
+        return measure.promising(PROBLEM, gpu, candidates, said.append)
+
+    ranked = predict.usable(PROBLEM, "sm_90", [default, *others])
+    assert len(ranked) > 5
+    best = [one.config for one in ranked[:3]]
+    assert {config for config, _ in kept()} == {default, *best}
+    # why, in a line, and not the thousands that Triton prints
+    assert len(said) <= 1
+    assert all(len(text.splitlines()) == 1 for text in said)
+    assert not capsys.readouterr().out
+    # the largest shared memory that is allowed
+    sizes = sorted(one.about["shared"] for one in ranked)
+    monkeypatch.setattr(measure, "shared_limit", lambda device: sizes[1])
+    assert kept()
+    assert all(about["shared"] <= sizes[1] for _, about in kept())
+
+
+@once
+@pytest.mark.parametrize("op", tunables.TUNABLES)
+def test_tiles_that_are_tried_can_be_used(op) -> None:
+    """Of the kernels that are not modelled all; of each, the default."""
+    problem = PROBLEM._replace(op=op, dim=64)
+    candidates = tunables.candidates_of(problem, "sm_90")
+    few = candidates[:1] if op == "nearest_code" else candidates
+    assert [one.config for one in predict.usable(problem, "sm_90", few)] == few
+
+
+@once
+def test_what_cannot_be_counted_can_be_used() -> None:
+    """Tensor memory's products do not tell their shape, so nothing is predicted of such a loop."""
+    problem = PROBLEM._replace(dim=64)
+    (one,) = predict.usable(problem, "sm_100", tunables.candidates_of(problem, "sm_100")[:1])
+    assert one.ms != one.ms
+    assert one.about["shared"] > 0
+
+
+@once
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress(monkeypatch, capsys, is_terminal) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    progress = tune.Progress(4)
+    progress.show(0, "first")
+    progress.say("left out: one")
+    progress.show(1, "second")
     said = capsys.readouterr().err
-    assert said.count("it is wrong") == 2
-    assert "out of shared memory" in said
+    lines = said.split("\r\x1b[2K")[1:] if is_terminal else said.splitlines()
+    assert lines[0] == f"[{'.' * 20}] 0/4   first"
+    assert lines[1].strip() == "left out: one"
+    assert re.fullmatch(r"\[#####\.{15}\] 1/4 +\d+ s left  second", lines[2])
 
 
 @pytest.mark.kernel
@@ -423,11 +494,11 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
     few = tunable.candidates(8)[-2:]
     monkeypatch.setitem(tunables.TUNABLES, op, replace(tunable, candidates=lambda dim: few))
     device = torch.device(BACKENDS[0].device)
-    outcome = tune.measure(problem, device)
+    outcome = measure.measure(problem, device)
     assert outcome.left_out == 0
     assert outcome.tried >= 2
     inputs = tunables.make_inputs(problem, device)
-    results = tunable.run(inputs, few[0])
+    results = tunable.run(tunable.prepare(inputs), few[0])
     assert tunable.is_right(inputs, results)
     results[0].view(-1)[3] += 1
     assert not tunable.is_right(inputs, results)
@@ -448,6 +519,7 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
         (["--static", "--device", "cuda", "--shape", "9,9,9"], "--static times none"),
         (["--device", "cpu", "--shape", "9,9,9"], "only under TRITON_INTERPRET=1"),
         (["--check", "--out", "nowhere"], "nowhere"),
+        (["--preset", "real-models", "--dtype", "float64"], "invalid choice: 'float64'"),
     ],
 )
 def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message) -> None:
@@ -464,7 +536,7 @@ def test_a_broken_table_stops_tuning_before_it_begins(folder, monkeypatch, capsy
     from vqtriton.__main__ import main
 
     (folder / "sm_90.json").write_text("mine, and no table")
-    monkeypatch.setattr(tune, "predict", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("it began"))
     monkeypatch.setattr(sys, "argv", ["vqtriton", "tune", "--static", "--shape", "9,9,9"])
     with pytest.raises(SystemExit, match="2"):
         main()
@@ -507,11 +579,11 @@ def test_tuning_from_a_trace_is_for_exactly_its_shapes(tmp_path, monkeypatch) ->
     file.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in rows))
     tuned = []
 
-    def note(problem, target):
+    def note(problem, target, say):
         tuned.append(problem)
         return quick(PROBLEM)
 
-    monkeypatch.setattr(tune, "predict", note)
+    monkeypatch.setattr(predict, "predict", note)
     from vqtriton.__main__ import main
 
     arguments = ["vqtriton", "tune", "--static", "--from-trace", str(file), "--out", str(tmp_path)]

@@ -58,13 +58,15 @@ class Tunable:
     candidates: Callable[[int], list[Any]]
     # the default for a target and D
     default: Callable[[str, int], Any]
-    # runs it on inputs
-    run: Callable[[Inputs, Any], tuple[Tensor, ...]]
+    # what is done before the clock starts
+    prepare: Callable[[Inputs], Any]
+    # runs it, on what was prepared
+    run: Callable[[Any, Any], tuple[Tensor, ...]]
     # whether results are right
     is_right: Callable[[Inputs, tuple[Tensor, ...]], bool]
-    # what it would launch for a target with tiles, if the static model knows it
-    launches: Callable[[Problem, str, Any], list[Launch]] | None = None
-    # products and bytes of a launch, likewise
+    # what it would launch for a target with tiles
+    launches: Callable[[Problem, str, Any], list[Launch]]
+    # products and bytes of a launch, where the static model knows them
     work: Callable[[Launch], Work] | None = None
 
 
@@ -103,13 +105,18 @@ def screen_default(target: str, dim: int) -> Any:
     return screen_codes.screen_codes_config(target, inner_size(dim)[0], dim % ALIGNMENT == 0)
 
 
-def run_screen(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
-    """The whole search, which is what the screen's tiles have to be good for."""
+def prepare_screen(inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
     x, codebook, *_ = inputs
-    target = screen_codes.architecture(x.device)
-    planes = _planes(codebook, target)
+    return x, codebook, _planes(codebook, screen_codes.architecture(x.device))
+
+
+def run_screen(prepared: tuple[Tensor, Tensor, Any], config: Any) -> tuple[Tensor, ...]:
+    """The whole search, which is what the screen's tiles have to be good for."""
+    x, codebook, planes = prepared
     rest = nearest_code.nearest_code_config(
-        target, planes.codes.shape[2], screen_codes.rows_are_aligned(x[None])
+        screen_codes.architecture(x.device),
+        planes.codes.shape[2],
+        screen_codes.rows_are_aligned(x[None]),
     )
     out = nearest_code.nearest_code(
         x[None],
@@ -158,9 +165,19 @@ def screen_work(launch: Launch) -> Work:
     return Work(values["BLOCK_N"], code_bytes, values["INNER"], uses_mma=True, row_bytes=row_bytes)
 
 
+def of_few_rows(problem: Problem) -> Inputs:
+    """What is launched does not follow N and K, but for the grid."""
+    few = problem._replace(num_rows=48, codebook_size=40)
+    return make_inputs(few, torch.device("cpu"))
+
+
 def _planes(codebook: Tensor, target: str) -> Any:
     lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
     return prepare_planes(codebook[None], group=GROUP, lanes=lanes, vec=vec)
+
+
+def as_they_are(inputs: Inputs) -> Inputs:
+    return inputs
 
 
 # --- the rest of a step, of which the static model tells no tiles apart: they move the same bytes
@@ -189,6 +206,20 @@ def sums_are_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     return torch.equal(counts, want_counts) and bool(is_near.all())
 
 
+def sums_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
+    """Sums, and the codebook's gradient."""
+    x, codebook, indices, _ = of_few_rows(problem)
+    grads = (torch.ones(1, len(x)), x[None], codebook[None], indices[None], 1.0)
+    modules = (code_sums, vector_quantize_grad)
+    launchers = (code_sums.code_sums, vector_quantize_grad.grad_codebook)
+    arguments = ((x[None], indices[None], len(codebook)), grads)
+    return [
+        launch
+        for launcher, given in zip(launchers, arguments, strict=True)
+        for launch in launches_of(modules, launcher, *given, config=config)
+    ]
+
+
 def grad_x_candidates(dim: int) -> list[Any]:
     return [
         vector_quantize_grad.GradXConfig(block_elements=elements, num_warps=warps)
@@ -201,6 +232,12 @@ def run_grad_x(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
     grad_loss = torch.ones(1, len(x), device=x.device)
     tensors = (grad[None], grad_loss, x[None], codebook[None], indices[None])
     return (vector_quantize_grad.grad_x(*tensors, 0.5, config=config)[0],)
+
+
+def grad_x_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
+    x, codebook, indices, grad = of_few_rows(problem)
+    arguments = (grad[None], torch.ones(1, len(x)), x[None], codebook[None], indices[None], 1.0)
+    return launches_of(vector_quantize_grad, vector_quantize_grad.grad_x, *arguments, config=config)
 
 
 def grad_x_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
@@ -217,16 +254,27 @@ def ema_update_candidates(dim: int) -> list[Any]:
     ]
 
 
-def run_ema_update(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
-    size, codebook, embed_sum, counts, sums = _statistics(inputs)
-    ema_update.ema_update_(
-        size, codebook, embed_sum, counts, sums, None, None, 0.99, 1e-5, 0.0, config=config
-    )
-    return size, codebook, embed_sum
+def run_ema_update(statistics: tuple[Tensor, ...], config: Any) -> tuple[Tensor, ...]:
+    """In place."""
+    ema_update.ema_update_(*statistics, None, None, 0.99, 1e-5, 0.0, config=config)
+    return statistics[:3]
+
+
+def ema_update_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
+    """With and without samples for dead codes."""
+    statistics = prepare_ema_update(of_few_rows(problem))
+    size, codebook, *_ = statistics
+    return [
+        launch
+        for drawn in ((None, None), (codebook, size))
+        for launch in launches_of(
+            ema_update, ema_update.ema_update_, *statistics, *drawn, 0.99, 1e-5, 1.0, config=config
+        )
+    ]
 
 
 def ema_update_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
-    size, codebook, embed_sum, counts, sums = _statistics(inputs)
+    size, codebook, embed_sum, counts, sums = prepare_ema_update(inputs)
     blocked.ema_update_(size, codebook, embed_sum, counts, sums, None, None, 0.99, 1e-5, 0.0)
     return all(
         torch.allclose(got, want, rtol=8 * 2.0**-24, atol=8 * 2.0**-24)
@@ -234,7 +282,7 @@ def ema_update_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _statistics(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def prepare_ema_update(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sizes, codes and averages as they were; counts and sums of a batch."""
     codebook = inputs.codebook
     counts = torch.arange(len(codebook), device=codebook.device).remainder(5).float()
@@ -247,6 +295,7 @@ TUNABLES = {
         screen_codes.ScreenCodesConfig,
         screen_candidates,
         screen_default,
+        prepare_screen,
         run_screen,
         screen_is_right,
         screen_launches,
@@ -256,21 +305,34 @@ TUNABLES = {
         code_sums.CodeSumsConfig,
         sums_candidates,
         lambda target, dim: code_sums.CodeSumsConfig(),
+        as_they_are,
         run_sums,
         sums_are_right,
+        sums_launches,
     ),
     "grad_x": Tunable(
         vector_quantize_grad.GradXConfig,
         grad_x_candidates,
         lambda target, dim: vector_quantize_grad.GradXConfig(),
+        as_they_are,
         run_grad_x,
         grad_x_is_right,
+        grad_x_launches,
     ),
     "ema_update": Tunable(
         ema_update.EmaUpdateConfig,
         ema_update_candidates,
         lambda target, dim: ema_update.EmaUpdateConfig(),
+        prepare_ema_update,
         run_ema_update,
         ema_update_is_right,
+        ema_update_launches,
     ),
 }
+
+
+def candidates_of(problem: Problem, target: str) -> list[Any]:
+    """The default first."""
+    tunable = TUNABLES[problem.op]
+    default = tunable.default(target, problem.dim)
+    return list(dict.fromkeys([default, *tunable.candidates(problem.dim)]))

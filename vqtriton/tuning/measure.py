@@ -1,0 +1,127 @@
+"""The fastest tiles, by running them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vqtriton.kernels.screen_codes import architecture
+from vqtriton.tuning.outcomes import Found, Outcome, decide
+from vqtriton.tuning.predict import Say, to_stderr, usable
+from vqtriton.tuning.tables import DTYPES, Problem, shared_limit
+from vqtriton.tuning.tunables import TUNABLES, candidates_of, make_inputs
+
+# of a candidate: steps before the clock, and timed ones
+WARM_UP, REPEATS = 2, 9
+# of those that are modelled, so many are timed: the best predicted, and the default
+MOST_TIMED = 12
+# bytes of inputs, beyond which no more copies of them are made
+MOST_COPIED = 4 << 30
+
+
+def measure(problem: Problem, device: torch.device, say: Say = to_stderr) -> Outcome:
+    """The fastest tiles of those whose results are right, on memory that was filled with NaN."""
+    tunable = TUNABLES[problem.op]
+    candidates = candidates_of(problem, architecture(device))
+    copies = [make_inputs(problem, device, seed) for seed in range(copies_needed(problem, device))]
+    right: list[tuple[Any, dict[str, Any]]] = []
+    for config, about in promising(problem, device, candidates, say):
+        try:
+            with poisoned():
+                results = tunable.run(tunable.prepare(copies[0]), config)
+                is_right = tunable.is_right(copies[0], results)
+        except Exception as error:
+            # too much shared memory, or what a compiler does not take
+            say(f"left out, {config}: {str(error)[:200]}")
+            continue
+        if is_right:
+            right.append((config, about))
+        else:
+            say(f"left out, it is wrong: {config}")
+    prepared = [tunable.prepare(copy) for copy in copies]
+    times = median_ms(tunable.run, [config for config, _ in right], prepared, device)
+    found = [Found(config, ms, about) for (config, about), ms in zip(right, times, strict=True)]
+    return decide(problem, candidates, sorted(found, key=lambda one: one.ms))
+
+
+def promising(
+    problem: Problem, device: torch.device, candidates: Sequence[Any], say: Say
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Candidates that are worth a run, and what their row tells.
+
+    In the interpreter, which does not compile, all of them.
+    """
+    if device.type != "cuda":
+        return [(config, {"shared": 0}) for config in candidates]
+    found = usable(problem, architecture(device), candidates, say)
+    fitting = [one for one in found if one.about["shared"] <= shared_limit(device)]
+    modelled = [one for one in fitting if not math.isnan(one.ms)]
+    late = [one.config for one in modelled[MOST_TIMED:] if one.config != candidates[0]]
+    return [(one.config, one.about) for one in fitting if one.config not in late]
+
+
+class poisoned:
+    """`torch.empty` is filled with NaN: whatever is left unwritten shows."""
+
+    def __enter__(self) -> None:
+        self._before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *error: object) -> None:
+        torch.use_deterministic_algorithms(self._before)
+
+
+def copies_needed(problem: Problem, device: torch.device) -> int:
+    """So many inputs that the next one is in no cache."""
+    if device.type != "cuda":
+        return 1
+    size = problem.dim * DTYPES[problem.dtype].itemsize
+    of_one = 2 * problem.num_rows * size + 4 * problem.codebook_size * problem.dim
+    wanted = min(32, 2 * cache_bytes(device) // of_one + 1)
+    return max(1, min(wanted, MOST_COPIED // of_one))
+
+
+def cache_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def median_ms(
+    run: Callable[[Any, Any], object],
+    configs: Sequence[Any],
+    prepared: Sequence[Any],
+    device: torch.device,
+) -> list[float]:
+    """Of each. They take turns, so that none has the quiet minute; and so do the inputs."""
+    is_cuda = device.type == "cuda"
+    # written before each step: it empties the cache and gives the host a head start, so that it is
+    # not its launches that are timed
+    other = torch.empty(2 * cache_bytes(device) if is_cuda else 0, device=device, dtype=torch.uint8)
+    times: list[list[float]] = [[] for _ in configs]
+    warm_up, repeats = (WARM_UP, REPEATS) if is_cuda else (0, 1)
+    for turn in range(warm_up + repeats):
+        on = prepared[turn % len(prepared)]
+        for config, of_config in zip(configs, times, strict=True):
+            other.zero_()
+            ms = one_ms(functools.partial(run, on, config), device)
+            if turn >= warm_up:
+                of_config.append(ms)
+    return [statistics.median(of_config) for of_config in times]
+
+
+def one_ms(step: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begun)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end)

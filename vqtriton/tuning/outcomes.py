@@ -1,0 +1,56 @@
+"""What tuning finds for a problem, however it finds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from vqtriton.tuning.tables import Problem, Row
+
+# a candidate has to be faster than the default by this much
+LEAST_GAIN = 0.02
+
+
+class Found(NamedTuple):
+    """Tiles that can be used."""
+
+    config: Any
+    # predicted or measured, in milliseconds
+    ms: float
+    # what else their row in a table tells; `shared` at least
+    about: Row
+
+
+class Outcome(NamedTuple):
+    """Of a problem."""
+
+    problem: Problem
+    # in milliseconds; NaN if there is none
+    default_ms: float
+    best_ms: float
+    # None: nothing can be used
+    row: Row | None
+    # candidates, and those that cannot be used
+    tried: int
+    left_out: int
+
+
+def decide(problem: Problem, candidates: Sequence[Any], found: Sequence[Found]) -> Outcome:
+    """The default stays if nothing is clearly better.
+
+    Args:
+        candidates: all that were tried, the default first.
+        found: those of them that can be used, the best first.
+    """
+    counts = len(candidates), len(candidates) - len(found)
+    if not found:
+        return Outcome(problem, math.nan, math.nan, None, *counts)
+    best = found[0]
+    default = next((one for one in found if one.config == candidates[0]), None)
+    default_ms = default.ms if default else math.nan
+    if default and best.ms > (1 - LEAST_GAIN) * default_ms:
+        best = default
+    row = {"config": asdict(best.config), **best.about, "ms": best.ms, "default_ms": default_ms}
+    return Outcome(problem, default_ms, best.ms, row, *counts)
