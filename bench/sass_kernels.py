@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vqtriton.kernels import (
+    atomic_sums,
     code_sums,
     ema_update,
     nearest_code,
@@ -118,14 +119,15 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
 
 
 def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
-    """Sums per code, and both gradients."""
-    modules = (code_sums, vector_quantize_grad)
+    """Sums per code in either way, and both gradients."""
+    modules = (atomic_sums, code_sums, vector_quantize_grad)
     x, codebook = x[None], codebook_of(x.shape[1])[None]
     indices = torch.zeros(x.shape[:2], dtype=torch.int64)
     grad_loss = torch.ones(x.shape[:2])
     grads = (grad_loss, x, codebook, indices, 1.0)
     return [
         *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE),
+        *launches_of(modules, atomic_sums.atomic_sums, x, indices, CODEBOOK_SIZE),
         *launches_of(modules, vector_quantize_grad.grad_x, x, *grads),
         *launches_of(modules, vector_quantize_grad.grad_codebook, *grads),
     ]
@@ -180,6 +182,7 @@ KERNELS = (
     ),
     Kernel("chunk_sums", record_sums, ((64, torch.float32),)),
     Kernel("combine_chunks", record_sums, ((64, torch.float32),)),
+    Kernel("atomic_sums", record_sums, ((64, torch.float32),)),
     Kernel("grad_x", record_sums, ((64, torch.float32),)),
     Kernel("ema_update", record_ema_update, tuple((d, torch.float32) for d in (8, 64, 512))),
     Kernel("part_sums", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),

@@ -146,6 +146,57 @@ def test_gradient_is_a_gather(backend: Backend) -> None:
     torch.testing.assert_close(sums, reference_sums)
 
 
+@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.parametrize("config", [{}, {"block_elements": 32, "block_d": 4}])
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+def test_sums_by_atomics(config: dict, dtype: torch.dtype) -> None:
+    from vqtriton.kernels.atomic_sums import AtomicSumsConfig, atomic_sums
+
+    device = BACKENDS[0].device
+    x = torch.randn(7, 50, 3).to(dtype).permute(2, 1, 0)
+    x[1, 17, 6] = torch.nan
+    x[0, 3, 0] = torch.inf
+    indices = torch.stack([skewed(skew, 50, 5) for skew in ("uniform", "one code", "zipf")])
+    sums, counts = atomic_sums(
+        x.to(device), indices.to(device), 5, config=AtomicSumsConfig(**config) if config else None
+    )
+    assert sums.dtype == torch.float32
+    for head in range(3):
+        want_sums, want_counts = oracle.code_sums(x[head], indices[head], 5)
+        assert torch.equal(counts[head].cpu(), want_counts)
+        magnitude, _ = oracle.code_sums(x[head].abs(), indices[head], 5)
+        assert ((sums[head].cpu() - want_sums).abs() <= 1.01 * 2**-24 * magnitude).all()
+
+
+@on_every_backend
+def test_atomics_only_on_request(backend: Backend, monkeypatch) -> None:
+    """And even then not where torch is told to be deterministic."""
+    used = []
+    if backend.name == "triton":
+        from vqtriton.kernels import atomic_sums as module
+
+        atomic_sums = module.atomic_sums
+        monkeypatch.setattr(
+            module, "atomic_sums", lambda *a, **k: used.append(True) or atomic_sums(*a, **k)
+        )
+    x, indices = torch.randn(40, 3), torch.randint(-1, 6, (40,))
+    arguments = x.to(backend.device), indices.to(backend.device), 5
+    want = vqtriton.reference.code_sums(x, indices, 5)
+    for is_told, deterministic, may_be_atomic in (
+        (True, False, False),
+        (False, True, False),
+        (False, False, backend.name == "triton"),
+    ):
+        torch.use_deterministic_algorithms(is_told)
+        found = vqtriton.code_sums(*arguments, deterministic=deterministic, backend=backend.name)
+        torch.testing.assert_close(tuple(t.cpu() for t in found), want)
+        assert bool(used) == may_be_atomic
+    empty = vqtriton.code_sums(x[:0], indices[:0], 5, deterministic=False, backend="auto")
+    assert not any(t.any() for t in empty)
+    with pytest.raises(TypeError, match="deterministic is 0"):
+        vqtriton.code_sums(x, indices, 5, deterministic=0)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
 @pytest.mark.parametrize(
     ("indices", "size", "error", "message"),

@@ -34,7 +34,7 @@ INPUTS = (
 
 # of nearest_code: tests/test_screen_codes.py has the screen
 FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
-SUMS = ("chunk_sums", "combine_chunks", "grad_x", "ema_update")
+SUMS = ("chunk_sums", "combine_chunks", "atomic_sums", "grad_x", "ema_update")
 NAMES = (*FINISHING, *SUMS)
 
 

@@ -30,6 +30,7 @@ def test_opcheck(backend: Backend) -> None:
             (x.T.contiguous().T.bfloat16(), codebook, indices < 0, "fast", backend.name),
         ),
         (ops.code_sums, (x, indices, 4, backend.name)),
+        (ops.code_sums, (x, indices, 4, backend.name, False)),
         (
             ops.ema_update_,
             (

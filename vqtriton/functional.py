@@ -173,18 +173,27 @@ def vector_quantize(
 
 
 def code_sums(
-    x: Tensor, indices: Tensor, codebook_size: int, *, backend: str = "auto"
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    *,
+    deterministic: bool = True,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sum of the vectors, and their number, per code.
 
     Equivalent to ``one_hot(indices, K).T @ x`` and ``bincount(indices, minlength=K)`` without the
-    [N, K] matrix. Bitwise repeatable. Differentiable with respect to ``x``.
+    [N, K] matrix. Bitwise repeatable. Differentiable with respect to ``x``. A sum is wrong by at
+    most two roundings of Σ|x| to float32, however many rows it has.
 
     Args:
         x: vectors, [..., D].
         indices: [...] int64. Rows with an index outside [0, K), and rows of ``x`` that are not
             finite, are left out.
         codebook_size: K >= 1.
+        deterministic: False lets the kernels add by atomics in float64: no sort, but additions to
+            one code wait for each other, and a last bit may differ from run to run. Of no effect
+            under `torch.use_deterministic_algorithms`, and with the torch backend.
         backend: see `nearest_code`.
 
     Returns:
@@ -209,7 +218,10 @@ def code_sums(
         raise TypeError(f"codebook_size is {codebook_size!r}; it must be an int")
     if codebook_size < 1:
         raise ValueError(f"codebook_size is {codebook_size}; it must be at least 1")
-    return _CodeSums.apply(x.reshape(-1, x.shape[-1]), indices.reshape(-1), codebook_size, backend)
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic is {deterministic!r:.80}; it must be True or False")
+    rows = x.reshape(-1, x.shape[-1])
+    return _CodeSums.apply(rows, indices.reshape(-1), codebook_size, backend, deterministic)
 
 
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -247,13 +259,13 @@ class _CodeSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, indices: Tensor, codebook_size: int, backend: str
+        x: Tensor, indices: Tensor, codebook_size: int, backend: str, deterministic: bool
     ) -> tuple[Tensor, Tensor]:
-        return ops.code_sums(x, indices, codebook_size, backend)
+        return ops.code_sums(x, indices, codebook_size, backend, deterministic)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, indices, ctx.codebook_size, _ = inputs
+        x, indices, ctx.codebook_size, *_ = inputs
         ctx.save_for_backward(x, indices)
         ctx.mark_non_differentiable(output[1])
 
@@ -261,7 +273,8 @@ class _CodeSums(torch.autograd.Function):
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple:
         x, indices = ctx.saved_tensors
         is_counted = (indices < ctx.codebook_size) & finite_rows(x)
-        return gather(grad_sums, indices.where(is_counted, -1)).to(x.dtype), None, None, None
+        grad_x = gather(grad_sums, indices.where(is_counted, -1)).to(x.dtype)
+        return grad_x, None, None, None, None
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -362,7 +375,7 @@ class _GradCodebook(torch.autograd.Function):
         pull = ctx.weight * (gather(codebook, indices).to(grad.dtype) - x)
         of_loss = (gather(grad, indices) * pull).sum(1).masked_fill(is_left_out, 0)
         rows = grad_loss.masked_fill(is_left_out, 0)[:, None]
-        total, _ = _CodeSums.apply(rows, indices, codebook.shape[0], ctx.backend)
+        total, _ = _CodeSums.apply(rows, indices, codebook.shape[0], ctx.backend, True)
         return of_loss, None, (ctx.weight * grad * total).to(codebook.dtype), None, None, None
 
 

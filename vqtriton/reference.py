@@ -54,7 +54,12 @@ def nearest_code(
 
 
 def code_sums(
-    x: Tensor, indices: Tensor, codebook_size: int, *, backend: str = "auto"
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    *,
+    deterministic: bool = True,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """See `vqtriton.code_sums`."""
     rows = x.reshape(-1, x.shape[-1]).double()
