@@ -180,10 +180,18 @@ KERNELS = (
         )
         for name in ("finish_rows", "rescue_rows", "settle_rows")
     ),
-    Kernel("chunk_sums", record_sums, ((64, torch.float32),)),
-    Kernel("combine_chunks", record_sums, ((64, torch.float32),)),
-    Kernel("atomic_sums", record_sums, ((64, torch.float32),)),
-    Kernel("grad_x", record_sums, ((64, torch.float32),)),
+    *(
+        Kernel(name, record_sums, ((64, torch.float32),))
+        for name in (
+            "segment_keys",
+            "segment_bounds",
+            "chunk_segments",
+            "chunk_sums",
+            "combine_chunks",
+            "atomic_sums",
+            "grad_x",
+        )
+    ),
     Kernel("ema_update", record_ema_update, tuple((d, torch.float32) for d in (8, 64, 512))),
     Kernel("part_sums", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("centred_norms", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),

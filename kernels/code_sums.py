@@ -40,6 +40,64 @@ class CodeSumsConfig:
         return max(self.least_chunk, triton.next_power_of_2(math.isqrt(num_rows)))
 
 
+@triton.jit(do_not_specialize=["num_rows", "N", "K", "num_segments"])
+def segment_keys_kernel(
+    indices_ptr,  # [H·N] int64
+    keys_ptr,     # [H·N] uint8 / int16 / int32 / int64, out: the segment; H·K if it is left out
+    num_rows, N, K, num_segments,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_rows
+    index = tl.load(indices_ptr + offs, mask=mask, other=0)
+    segment = tl.where((index >= 0) & (index < K), offs // N * K + index, num_segments)
+    tl.store(keys_ptr + offs, segment.to(keys_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lower_bound(sorted_ptr, size, target, steps):
+    """The first place in `sorted` of what is at least the target; `size` if there is none."""
+    low = tl.zeros_like(target)
+    high = low + size
+    for _ in range(steps):
+        middle = (low + high) >> 1
+        is_open = low < high
+        is_less = tl.load(sorted_ptr + middle, mask=is_open, other=0).to(tl.int64) < target
+        low = tl.where(is_open & is_less, middle + 1, low)
+        high = tl.where(is_open & (is_less == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_segments", "chunk_rows", "steps"])
+def segment_bounds_kernel(
+    keys_ptr,           # [H·N], sorted
+    segment_start_ptr,  # [H·K + 1] int64, out: where the rows of a segment start
+    chunks_ptr,         # [H·K + 1] int64, out: 0, and then how many chunks each segment has
+    num_rows, num_segments, chunk_rows, steps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = _lower_bound(keys_ptr, num_rows, segment, steps)
+    end = _lower_bound(keys_ptr, num_rows, segment + 1, steps)
+    tl.store(segment_start_ptr + segment, start, mask=segment <= num_segments)
+    chunks = (end - start + chunk_rows - 1) // chunk_rows
+    tl.store(chunks_ptr + (segment + 1), chunks, mask=segment < num_segments)
+    tl.store(chunks_ptr + segment, tl.zeros_like(segment), mask=segment == 0)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_segments", "steps"])
+def chunk_segments_kernel(
+    chunk_start_ptr,    # [H·K + 1] int64, where the chunks of a segment start
+    chunk_segment_ptr,  # [C] int64, out: the segment of each chunk; H·K for one that is not used
+    num_chunks, num_segments, steps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # the last that does not start after it
+    segment = _lower_bound(chunk_start_ptr, num_segments + 1, chunk + 1, steps) - 1
+    tl.store(chunk_segment_ptr + chunk, segment, mask=chunk < num_chunks)
+
+
 @triton.jit(do_not_specialize=["num_segments", "N", "chunk_rows", "stride_gn"])
 def chunk_sums_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
@@ -173,25 +231,15 @@ def segment_sums(
     heads, num_rows, dim = x.shape
     num_segments = heads * codebook_size
     is_whole = dim <= config.block_d
-    keep = (indices >= 0) & (indices < codebook_size)
     if not is_whole:
         # no program sees all of a row; its largest element is finite when all are
-        keep &= torch.linalg.vector_norm(x, torch.inf, dim=2).isfinite()
-    first_segment = torch.arange(heads, device=x.device)[:, None] * codebook_size
-    segment = (indices + first_segment).where(keep, num_segments).view(-1)
-    # sorted 8 bits at a time, so by as few bytes as do
-    key = _key_dtype(num_segments)
-    sorted_segment, order = segment.to(key).sort(stable=True)
-    bounds = torch.arange(num_segments + 1, device=x.device, dtype=key)
-    segment_start = torch.searchsorted(sorted_segment, bounds)
-
+        is_finite = torch.linalg.vector_norm(x, torch.inf, dim=2).isfinite()
+        indices = indices.where(is_finite, -1)
     chunk_rows = config.chunk(num_rows)
-    chunk_start = torch.zeros_like(segment_start)
-    torch.cumsum((segment_start.diff() + (chunk_rows - 1)) // chunk_rows, 0, out=chunk_start[1:])
-    num_chunks = heads * num_rows // chunk_rows + min(num_segments, heads * num_rows)
-    chunks = torch.arange(num_chunks, device=x.device)
-    chunk_segment = torch.searchsorted(chunk_start[1:], chunks, right=True)
-
+    order, segment_start, chunk_start, chunk_segment = cut_into_chunks(
+        indices, codebook_size, chunk_rows
+    )
+    num_chunks = len(chunk_segment)
     sums = torch.empty(num_segments, dim, dtype=torch.float32, device=x.device)
     counts = torch.empty(num_segments, dtype=torch.int64, device=x.device)
     partial = torch.empty(num_chunks, dim, dtype=torch.float32, device=x.device)
@@ -247,6 +295,50 @@ def segment_sums(
             **register_limit(config.max_registers),
         )
     return sums.view(heads, codebook_size, dim), counts.view(heads, codebook_size)
+
+
+def cut_into_chunks(
+    indices: Tensor, codebook_size: int, chunk_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [H·N] sorted by segment, where each segment starts, where its chunks do, and the
+    segment of each chunk; see `chunk_sums_kernel`."""
+    heads, num_rows = indices.shape
+    num_segments, total = heads * codebook_size, heads * num_rows
+    num_chunks = total // chunk_rows + min(num_segments, total)
+    device, block = indices.device, 256
+    # sorted 8 bits at a time, so by as few bytes as do
+    keys = torch.empty(total, dtype=_key_dtype(num_segments), device=device)
+    segment_start = torch.empty(num_segments + 1, dtype=torch.int64, device=device)
+    chunk_start = torch.empty_like(segment_start)
+    chunk_segment = torch.empty(num_chunks, dtype=torch.int64, device=device)
+    options = {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False}
+    with torch.cuda.device_of(indices):
+        if total > 0:
+            segment_keys_kernel[(triton.cdiv(total, block),)](
+                indices.contiguous(), keys, total, num_rows, codebook_size, num_segments, **options
+            )
+        keys, order = keys.sort(stable=True)
+        segment_bounds_kernel[(triton.cdiv(num_segments + 1, block),)](
+            keys,
+            segment_start,
+            chunk_start,
+            total,
+            num_segments,
+            chunk_rows,
+            total.bit_length(),
+            **options,
+        )
+        chunk_start.cumsum_(0)
+        if num_chunks > 0:
+            chunk_segments_kernel[(triton.cdiv(num_chunks, block),)](
+                chunk_start,
+                chunk_segment,
+                num_chunks,
+                num_segments,
+                (num_segments + 1).bit_length(),
+                **options,
+            )
+    return order, segment_start, chunk_start, chunk_segment
 
 
 def _key_dtype(largest: int) -> torch.dtype:

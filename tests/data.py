@@ -329,3 +329,13 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
     if layout == "expanded" and n > 0 and (x == x[:1]).all():
         return x[:1].expand(n, d)
     return x
+
+
+# indices [n] of k codes, by how even they are; -1 is left out
+SKEWS = {
+    "uniform": lambda n, k: torch.randint(k, (n,)),
+    "zipf": lambda n, k: torch.multinomial(1 / torch.arange(1, k + 1).double(), n, True),
+    "one code": lambda n, k: torch.full((n,), k // 2),
+    "one row each": lambda n, k: torch.arange(n) % k,
+    "none": lambda n, k: torch.full((n,), -1),
+}

@@ -8,6 +8,7 @@ from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend
 from conftest import INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqtriton
 
@@ -144,6 +145,68 @@ def test_gradient_is_a_gather(backend: Backend) -> None:
     assert torch.equal(grad, weights[indices.clamp(0, 6)] * counts[..., None])
     reference_sums, _ = vqtriton.reference.code_sums(x, indices, 7)
     torch.testing.assert_close(sums, reference_sums)
+
+
+@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@given(
+    heads=st.sampled_from([1, 3]),
+    n=st.sampled_from([0, 1, 2, 63, 256, 300]),
+    # to either side of what a byte and two of a key hold
+    k=st.sampled_from([1, 2, 85, 254, 255, 256, 32766, 32767, 32768]),
+    chunk=st.sampled_from([1, 4, 256]),
+    skew=st.sampled_from(list(data.SKEWS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_are_cut_into_chunks(heads, n, k, chunk, skew, seed) -> None:
+    from vqtriton.kernels.code_sums import cut_into_chunks
+
+    torch.manual_seed(seed)
+    indices = torch.stack([data.SKEWS[skew](n, k) for _ in range(heads)])
+    # left out, as -1 is
+    indices = indices.where(torch.rand(indices.shape) < 0.9, k)
+    on_device = indices.to(BACKENDS[0].device)
+    found = cut_into_chunks(on_device, k, chunk)
+    order, segment_start, chunk_start, chunk_segment = (t.cpu() for t in found)
+    first = torch.arange(heads)[:, None] * k
+    keys = (indices + first).where((indices >= 0) & (indices < k), heads * k).view(-1)
+    want, want_order = keys.sort(stable=True)
+    assert torch.equal(order, want_order)
+    assert torch.equal(segment_start, torch.searchsorted(want, torch.arange(heads * k + 1)))
+    of_each = (segment_start.diff() + chunk - 1) // chunk
+    assert torch.equal(chunk_start, torch.cat([torch.zeros(1), of_each.cumsum(0)]).long())
+    used = torch.arange(heads * k).repeat_interleave(of_each)
+    assert torch.equal(chunk_segment[: len(used)], used)
+    assert (chunk_segment[len(used) :] == heads * k).all()
+
+
+@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+def test_launches_of_a_sum() -> None:
+    """Beside the kernels: for small batches it is launches that take the time."""
+    x, indices = torch.randn(1, 40, 3), torch.randint(7, (1, 40))
+    arguments = x.to(BACKENDS[0].device), indices.to(BACKENDS[0].device), 7
+    from vqtriton.kernels import code_sums as module
+
+    class Silent:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(grid)
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            noted.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    launched, noted = [], []
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    with pytest.MonkeyPatch.context() as patch, Noted():
+        for name in names:
+            patch.setattr(module, name, Silent())
+        module.code_sums(*arguments)
+    assert len(launched) == len(names) == 5
+    no_launch = ("aten.empty", "aten.view", "aten.slice", "aten.fill_")
+    assert [name for name in noted if not name.startswith(no_launch)] == [
+        "aten.sort.stable",
+        "aten.cumsum_.default",
+    ]
 
 
 @pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")

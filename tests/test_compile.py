@@ -34,7 +34,8 @@ INPUTS = (
 
 # of nearest_code: tests/test_screen_codes.py has the screen
 FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
-SUMS = ("chunk_sums", "combine_chunks", "atomic_sums", "grad_x", "ema_update")
+CUTTING = ("segment_keys", "segment_bounds", "chunk_segments")
+SUMS = (*CUTTING, "chunk_sums", "combine_chunks", "atomic_sums", "grad_x", "ema_update")
 NAMES = (*FINISHING, *SUMS)
 
 

@@ -55,11 +55,14 @@ time.sleep(600)
 }
 
 
-def run_endings(out: Path, seconds: float = 60, names=tuple(ENDINGS), limit: float = 20):
+def run_endings(
+    out: Path, seconds: float = 60, names=tuple(ENDINGS), limit: float = 20, least: float = 3.0
+):
     def make(part, out, is_dry, seconds):
         return [sys.executable, "-c", NOTE + ENDINGS[part.name], str(out), part.name]
 
-    listed = [parts.Part(name, "", 0.8 if name == "slow" else limit) for name in names]
+    limits = {"slow": 0.8}
+    listed = [parts.Part(name, "", limits.get(name, limit), least=least) for name in names]
     return runner.run_all(listed, out, False, seconds, make)
 
 
@@ -129,11 +132,19 @@ def test_no_part_is_begun_when_the_time_is_up(tmp_path: Path) -> None:
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def test_a_part_that_can_wait_is_skipped_where_no_time_is_left(tmp_path: Path) -> None:
+    (part,) = (part for part in parts.PARTS.values() if part.can_wait)
+    # the results of all others are worth more
+    assert part.name == list(parts.PARTS)[-1]
+    (outcome,) = runner.run_all([part], tmp_path, False, part.least - 1, pytest.fail)
+    assert outcome.status == "skipped"
+    assert outcome.text == "not begun: no time was left for it"
+
+
 def test_the_time_of_all_is_a_limit_of_each(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.1)
     monkeypatch.setitem(ENDINGS, "long", ENDINGS["slow"])
     start = time.monotonic()
-    outcomes = run_endings(tmp_path, seconds=1.5, names=("long", "right"), limit=600)
+    outcomes = run_endings(tmp_path, seconds=1.5, names=("long", "right"), limit=600, least=0.1)
     assert time.monotonic() - start < 6
     assert outcomes[0].text.startswith("killed after")
     assert outcomes[1].text == "not begun: no time was left for it"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends import BACKENDS, Backend, on_every_backend
 from conftest import INTERPRETED
+from data import SKEWS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -166,15 +167,6 @@ def test_errors_are_no_more_than_twice_those_of_torch(backend: Backend, kind: st
 
 
 # --- skew ---
-
-
-SKEWS = {
-    "uniform": lambda n, k: torch.randint(k, (n,)),
-    "zipf": lambda n, k: torch.multinomial(1 / torch.arange(1, k + 1).double(), n, True),
-    "one code": lambda n, k: torch.full((n,), k // 2),
-    "one row each": lambda n, k: torch.arange(n) % k,
-    "none": lambda n, k: torch.full((n,), -1),
-}
 
 
 def work(indices: Tensor, k: int, d: int) -> tuple[int, int]:

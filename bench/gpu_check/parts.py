@@ -14,6 +14,9 @@ class Part:
     limit: float
     # in a dry walk: whether its kernels run in Triton's interpreter
     is_interpreted: bool = True
+    # seconds without which it is not begun: then it has failed, or is skipped if it can wait
+    least: float = 3.0
+    can_wait: bool = False
 
 
 PARTS = {
@@ -23,6 +26,7 @@ PARTS = {
         Part("warm_up", "compiles for every D and dtype, in parallel", 90),
         Part("exactness", "`exact` beside float64 on 10⁸ rows of hard data", 150),
         Part("predictions", "predicted and measured time of the roofline's searches", 60),
+        Part("sums", "sums per code beside others, and on uneven codes", 60),
         Part("repeats", "50 repeats bit by bit, beside other work", 45),
         Part("graphs", "CUDA graphs: replay and eager bit by bit", 45),
         Part("compiled", "torch.compile(fullgraph=True) beside eager", 60),
@@ -31,5 +35,12 @@ PARTS = {
         Part("peers", "time and memory beside peers", 90, is_interpreted=False),
         Part("suite", "the tests that run kernels", 170, is_interpreted=False),
         Part("sanitizer", "compute-sanitizer on small cases", 90),
+        Part(
+            "tuning",
+            "the fastest tiles for the shapes of real models: tables/",
+            400,
+            least=60.0,
+            can_wait=True,
+        ),
     )
 }

@@ -23,8 +23,6 @@ from bench.provenance import ROOT
 KEPT = 40_000
 # for a process to end that was killed
 KILL_SECONDS = 10.0
-# with less than that left no part is begun
-LEAST_SECONDS = 3.0
 
 
 class Outcome(NamedTuple):
@@ -59,8 +57,9 @@ def run_all(
     outcomes: list[Outcome] = []
     for part in parts:
         left = end - time.monotonic()
-        if left < LEAST_SECONDS:
-            outcome = Outcome(part.name, "failed", "not begun: no time was left for it", 0.0)
+        if left < part.least:
+            status = "skipped" if part.can_wait else "failed"
+            outcome = Outcome(part.name, status, "not begun: no time was left for it", 0.0)
         else:
             try:
                 outcome = run_part(part, out, is_dry, min(part.limit, left), make)
