@@ -504,6 +504,21 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
     assert not tunable.is_right(inputs, results)
 
 
+@pytest.mark.kernel
+@pytest.mark.skipif(not BACKENDS or BACKENDS[0].name != "triton", reason="needs the kernels")
+@pytest.mark.parametrize("op", tunables.TUNABLES)
+@pytest.mark.parametrize("dim", [8, 136])
+def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
+    """Held and streamed rows; on a GPU what does not fit is no candidate."""
+    device = torch.device(BACKENDS[0].device)
+    problem = Problem(op, "float16" if op != "ema_update" else "float32", dim, 40, 60)
+    inputs = tunables.make_inputs(problem, device)
+    tunable = tunables.TUNABLES[op]
+    for config, _ in measure.promising(problem, device, tunable.candidates(dim), print):
+        results = tunable.run(tunable.prepare(inputs), config)
+        assert tunable.is_right(inputs, results), config
+
+
 @once
 @pytest.mark.parametrize(
     ("arguments", "message"),
