@@ -514,7 +514,15 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
     problem = Problem(op, "float16" if op != "ema_update" else "float32", dim, 40, 60)
     inputs = tunables.make_inputs(problem, device)
     tunable = tunables.TUNABLES[op]
-    for config, _ in measure.promising(problem, device, tunable.candidates(dim), print):
+    candidates = tunable.candidates(dim)
+    if INTERPRETED:
+        # what a compiler does with them, the interpreter does not
+        names = {"num_warps", "num_stages", "max_registers"}
+        different = {
+            str([asdict(c)[n] for n in asdict(c) if n not in names]): c for c in candidates
+        }
+        candidates = list(different.values())
+    for config, _ in measure.promising(problem, device, candidates, print):
         results = tunable.run(tunable.prepare(inputs), config)
         assert tunable.is_right(inputs, results), config
 
