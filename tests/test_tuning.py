@@ -642,7 +642,10 @@ def test_warmup_leaves_the_module_as_it_is(monkeypatch, update) -> None:
     before = {name: value.clone() for name, value in vq.state_dict().items()}
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    random = torch.get_rng_state()
     vqtriton.warmup(vq, (2, 7, 4), (3, 4), dtype=torch.bfloat16)
+    vqtriton.warmup(vq, (5, 4), has_mask=True)
+    assert torch.equal(torch.get_rng_state(), random)
     after = vq.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert vq.training
