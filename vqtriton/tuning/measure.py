@@ -21,6 +21,8 @@ from vqtriton.tuning.tunables import TUNABLES, candidates_of, make_inputs
 WARM_UP, REPEATS = 2, 9
 # of those that are modelled, so many are timed: the best predicted, and the default
 MOST_TIMED = 12
+# what writing takes longer than it takes to launch a step: 0.2 ms at 3 TB/s
+HEAD_START_BYTES = 1 << 29
 # bytes of inputs, beyond which no more copies of them are made
 MOST_COPIED = 4 << 30
 
@@ -35,7 +37,7 @@ def measure(problem: Problem, device: torch.device, say: Say = to_stderr) -> Out
         try:
             with poisoned():
                 results = tunable.run(tunable.prepare(copies[0]), config)
-                is_right = tunable.is_right(copies[0], results)
+            is_right = tunable.is_right(copies[0], results)
         except Exception as error:
             # too much shared memory, or what a compiler does not take
             say(f"left out, {config}: {str(error)[:200]}")
@@ -70,11 +72,15 @@ class poisoned:
     """`torch.empty` is filled with NaN: whatever is left unwritten shows."""
 
     def __enter__(self) -> None:
-        self._before = torch.are_deterministic_algorithms_enabled()
+        self._before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def __exit__(self, *error: object) -> None:
-        torch.use_deterministic_algorithms(self._before)
+        is_on, only_warns = self._before
+        torch.use_deterministic_algorithms(is_on, warn_only=only_warns)
 
 
 def copies_needed(problem: Problem, device: torch.device) -> int:
@@ -101,7 +107,8 @@ def median_ms(
     is_cuda = device.type == "cuda"
     # written before each step: it empties the cache and gives the host a head start, so that it is
     # not its launches that are timed
-    other = torch.empty(2 * cache_bytes(device) if is_cuda else 0, device=device, dtype=torch.uint8)
+    written = max(HEAD_START_BYTES, 2 * cache_bytes(device)) if is_cuda else 0
+    other = torch.empty(written, device=device, dtype=torch.uint8)
     times: list[list[float]] = [[] for _ in configs]
     warm_up, repeats = (WARM_UP, REPEATS) if is_cuda else (0, 1)
     for turn in range(warm_up + repeats):
