@@ -377,6 +377,36 @@ def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monk
 
 
 @once
+@pytest.mark.parametrize(
+    ("rows", "codes", "times"),
+    [
+        # two programs for each of 132, and one more than that
+        (2 * 132 * 128, 64, 1),
+        (2 * 132 * 128 + 1, 64, 1.5),
+        # a tile, where a row and a code would do; no part has fewer than four tiles
+        (1, 1, 132 * 128 * 64),
+        (128, 4 * 64, 132),
+        # in two parts
+        (128, 8 * 64, 66),
+    ],
+)
+def test_few_rows_leave_processors_idle(rows, codes, times) -> None:
+    problem = PROBLEM._replace(num_rows=rows, codebook_size=codes)
+    tiles = replace(tunables.screen_candidates(8)[0], block_n=128, block_k=64)
+    assert tunables.screen_unevenness(problem, tiles, 132) == pytest.approx(times, rel=1e-4)
+
+
+@once
+def test_prediction_prefers_small_tiles_for_few_rows() -> None:
+    few, many = (
+        predict.predict(PROBLEM._replace(dim=32, num_rows=n, codebook_size=256), "sm_90")
+        for n in (640, 1 << 20)
+    )
+    assert few.row["config"]["block_n"] == 64
+    assert many.row["config"]["block_n"] == 128
+
+
+@once
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 @pytest.mark.parametrize("dim", [1, 3, 8, 12, 64, 100, 256, 512, 4000])
 def test_a_default_may_stand_in_a_table(op, dim) -> None:

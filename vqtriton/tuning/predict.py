@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vqtriton.tuning.compiling import Launch, compile_launch
 from vqtriton.tuning.disassembly import Disassembly
-from vqtriton.tuning.machines import ARCHITECTURES, Shape, Work, floors, in_turns
+from vqtriton.tuning.machines import ARCHITECTURES, H100, Shape, Work, floors, in_turns
 from vqtriton.tuning.outcomes import Found, Outcome, decide
 from vqtriton.tuning.tables import Problem
 from vqtriton.tuning.tunables import TUNABLES, candidates_of
@@ -53,18 +53,24 @@ def usable(
     """Those that compile, do not spill and fit, the best predicted first.
 
     The time is `machines.in_turns` of an H100: dot products and instructions take turns, unless
-    memory or L2 take longer. Of equal ones those come first of which more programs fit into a
+    memory or L2 take longer; of the busiest multiprocessor, where there is not enough to do for
+    all. Of equal ones those come first of which more programs fit into a
     multiprocessor. Where nothing is predicted the time is NaN, and the order that given: of kernels
     that move the same bytes whatever their tiles, and where the loop cannot be counted.
     """
     shape = Shape(problem.num_rows, problem.codebook_size, problem.dim)
+    unevenness = TUNABLES[problem.op].unevenness
     found = []
     for place, usage in enumerate(usages(problem, target, configs, say)):
         if usage is None:
             continue
         ms, order = math.nan, (math.inf, 0, place)
         if usage.work:
-            ms = in_turns(floors(shape, usage.work, usage.alu, usage.total))
+            least = floors(shape, usage.work, usage.alu, usage.total)
+            if unevenness:
+                times = unevenness(problem, configs[place], H100.multiprocessors)
+                least |= {name: times * least[name] for name in ("dot", "alu", "issue")}
+            ms = in_turns(least)
             order = (ms, -usage.ctas, place)
         about = {"shared": usage.shared, "registers": usage.registers}
         found.append((order, Found(configs[place], ms, about)))

@@ -68,6 +68,9 @@ class Tunable:
     launches: Callable[[Problem, str, Any], list[Launch]]
     # products and bytes of a launch, where the static model knows them
     work: Callable[[Launch], Work] | None = None
+    # likewise, how many times as long the busiest multiprocessor of a number of them takes as it
+    # would if rows and codes were evenly divided
+    unevenness: Callable[[Problem, Any, int], float] | None = None
 
 
 # --- the search ---
@@ -169,6 +172,18 @@ def of_few_rows(problem: Problem) -> Inputs:
     """What is launched does not follow N and K, but for the grid."""
     few = problem._replace(num_rows=48, codebook_size=40)
     return make_inputs(few, torch.device("cpu"))
+
+
+def screen_unevenness(problem: Problem, config: Any, processors: int) -> float:
+    """Of few rows: whole tiles are counted, and programs that do not go round."""
+    rows = -(-problem.num_rows // config.block_n)
+    tiles = -(-problem.codebook_size // config.block_k)
+    splits = screen_codes.choose_splits(rows, tiles, processors)
+    tiles_per_split = -(-tiles // min(splits, tiles))
+    programs = rows * -(-tiles // tiles_per_split)
+    of_program = config.block_n * config.block_k * tiles_per_split
+    turns = -(-programs // processors)
+    return turns * of_program * processors / (problem.num_rows * problem.codebook_size)
 
 
 def _planes(codebook: Tensor, target: str) -> Any:
@@ -300,6 +315,7 @@ TUNABLES = {
         screen_is_right,
         screen_launches,
         screen_work,
+        screen_unevenness,
     ),
     "code_sums": Tunable(
         code_sums.CodeSumsConfig,
