@@ -5,8 +5,8 @@ sums a chunk; a second kernel adds up the chunks of a code, if there are several
 N/chunk + K chunks, whatever the data, so the grid needs no answer from the device, and no program
 has more than about √N rows or chunks even if one code has them all.
 
-Both add in float64 and round to float32 once, so what a sum is wrong by does not grow with the
-number of rows: at most 2·2⁻²⁴·Σ|x|, and n·2⁻⁵³·Σ|x|.
+Both add in float64, and a sum is rounded to float32 once, so what it is wrong by does not grow with
+the number of rows: at most 2⁻²⁴ of it, and n·2⁻⁵³·Σ|x|.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def chunk_sums_kernel(
     chunk_start_ptr,    # [H·K + 1] int64, where the chunks of a segment start
     sums_ptr,           # [H·K, D] fp32, out: of segments of one chunk
     counts_ptr,         # [H·K] int64, out: likewise
-    partial_ptr,        # [C, D] fp32, out: of the chunks of other segments
+    partial_ptr,        # [C, D] fp64, out: of the chunks of other segments
     partial_count_ptr,  # [C] int64, out: likewise
     weight,
     num_segments, N, chunk_rows,
@@ -155,9 +155,9 @@ def chunk_sums_kernel(
             sums += value.to(tl.float64)
             counts += keep.to(tl.int32)
 
-        total, count = tl.sum(sums, 0).to(tl.float32), tl.sum(counts, 0)
+        total, count = tl.sum(sums, 0), tl.sum(counts, 0)
         if is_only:
-            tl.store(sums_ptr + segment * D + offs_d, total, mask=dim_mask)
+            tl.store(sums_ptr + segment * D + offs_d, total.to(tl.float32), mask=dim_mask)
             tl.store(counts_ptr + segment, count)
         else:
             tl.store(partial_ptr + chunk * D + offs_d, total, mask=dim_mask)
@@ -166,7 +166,7 @@ def chunk_sums_kernel(
 
 @triton.jit
 def combine_chunks_kernel(
-    partial_ptr,        # [C, D] fp32
+    partial_ptr,        # [C, D] fp64
     partial_count_ptr,  # [C] int64
     chunk_start_ptr,    # [H·K + 1] int64
     sums_ptr,           # [H·K, D] fp32, out: of segments that have not one chunk
@@ -192,7 +192,7 @@ def combine_chunks_kernel(
                 mask=mask[:, None] & dim_mask[None, :],
                 other=0.0,
             )
-            sums += partial.to(tl.float64)
+            sums += partial
             counts += tl.load(partial_count_ptr + offs, mask=mask, other=0)
         tl.store(sums_ptr + segment * D + offs_d, tl.sum(sums, 0).to(tl.float32), mask=dim_mask)
         tl.store(counts_ptr + segment, tl.sum(counts, 0))
@@ -242,7 +242,7 @@ def segment_sums(
     num_chunks = len(chunk_segment)
     sums = torch.empty(num_segments, dim, dtype=torch.float32, device=x.device)
     counts = torch.empty(num_segments, dtype=torch.int64, device=x.device)
-    partial = torch.empty(num_chunks, dim, dtype=torch.float32, device=x.device)
+    partial = torch.empty(num_chunks, dim, dtype=torch.float64, device=x.device)
     partial_count = torch.empty(num_chunks, dtype=torch.int64, device=x.device)
     is_grad = codebook is not None and grad_loss is not None
     codes = codebook.reshape(num_segments, dim) if codebook is not None else sums

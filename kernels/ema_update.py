@@ -112,11 +112,11 @@ def ema_update_kernel(
                 sums_of_codes_ptr = (
                     embed_sum_ptr + offs_k[:, None] * stride_ek + offs_d[None, :] * stride_ed
                 )
-                embed_sum = _lerp(
-                    tl.load(sums_of_codes_ptr, mask=mask, other=0.0),
-                    tl.load(sums_ptr + offs, mask=mask, other=0.0),
-                    weight,
-                )
+                sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)
+                # 2¹²⁵: what is larger, an overflow above all, would stay infinite for ever
+                most_sum = 4.253529586511731e37
+                sums = tl.where(sums == sums, tl.clamp(sums, -most_sum, most_sum), 0.0)
+                embed_sum = _lerp(tl.load(sums_of_codes_ptr, mask=mask, other=0.0), sums, weight)
                 # with eps=0 a code that was never chosen has nothing to be the average of
                 is_mean = (rows > 0)[:, None]
                 code = tl.where(

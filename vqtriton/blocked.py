@@ -30,6 +30,8 @@ BLOCK_GROUPS = 1 << 14
 BLOCK_PAIRS_ELEMENTS = 1 << 17
 # Rows that are converted to another dtype at a time.
 BLOCK_ROWS = 1 << 14
+# Largest sum of a code's rows that reaches a moving average; the difference of two is finite.
+MOST_SUM = 2.0**125
 
 
 def nearest_code(
@@ -176,7 +178,8 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     sq_error = torch.empty(x.shape[0], dtype=dtype, device=x.device)
     for block in _blocks(x):
         is_masked = indices[block] < 0
-        rows = x[block].to(dtype)
+        # in one layout, as the order in which a row is summed follows it
+        rows = x[block].to(dtype).contiguous()
         codes = codebook[indices[block].clamp(min=0)].to(dtype)
         quantized[block] = codes.masked_fill(is_masked[:, None], 0)
         # inf - inf: an infinite x gives NaN, as a NaN does
@@ -251,6 +254,8 @@ def ema_update_(
     cluster_size.lerp_(counts, weight)
     total = cluster_size.sum(dtype=torch.float64)
     if embed_sum is not None:
+        # what is larger, an overflow above all, would stay infinite for ever
+        sums = sums.nan_to_num(0, MOST_SUM, -MOST_SUM).clamp_(-MOST_SUM, MOST_SUM)
         embed_sum.lerp_(sums, weight)
         rows = (cluster_size + eps) * (total / (total + len(cluster_size) * eps)).float()
         # with eps=0 a code that was never chosen has nothing to be the average of

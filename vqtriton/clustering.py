@@ -60,7 +60,7 @@ def kmeans(
             on which ``device``). Every rank gets the same bits; an error on one is one on all.
         callback: called on every rank after each iteration with its number from 0, the inertia
             (sum of squared distances, of all rows to the codes that the iteration began with),
-            and the number of codes that no row chose.
+            and the number of codes that no row chose. What it raises ends k-means.
         device: where to compute; that of the (first) batch by default.
         backend: see `nearest_code`.
 
@@ -81,6 +81,10 @@ def kmeans(
             raise TypeError(f"{name} is {number!r:.80}; it must be an int")
         if number < least:
             raise ValueError(f"{name} is {number}; it must be at least {least}")
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"callback is a {type(callback).__name__}; it must be a function")
     if init not in INITS:
         raise ValueError(f"init is {init!r:.80}; it must be one of {', '.join(INITS)}")
     found = lloyd(
@@ -112,29 +116,11 @@ class Rows:
     """
 
     def __init__(self, x: Tensor | Batches, device: torch.device | str | None = None) -> None:
-        self._batches: Callable[[], Iterable[Tensor]]
+        self._x = x
         self.dim, self._dtype = 0, torch.float32
         self.device = torch.device(device or "cpu")
         self._has_device = device is not None
         self._num_rows: int | None = None
-        if isinstance(x, Tensor):
-            check_x(x)
-            self._see(x)
-            self._batches = lambda: (x,)
-        elif isinstance(x, Iterator):
-            raise TypeError(
-                f"x is a {type(x).__name__}, which can be read only once; k-means reads it again "
-                "and again: give a list, a DataLoader, or a function that returns an iterator"
-            )
-        elif isinstance(x, Iterable):
-            self._batches = lambda: x
-        elif callable(x):
-            self._batches = x
-        else:
-            raise TypeError(
-                f"x is a {type(x).__name__}; it must be a tensor, an iterable of tensors, or a "
-                "function that returns an iterator of them"
-            )
 
     def __iter__(self) -> Iterator[Tensor]:
         """
@@ -142,19 +128,20 @@ class Rows:
             [n, D], all of the same n but the last.
 
         Raises:
-            TypeError, ValueError: a batch that does not fit, or fewer or more rows than before.
+            TypeError, ValueError: x or a batch does not fit, or fewer or more rows than before.
         """
         held: list[Tensor] = []
         num_held = num_rows = 0
-        for place, batch in enumerate(self._batches()):
+        for place, batch in enumerate(self._open()):
             rows = self._check(place, batch)
             block = max(1, BLOCK_ELEMENTS // self.dim)
             for piece in rows.split(block):
                 piece = piece.to(self.device)
-                keep = finite_rows(piece)
-                if not keep.all():
-                    piece = piece[keep]
-                held.append(piece)
+                # as codes are float32, what is not finite in float32 is not
+                keep = finite_rows(piece.float() if piece.dtype == torch.float64 else piece)
+                # in one layout: sums over a row may have other last bits in another
+                held.append(piece.contiguous() if keep.all() else piece[keep])
+                piece = held[-1]
                 num_held += piece.shape[0]
                 num_rows += piece.shape[0]
                 if num_held >= block:
@@ -170,18 +157,37 @@ class Rows:
             )
         self._num_rows = num_rows
 
-    def _see(self, batch: Tensor) -> None:
-        self.dim, self._dtype = batch.shape[-1], batch.dtype
-        if not self._has_device:
-            self.device, self._has_device = batch.device, True
+    def _open(self) -> Iterable[Tensor]:
+        # not before rows are asked for, where the error of one rank is told to the others
+        x = self._x
+        if isinstance(x, Tensor):
+            return (x,)
+        if isinstance(x, Iterator):
+            raise TypeError(
+                f"x is a {type(x).__name__}, which can be read only once; k-means reads it again "
+                "and again: give a list, a DataLoader, or a function that returns an iterator"
+            )
+        batches = x() if callable(x) and not isinstance(x, Iterable) else x
+        if not isinstance(batches, Iterable):
+            what = f"x is a {type(x).__name__}"
+            if batches is not x:
+                what = f"x returned a {type(batches).__name__}"
+            raise TypeError(
+                f"{what}; it must be a tensor, an iterable of tensors, or a function that returns "
+                "an iterator of them"
+            )
+        return batches
 
     def _check(self, place: int, batch: Tensor) -> Tensor:
         try:
             check_x(batch)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"batch {place} of x: {error}") from None
+            where = "" if batch is self._x else f"batch {place} of x: "
+            raise type(error)(f"{where}{error}") from None
         if not self.dim:
-            self._see(batch)
+            self.dim, self._dtype = batch.shape[-1], batch.dtype
+            if not self._has_device:
+                self.device, self._has_device = batch.device, True
         if batch.shape[-1] != self.dim or batch.dtype != self._dtype:
             raise ValueError(
                 f"batch {place} of x has shape {tuple(batch.shape)} and {batch.dtype}; the first "
@@ -214,10 +220,8 @@ def lloyd(
     backend: str = "auto",
 ) -> Clusters:
     """See `kmeans`; without any row it returns zeros."""
-    # a place for each rank at least: the only row may be on any of them
     places = codebook_size * (ROWS_PER_CODE if init == "k-means++" else 1)
-    places = max(places, distributed.world_size() if sync else 1)
-    drawn = Reservoir(distributed.num_places(places, sync=sync), generator)
+    drawn = Reservoir(places, generator)
     with distributed.together(sync=sync) as agreement:
         for block in rows:
             drawn.add(block, torch.ones(len(block), device=block.device))
@@ -226,24 +230,26 @@ def lloyd(
         nothing = torch.zeros(codebook_size, device=rows.device)
         return Clusters(nothing[:, None], nothing, False)
 
-    spread = distributed.spread(*drawn.take(dim, rows.device), places, sync=sync)
-    samples, is_filled = distributed.all_reduce(spread, sync=sync)
+    samples, is_filled = distributed.draw(*drawn.take(dim, rows.device), places, sync=sync)
     everywhere = torch.ones(codebook_size, dtype=torch.bool, device=rows.device)
     codebook, _ = distributed.take_filled(samples, is_filled, everywhere)
     counts = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
     if not is_filled.any():
         return Clusters(codebook, counts, False)
     if init == "k-means++":
-        codebook = plus_plus(samples[is_filled > 0], codebook_size, generator)
+        codebook = plus_plus(samples[is_filled], codebook_size, generator)
         if sync:
             distributed.broadcast_([codebook])
 
+    called = distributed.Agreement(sync)
     for iteration in range(iters):
         sums = torch.zeros(codebook_size, dim, dtype=torch.float64, device=rows.device)
         counts = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
         inertia = counts.new_zeros(())
-        far = Reservoir(distributed.num_places(codebook_size, sync=sync), generator)
+        far = Reservoir(codebook_size, generator)
         with distributed.together(sync=sync) as agreement:
+            # the other ranks are told of it where they meet again
+            called.raise_own()
             for block in rows:
                 sq_error, indices = assign(block, codebook, backend)
                 of_block, of_codes = code_sums(block, indices, codebook_size, backend=backend)
@@ -257,19 +263,24 @@ def lloyd(
         agreement.raise_if(failed)
         is_empty = counts == 0
         means = (sums / counts.clamp(min=1)[:, None]).float()
-        updated = torch.where(is_empty[:, None], codebook, means)
+        # a sum may overflow where its rows do not
+        is_mean = ~is_empty[:, None] & means.isfinite()
+        updated = torch.where(is_mean, means, codebook)
         num_empty = int(is_empty.sum())
         if num_empty:
-            spread = distributed.spread(*far.take(dim, rows.device), codebook_size, sync=sync)
-            fresh, is_filled = distributed.all_reduce(spread, sync=sync)
+            fresh, is_filled = distributed.draw(
+                *far.take(dim, rows.device), codebook_size, sync=sync
+            )
             fresh, is_fresh = distributed.take_filled(fresh, is_filled, is_empty)
             updated = torch.where(is_fresh[:, None], fresh, updated)
-        if callback is not None:
-            callback(iteration, float(inertia), num_empty)
+        with distributed.together(sync=sync) as called:
+            if callback is not None:
+                callback(iteration, float(inertia), num_empty)
         is_settled = torch.equal(updated, codebook)
         codebook = updated
         if is_settled:
             break
+    called.raise_own()
     return Clusters(codebook, counts, True)
 
 
@@ -322,13 +333,11 @@ class Reservoir:
         self._held = keys, drawn
 
     def take(self, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """[n, D] float32 in the order of the draw, and [n] bool, which of them count."""
+        """[n] float64 keys, the largest first, and [n, D] float32, their rows."""
         if self._held is None:
-            return torch.zeros(0, dim, device=device), torch.zeros(
-                0, dtype=torch.bool, device=device
-            )
-        keys, rows = self._held
-        return rows, keys > -math.inf
+            keys = torch.zeros(0, dtype=torch.float64, device=device)
+            return keys, torch.zeros(0, dim, device=device)
+        return self._held
 
 
 def plus_plus(rows: Tensor, codebook_size: int, generator: torch.Generator | None) -> Tensor:

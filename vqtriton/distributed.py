@@ -34,24 +34,24 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
     """Overwrites the tensors with those of rank 0, in a single collective."""
     if world_size() == 1:
         return
-    packed = torch.cat([t.detach().float().reshape(-1) for t in tensors])
+    # as bytes: whatever the dtypes are, nothing is rounded
+    as_bytes = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors]
+    packed = torch.cat(as_bytes)
     dist.broadcast(packed, src=0)
-    for tensor, part in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    parts = packed.split([t.numel() for t in as_bytes])
+    for tensor, part in zip(tensors, parts, strict=True):
+        # a copy: a part may start where an element of its dtype may not
+        tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def sample_rows(
-    x: Tensor,
-    num_samples: int,
-    *,
-    keep: Tensor,
-    generator: torch.Generator | None = None,
-    sync: bool = True,
+    x: Tensor, num_samples: int, *, keep: Tensor, sync: bool = True
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of ``num_samples`` random rows, ready to be summed over the ranks.
 
-    Rank r fills the places r, r + world size, …; a rank with too few rows leaves places empty. No
-    shape depends on the data, so nothing waits for the device.
+    Rank r fills the places r, r + world size, …, as many as any other; with too few rows it leaves
+    places empty. So they meet in one collective with whatever else is to be summed. No shape
+    depends on the data, so nothing waits for the device.
 
     Args:
         x: [N, D].
@@ -62,47 +62,54 @@ def sample_rows(
         samples, [num_samples, D] float32, zeros where not filled by this rank; is_filled,
         [num_samples] float32, 1 where filled.
     """
-    share = min(num_places(num_samples, sync=sync), x.shape[0])
-    keys = torch.empty(x.shape[0], device=x.device).uniform_(generator=generator)
-    key, row = keys.masked_fill(~keep, -1).topk(share)
-    return spread(x[row], key >= 0, num_samples, sync=sync)
+    rank, world = place_among(sync)
+    share = min(len(range(rank, num_samples, world)), x.shape[0])
+    key, row = torch.rand(x.shape[0], device=x.device).masked_fill_(~keep, -1).topk(share)
+    samples = torch.zeros(num_samples, x.shape[1], device=x.device)
+    is_filled = torch.zeros(num_samples, device=x.device)
+    places = slice(rank, rank + share * world, world)
+    samples[places] = x[row].float().masked_fill((key < 0)[:, None], 0)
+    is_filled[places] = (key >= 0).float()
+    return samples, is_filled
 
 
-def num_places(num_samples: int, *, sync: bool = True) -> int:
-    """How many of them this rank has to fill."""
-    world = world_size() if sync else 1
-    return len(range(dist.get_rank() if world > 1 else 0, num_samples, world))
-
-
-def spread(
-    rows: Tensor, counts: Tensor, num_samples: int, *, sync: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Puts rows of this rank into its places r, r + world size, … of the samples of all ranks.
+def draw(keys: Tensor, rows: Tensor, num: int, *, sync: bool = True) -> tuple[Tensor, Tensor]:
+    """The rows with the largest keys, over all ranks; the same bits on each of them.
 
     Args:
-        rows: [n, D], no more than `num_places`.
-        counts: [n] bool, those that may be taken.
-        num_samples: places of all ranks.
+        keys: [n] float64, the largest of this rank first, n at most ``num``; -inf is no row.
+        rows: [n, D] float32, theirs.
+        num: how many to draw.
 
     Returns:
-        See `sample_rows`.
+        [num, D] float32, the largest key first, zeros where there are no more; [num] bool, which
+        there are.
     """
-    world = world_size() if sync else 1
-    rank = dist.get_rank() if world > 1 else 0
-    samples = torch.zeros(num_samples, rows.shape[1], device=rows.device)
-    is_filled = torch.zeros(num_samples, device=rows.device)
-    places = slice(rank, rank + rows.shape[0] * world, world)
-    samples[places] = rows.float().masked_fill(~counts[:, None], 0)
-    is_filled[places] = counts.float()
+    rank, world = place_among(sync)
+    table = keys.new_zeros(world, num)
+    table[rank] = torch.nn.functional.pad(keys, (0, num - len(keys)), value=-torch.inf)
+    (table,) = all_reduce([table], sync=sync, dtype=torch.float64)
+    key, place = table.view(-1).sort(descending=True, stable=True)
+    key, place = key[:num], place[:num]
+    is_filled = key > -torch.inf
+    is_mine = (is_filled & (place // num == rank)).nonzero()[:, 0]
+    samples = rows.new_zeros(num, rows.shape[1])
+    samples[is_mine] = rows[place[is_mine] % num]
+    (samples,) = all_reduce([samples], sync=sync)
     return samples, is_filled
+
+
+def place_among(sync: bool) -> tuple[int, int]:
+    """Rank and number of ranks; alone without ``sync``."""
+    return (dist.get_rank(), world_size()) if sync and world_size() > 1 else (0, 1)
 
 
 def take_filled(samples: Tensor, is_filled: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Hands the samples that were filled to the places where ``wanted``, in turn.
 
     Args:
-        samples: [S, D], summed over the ranks.
-        is_filled: [S], likewise.
+        samples: [S, D], of all ranks.
+        is_filled: [S], which there are: bool, or counted.
         wanted: [K] bool.
 
     Returns:
@@ -129,6 +136,14 @@ class Agreement:
         """[] float32, to be summed over the ranks."""
         return torch.tensor(float(self.error is not None), device=device)
 
+    def raise_own(self) -> None:
+        """
+        Raises:
+            Exception: of this rank, if there was one.
+        """
+        if self.error is not None:
+            raise self.error
+
     def raise_if(self, num_failed: Tensor) -> None:
         """
         Raises:
@@ -146,8 +161,12 @@ class Agreement:
             Exception: see `raise_if`.
         """
         unknown = -torch.iinfo(torch.int64).max
-        found = torch.tensor([self.error is not None, dim, -dim or unknown], device=device)
+        found = torch.tensor([self.error is not None, dim, -dim or unknown])
         if self._sync and world_size() > 1:
+            # NCCL meets on GPUs alone, and a rank that failed may not know of its own
+            if device.type == "cpu" and dist.get_backend() == "nccl":
+                device = torch.device("cuda", torch.cuda.current_device())
+            found = found.to(device)
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         failed, largest, least = found.tolist()
         self.raise_if(torch.tensor(failed))

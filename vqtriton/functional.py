@@ -183,8 +183,8 @@ def code_sums(
     """Sum of the vectors, and their number, per code.
 
     Equivalent to ``one_hot(indices, K).T @ x`` and ``bincount(indices, minlength=K)`` without the
-    [N, K] matrix. Bitwise repeatable. Differentiable with respect to ``x``. A sum is wrong by at
-    most two roundings of Σ|x| to float32, however many rows it has.
+    [N, K] matrix. Bitwise repeatable. Differentiable with respect to ``x``. A sum is
+    that of float64, rounded to float32, however many rows it has.
 
     Args:
         x: vectors, [..., D].

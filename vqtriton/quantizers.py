@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -35,7 +34,8 @@ def check_config(config: dict[str, Any]) -> None:
         if not fits or isinstance(value, bool) != (kind is bool):
             raise TypeError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
         least = 1 if name in ("dim", "codebook_size") else 0
-        if kind in (int, float) and not least <= value <= sys.float_info.max:
+        # float32, as the statistics and the loss that it is for
+        if kind in (int, float) and not least <= value <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name} is {value!r:.80}; it must be finite and at least {least}")
     if config["decay"] > 1:
         raise ValueError(f"decay is {config['decay']}; it must be in [0, 1]")

@@ -125,7 +125,7 @@ def compare(
             error = ((first.double() - want).abs() / magnitude.clamp(min=1e-30)).max().item()
             errors[who], steps[who] = error, step
             if who.startswith(OURS):
-                check.expect(error <= 2.01 * 2.0**-24, f"{name}: {who} is {error:.1e} off")
+                check.expect(error <= 1.01 * 2.0**-24, f"{name}: {who} is {error:.1e} off")
             if who == OURS:
                 check.expect(torch.equal(step(), first), f"{name}: {who} does not repeat")
     times: dict[str, list[float]] = {who: [] for who in steps}
