@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from backends import BACKENDS
 from conftest import INTERPRETED
 
 import vqtriton
-from vqtriton import environment
+from vqtriton import blocked, environment
 from vqtriton.tuning import tables, trace, tune
 from vqtriton.tuning.outcomes import Outcome
 from vqtriton.tuning.tables import Problem
@@ -96,6 +97,38 @@ def test_the_nearest_row_is_chosen(folder) -> None:
     for other in ({"num_rows": 2**30}, {"dim": 9}, {"heads": 64}, {"dtype": "bfloat16"}):
         assert choose(PROBLEM._replace(**other)) is None
     assert choose(PROBLEM._replace(op="grad_x")) is None
+
+
+@once
+def test_a_row_for_a_shape_is_chosen_for_it(folder) -> None:
+    """Though both have as many bits."""
+    configs = tunables.screen_candidates(8)
+    rows = [row(PROBLEM._replace(num_rows=n), configs[i]) for i, n in ((3, 4097), (4, 8000))]
+    write(folder / "sm_90.json", rows)
+    assert choose(PROBLEM._replace(num_rows=4097)) == configs[3]
+    assert choose(PROBLEM._replace(num_rows=8000)) == configs[4]
+
+
+@once
+@pytest.mark.parametrize("name", ["nowhere", "a file", "~nobody-of-that-name/x", "x" * 300])
+def test_a_folder_that_is_none_is_said(tmp_path, monkeypatch, name) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(tables.VARIABLE, name)
+    tables.forget()
+    with pytest.warns(UserWarning, match=f"{tables.VARIABLE} is {name}, which is no folder"):
+        assert choose() is None
+    tables.forget()
+    with pytest.warns(UserWarning, match="is no folder"):
+        assert "(default)" in environment.describe([(9, 9, 9, "float32")])
+
+
+@once
+def test_a_tilde_is_the_same_for_reading_and_writing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(tables.VARIABLE, "~/tabs")
+    assert tables.user_folder() == tmp_path / "tabs"
+    assert tune.folder_of(argparse.Namespace(out=None)) == tmp_path / "tabs"
 
 
 @once
@@ -179,6 +212,8 @@ def spoil(path: Path, kind: str) -> None:
         "rows of no list": json.dumps({"schema": 1, "rows": {"a": 1}}),
         "wrong schema": whole.replace('"schema": 1', '"schema": 99'),
         "no schema": whole.replace('"schema": 1, ', ""),
+        "a true schema": whole.replace('"schema": 1', '"schema": true'),
+        "a broken schema": whole.replace('"schema": 1', '"schema": 1.0'),
     }
     if kind in texts:
         path.write_text(texts[kind])
@@ -204,6 +239,7 @@ def spoil(path: Path, kind: str) -> None:
     "kind",
     [
         *("empty", "truncated", "junk", "nested", "a number", "no rows", "rows of no list"),
+        *("a true schema", "a broken schema"),
         *("wrong schema", "no schema", "binary", "a directory", "a pipe", "a dangling link"),
         *("a link to itself", "no permission"),
     ],
@@ -240,6 +276,10 @@ def test_a_table_that_may_not_be_read(folder, monkeypatch) -> None:
         ({"config": asdict(replace(OTHER, block_k=1 << 20))}, "none that is tried"),
         ({"config": asdict(OTHER) | {"num_wraps": 4}}, "none that is tried"),
         ({"config": asdict(OTHER) | {"num_warps": "4"}}, "none that is tried"),
+        # equal to Python, and not to a kernel
+        ({"config": asdict(OTHER) | {"block_n": float(OTHER.block_n)}}, "none that is tried"),
+        ({"config": asdict(OTHER) | {"hold_rows": 1}}, "none that is tried"),
+        ({"dim": 5000}, "dim is 5000: .* at most 4094"),
         ({"config": [1]}, r"config is \[1\]"),
         ({"op": "nearest"}, "op is 'nearest'"),
         ({"dtype": "float64"}, "dtype is 'float64'"),
@@ -267,6 +307,42 @@ def test_a_broken_row_costs_no_other(folder, changes, message) -> None:
     kept = json.loads((folder / "sm_90.json").read_text())["rows"]
     assert len(kept) == 4
     assert 7 in kept
+
+
+@once
+def test_many_rows_take_no_time_and_many_warnings_are_few(folder) -> None:
+    problems = [PROBLEM._replace(num_rows=n) for n in range(1, 4001)]
+    write(folder / "sm_90.json", [*map(row, problems), *[0] * 100_000])
+    start = time.process_time()
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert choose() == OTHER
+    assert time.process_time() - start < 3
+    assert len(caught) == tables.MOST_NAMED + 1
+    assert f"{100_000 - tables.MOST_NAMED} more rows of {folder}/sm_90.json" in str(caught[-1])
+
+
+@once
+def test_no_table_is_written_that_cannot_be_read(folder, monkeypatch) -> None:
+    path = folder / "sm_90.json"
+    tables.merge(path, "sm_90", [row()])
+    before = path.read_text()
+    monkeypatch.setattr(tables, "MOST_BYTES", len(before) + 100)
+    with pytest.raises(ValueError, match="would have more than"):
+        tables.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=7))])
+    assert path.read_text() == before
+    assert {p.name for p in folder.iterdir()} == {"sm_90.json", ".sm_90.json.lock"}
+
+
+@once
+def test_a_link_stays_a_link(folder) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "sm_90.json").symlink_to("elsewhere/mine.json")
+    with pytest.raises(ValueError, match="no regular file"):
+        tables.merge(folder / "sm_90.json", "sm_90", [row()])
+    write(folder / "elsewhere" / "mine.json", [])
+    tables.merge(folder / "sm_90.json", "sm_90", [row()])
+    assert (folder / "sm_90.json").is_symlink()
+    assert len(tables.read(folder / "elsewhere" / "mine.json")) == 1
 
 
 # --- writing ---
@@ -450,6 +526,72 @@ def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
 
 
 @once
+def test_a_candidate_that_goes_wrong_later_never_wins(monkeypatch) -> None:
+    """Right when it is first looked at: then wrong, or raising, and the fastest."""
+    configs = tunables.screen_candidates(8)
+    calls = dict.fromkeys(range(9), 0)
+
+    def run(inputs, config):
+        place = configs.index(config)
+        calls[place] += 1
+        time.sleep({0: 0.03, 1: 0.0, 2: 0.0, 3: 0.01}.get(place, 0.05))
+        indices = vqtriton.nearest_code(inputs.x, inputs.codebook)
+        if place == 1 and calls[place] > 1:
+            indices[5] = (indices[5] + 1) % 50
+        if place == 2 and calls[place] > 1:
+            raise RuntimeError("an illegal memory access")
+        return (indices,)
+
+    tunable = replace(
+        tunables.TUNABLES["nearest_code"],
+        prepare=tunables.as_they_are,
+        run=run,
+        candidates=lambda dim: configs[:5],
+        default=lambda target, dim: configs[0],
+    )
+    monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    said = []
+    outcome = measure.measure(PROBLEM._replace(codebook_size=50, num_rows=200), CPU, said.append)
+    assert outcome.row["config"] == asdict(configs[3])
+    assert outcome.left_out == 2
+    assert sum("it is wrong" in text for text in said) == 1
+    assert sum("an illegal memory access" in text for text in said) == 1
+
+
+@once
+def test_one_problem_costs_no_other(folder, monkeypatch, capsys) -> None:
+    from vqtriton.__main__ import main
+
+    def some(problem, target, say):
+        if problem.num_rows == 8:
+            raise torch.OutOfMemoryError("Tried to allocate 99 TiB")
+        return quick(problem)
+
+    monkeypatch.setattr(predict, "predict", some)
+    shapes = [word for n in (4, 8, 16) for word in ("--shape", f"{n},1024,8")]
+    monkeypatch.setattr(sys, "argv", ["vqtriton", "tune", "--static", *shapes])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "99 TiB" in capsys.readouterr().err
+    found = tables.read(folder / "sm_90.json")
+    assert [kept["num_rows"] for kept in found] == [4, 16]
+    # thousands of rows have it
+    assert all(len(kept["command"]) < 500 for kept in found)
+
+
+@once
+def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -> None:
+    from vqtriton.__main__ import main
+
+    default = tunables.screen_default("sm_90", 8)
+    write(folder / "sm_90.json", [row(tiles=default), row(tiles=replace(default, block_k=96))])
+    monkeypatch.setattr(sys, "argv", ["vqtriton", "tune", "--check"])
+    with pytest.warns(UserWarning, match="is left out"), pytest.raises(SystemExit, match="1"):
+        main()
+    assert "2 rows, 1 of no use" in capsys.readouterr().out
+
+
+@once
 def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
     """On a GPU: what spills or does not fit, and those that are predicted to be far behind."""
     gpu = torch.device("cuda")
@@ -571,6 +713,10 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
         (["--static", "--target", "sm_75"], "invalid choice"),
         (["--static", "--device", "cuda", "--shape", "9,9,9"], "--static times none"),
         (["--device", "cpu", "--shape", "9,9,9"], "only under TRITON_INTERPRET=1"),
+        (["--device", "foo", "--shape", "9,9,9"], "--device is 'foo'"),
+        (["--device", "meta", "--shape", "9,9,9"], "--device is meta"),
+        (["--shape", f"{10**20},9,9"], "N, K and D must be"),
+        (["--shape", "9,9,5000"], "at most D = 4094"),
         (["--check", "--out", "nowhere"], "nowhere"),
         (["--preset", "real-models", "--dtype", "float64"], "invalid choice: 'float64'"),
     ],
@@ -659,10 +805,59 @@ def test_a_trace_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, monk
 @once
 def test_a_line_that_is_no_shape_is_named(tmp_path) -> None:
     file = tmp_path / "trace.jsonl"
-    for text, message in (("7\n", "line 1"), ("", "has no shapes"), ('{"op": 1}', "line 1")):
+    good = json.dumps(PROBLEM._asdict())
+    for text, message in (
+        ("7\n", "line 1 .* no object"),
+        ("\n\n", "has no shapes"),
+        ('{"op": 1}', "line 1 .*op is 1"),
+        ("[" * 100_000, "line 1"),
+        *(
+            (f"\n{good}\n{json.dumps(PROBLEM._asdict() | changes)}\n", f"line 3 .*{words}")
+            for changes, words in (
+                ({"dtype": "float99"}, "dtype is 'float99'"),
+                ({"dim": "8"}, "dim is '8'"),
+                ({"dim": 0}, "dim is 0"),
+                ({"dim": 5000}, "dim is 5000"),
+                ({"num_rows": -64}, "num_rows is -64"),
+                ({"codebook_size": float("nan")}, "codebook_size is nan"),
+                ({"heads": 2}, "heads is 2"),
+                ({"op": "nearest"}, "op is 'nearest'"),
+            )
+        ),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             trace.read(file)
+
+
+@once
+def test_a_trace_into_a_pipe_holds_nothing_up(tmp_path, monkeypatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv(trace.VARIABLE, str(tmp_path / "pipe"))
+    with pytest.warns(UserWarning, match="no regular file"):
+        vqtriton.nearest_code(torch.randn(5, 4), torch.randn(7, 4))
+
+
+@once
+def test_warmup_takes_the_steps_of_training(monkeypatch) -> None:
+    """Compiled for the strides of a decoder's gradient; with hooks, contexts and frozen codes."""
+    vq = vqtriton.VectorQuantize(4, 9, codebook_update="gradient").requires_grad_(False)
+    vq.register_forward_hook(lambda *_: pytest.fail("a hook of the module's user"))
+    seen = []
+    grad_x = blocked.grad_x
+    monkeypatch.setattr(
+        blocked, "grad_x", lambda grad, *rest: seen.append(grad.stride()) or grad_x(grad, *rest)
+    )
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            vqtriton.warmup(vq, (7, 4))
+    assert seen == [(4, 1)] * 3
+    for shape in (8, (), (4.0, 4), "ab", None, (-1, 4)):
+        with pytest.raises(ValueError, match=r"shapes has|x has shape"):
+            vqtriton.warmup(vq, shape)
+    for dtype in (torch.int64, torch.bool, "float32"):
+        with pytest.raises(TypeError, match="dtype is"):
+            vqtriton.warmup(vq, (7, 4), dtype=dtype)
 
 
 @once

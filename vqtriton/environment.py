@@ -66,8 +66,13 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
         for n, k, d, dtype in shapes:
             for op, tunable in TUNABLES.items():
                 problem = tables.problem_for(op, n, k, d, dtype)
-                row = tables.find(problem, device)
-                config = row[1] if row else tunable.default(architecture(device), d)
+                try:
+                    row = tables.find(problem, device)
+                    default = tunable.default(architecture(device), d)
+                except ValueError as error:
+                    lines.append((f"{problem}", f"not for the kernels: {error}"))
+                    continue
+                config = row[1] if row else default
                 origin = f"{row[0]['source']}, {row[2].name}" if row else "default"
                 lines.append((f"{problem}", f"{config} ({origin})"))
     return lines

@@ -15,7 +15,7 @@ from vqtriton.kernels.screen_codes import architecture
 from vqtriton.tuning.outcomes import Found, Outcome, decide
 from vqtriton.tuning.predict import Say, to_stderr, usable
 from vqtriton.tuning.tables import DTYPES, Problem, shared_limit
-from vqtriton.tuning.tunables import TUNABLES, candidates_of, make_inputs
+from vqtriton.tuning.tunables import TUNABLES, Inputs, Tunable, candidates_of, make_inputs
 
 # of a candidate: steps before the clock, and timed ones
 WARM_UP, REPEATS = 2, 9
@@ -34,22 +34,21 @@ def measure(problem: Problem, device: torch.device, say: Say = to_stderr) -> Out
     copies = [make_inputs(problem, device, seed) for seed in range(copies_needed(problem, device))]
     right: list[tuple[Any, dict[str, Any]]] = []
     for config, about in promising(problem, device, candidates, say):
-        try:
-            with poisoned():
-                results = tunable.run(tunable.prepare(copies[0]), config)
-            is_right = tunable.is_right(copies[0], results)
-        except Exception as error:
-            # too much shared memory, or what a compiler does not take
-            say(f"left out, {config}: {str(error)[:200]}")
-            continue
-        if is_right:
+        if still_right(tunable, copies[0], config, say):
             right.append((config, about))
-        else:
-            say(f"left out, it is wrong: {config}")
     prepared = [tunable.prepare(copy) for copy in copies]
-    times = median_ms(tunable.run, [config for config, _ in right], prepared, device)
-    found = [Found(config, ms, about) for (config, about), ms in zip(right, times, strict=True)]
-    return decide(problem, candidates, sorted(found, key=lambda one: one.ms))
+    times = median_ms(tunable.run, [config for config, _ in right], prepared, device, say)
+    found = [
+        Found(config, ms, about)
+        for (config, about), ms in zip(right, times, strict=True)
+        if not math.isnan(ms)
+    ]
+    found.sort(key=lambda one: one.ms)
+    # once more, on other inputs and after many runs: before it may win
+    other = make_inputs(problem, device, len(copies))
+    while found and not still_right(tunable, other, found[0].config, say):
+        del found[0]
+    return decide(problem, candidates, found)
 
 
 def promising(
@@ -66,6 +65,21 @@ def promising(
     modelled = [one for one in fitting if not math.isnan(one.ms)]
     late = [one.config for one in modelled[MOST_TIMED:] if one.config != candidates[0]]
     return [(one.config, one.about) for one in fitting if one.config not in late]
+
+
+def still_right(tunable: Tunable, inputs: Inputs, config: Any, say: Say) -> bool:
+    """Whether it runs, and its results are right."""
+    try:
+        with poisoned():
+            results = tunable.run(tunable.prepare(inputs), config)
+        is_right = tunable.is_right(inputs, results)
+    except Exception as error:
+        # too much shared memory, or what a compiler does not take
+        say(f"left out, {config}: {str(error)[:200]}")
+        return False
+    if not is_right:
+        say(f"left out, it is wrong: {config}")
+    return is_right
 
 
 class poisoned:
@@ -102,8 +116,9 @@ def median_ms(
     configs: Sequence[Any],
     prepared: Sequence[Any],
     device: torch.device,
+    say: Say,
 ) -> list[float]:
-    """Of each. They take turns, so that none has the quiet minute; and so do the inputs."""
+    """Of each, NaN if it raises. They and the inputs take turns, so none has the quiet minute."""
     is_cuda = device.type == "cuda"
     # written before each step: it empties the cache and gives the host a head start, so that it is
     # not its launches that are timed
@@ -114,8 +129,15 @@ def median_ms(
     for turn in range(warm_up + repeats):
         on = prepared[turn % len(prepared)]
         for config, of_config in zip(configs, times, strict=True):
+            if math.nan in of_config:
+                continue
             other.zero_()
-            ms = one_ms(functools.partial(run, on, config), device)
+            try:
+                ms = one_ms(functools.partial(run, on, config), device)
+            except Exception as error:
+                say(f"left out, {config}: {str(error)[:200]}")
+                of_config[:] = [math.nan]
+                continue
             if turn >= warm_up:
                 of_config.append(ms)
     return [statistics.median(of_config) for of_config in times]

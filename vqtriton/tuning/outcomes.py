@@ -37,6 +37,10 @@ class Outcome(NamedTuple):
     left_out: int
 
 
+def nothing_found(problem: Problem) -> Outcome:
+    return Outcome(problem, math.nan, math.nan, None, 0, 0)
+
+
 def decide(problem: Problem, candidates: Sequence[Any], found: Sequence[Found]) -> Outcome:
     """The default stays if nothing is clearly better.
 
@@ -46,7 +50,7 @@ def decide(problem: Problem, candidates: Sequence[Any], found: Sequence[Found]) 
     """
     counts = len(candidates), len(candidates) - len(found)
     if not found:
-        return Outcome(problem, math.nan, math.nan, None, *counts)
+        return nothing_found(problem)._replace(tried=counts[0], left_out=counts[1])
     best = found[0]
     default = next((one for one in found if one.config == candidates[0]), None)
     default_ms = default.ms if default else math.nan

@@ -9,8 +9,10 @@ among the tiles that `vqtriton tune` would try is left out, with a warning that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -27,9 +29,15 @@ VARIABLE = "VQTRITON_CONFIG_DIR"
 BUNDLED = Path(__file__).parent / "tables"
 # more than that is no table
 MOST_BYTES = 4 << 20
+# of its rows that are wrong, so many are named
+MOST_NAMED = 5
+# N, K and heads count by a quarter of a doubling
+STEPS = 4
 # doublings between a row's N, K or heads and what is asked for, beyond which it tells nothing
 MOST_OCTAVES = 3
 SOURCES = ("static", "measured")
+# N, K, D and heads are less
+MOST = 1 << 48
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 log = logging.getLogger("vqtriton")
@@ -94,10 +102,23 @@ def device_names(device: torch.device) -> list[str]:
     return [torch.cuda.get_device_name(device), by_kind]
 
 
-def folders() -> list[Path]:
-    """Where tables are looked for."""
+def user_folder() -> Path | None:
+    """What VQTRITON_CONFIG_DIR names."""
     named = os.environ.get(VARIABLE)
-    return [*([Path(named).expanduser()] if named else []), BUNDLED]
+    return Path(os.path.expanduser(named)) if named else None
+
+
+def folders() -> list[Path]:
+    """Where tables are looked for; a warning if the user's folder is none."""
+    named = user_folder()
+    if named is None:
+        return [BUNDLED]
+    if os.path.isdir(named):
+        return [named, BUNDLED]
+    if named not in _missing:
+        _missing.add(named)
+        warnings.warn(f"{VARIABLE} is {named}, which is no folder", stacklevel=2)
+    return [BUNDLED]
 
 
 def read_all(path: Path) -> list[Any]:
@@ -112,12 +133,13 @@ def read_all(path: Path) -> list[Any]:
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has more than {MOST_BYTES >> 20} MiB")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        # some editors put a mark at the beginning
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {str(error)[:200]}") from None
     if not isinstance(table, dict) or not isinstance(table.get("rows"), list):
         raise ValueError(f"{path} is no table of tiles")
-    if table.get("schema") != SCHEMA:
+    if type(table.get("schema")) is not int or table["schema"] != SCHEMA:
         raise ValueError(
             f"{path} has schema {table.get('schema')!r:.40}; this version reads {SCHEMA}"
         )
@@ -130,46 +152,84 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError, OSError: see `read_all`.
     """
-    rows = []
+    rows, wrong = [], 0
     for place, row in enumerate(read_all(path)):
         reason = fault(row)
-        if reason:
-            warnings.warn(f"row {place} of {path} is left out: {reason}", stacklevel=2)
-        else:
+        if reason is None:
             rows.append(row)
+            continue
+        wrong += 1
+        if wrong <= MOST_NAMED:
+            warnings.warn(f"row {place} of {path} is left out: {reason}", stacklevel=2)
+    if wrong > MOST_NAMED:
+        warnings.warn(f"{wrong - MOST_NAMED} more rows of {path} are left out", stacklevel=2)
     return rows
 
 
 def fault(row: Any) -> str | None:
     """What is wrong with a row; None if nothing is."""
-    from vqtriton.tuning.tunables import TUNABLES
-
     if not isinstance(row, dict):
         return "it is no object"
-    for name, kind in KINDS.items():
-        # True is an int to Python
-        if type(row.get(name)) is not kind:
-            return f"{name} is {row.get(name)!r:.40}; it must be of type {kind.__name__}"
+    reason = _type_fault(row, KINDS) or problem_fault(row)
+    if reason:
+        return reason
+    if row.get("source") not in SOURCES:
+        return f"source is {row.get('source')!r:.40}; it must be one of {', '.join(SOURCES)}"
+    if _as_text(row["config"]) not in _known(row["op"], row["dim"]):
+        return f"config is {row['config']!r:.200}, which is none that is tried for D={row['dim']}"
+    return None
+
+
+def problem_fault(row: dict[str, Any]) -> str | None:
+    """What is wrong with the fields of a `Problem`; None if nothing is."""
+    from vqtriton.tuning.tunables import TUNABLES
+
+    reason = _type_fault(row, {name: KINDS[name] for name in Problem._fields})
+    if reason:
+        return reason
     if row["op"] not in TUNABLES:
         return f"op is {row['op']!r:.40}; it must be one of {', '.join(TUNABLES)}"
     if row["dtype"] not in DTYPES:
         return f"dtype is {row['dtype']!r:.40}; it must be one of {', '.join(DTYPES)}"
     for name in ("dim", "codebook_size", "num_rows", "heads"):
-        if not 1 <= row[name] < 2**48:
+        if not 1 <= row[name] < MOST:
             return f"{name} is {row[name]}; it must be at least 1"
-    if row.get("source") not in SOURCES:
-        return f"source is {row.get('source')!r:.40}; it must be one of {', '.join(SOURCES)}"
-    tunable = TUNABLES[row["op"]]
-    if not any(asdict(config) == row["config"] for config in tunable.candidates(row["dim"])):
-        return f"config is {row['config']!r:.200}, which is none that is tried for D={row['dim']}"
+    try:
+        _known(row["op"], row["dim"])
+    except ValueError as error:
+        # more dimensions than the kernels take
+        return f"dim is {row['dim']}: {error}"
     return None
+
+
+def _type_fault(row: dict[str, Any], kinds: dict[str, type]) -> str | None:
+    for name, kind in kinds.items():
+        # True is an int to Python
+        if type(row.get(name)) is not kind:
+            return f"{name} is {row.get(name)!r:.40}; it must be of type {kind.__name__}"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _known(op: str, dim: int) -> frozenset[str]:
+    """The tiles that a table may hold."""
+    from vqtriton.tuning.tunables import TUNABLES
+
+    return frozenset(_as_text(asdict(config)) for config in TUNABLES[op].candidates(dim))
+
+
+def _as_text(config: dict[str, Any]) -> str:
+    # 64.0 equals 64 to Python, and True 1
+    return json.dumps(config, sort_keys=True, default=repr)
 
 
 # --- which row a kernel gets ---
 
+# read once in a process; `forget` reads them anew
 _tables: dict[str, list[Row]] = {}
 _chosen: dict[tuple[Any, ...], Any] = {}
 _rejected: list[Any] = []
+_missing: set[Path] = set()
 
 
 def forget() -> None:
@@ -177,6 +237,7 @@ def forget() -> None:
     _tables.clear()
     _chosen.clear()
     _rejected.clear()
+    _missing.clear()
 
 
 def choose(
@@ -190,10 +251,10 @@ def choose(
 ) -> Any:
     """Tiles for an op from the tables, or None: the default.
 
-    N, K and heads count by their power of two; of rows with the same op, dtype and D the nearest
-    in logarithms is taken, unless it is more than 2³ times away in one of them.
+    N, K and heads count by a quarter of a doubling; of rows with the same op, dtype and D the
+    nearest in logarithms is taken, unless it is more than 2³ times away in one of them.
     """
-    key = (op, dtype, dim, codebook_size.bit_length(), num_rows.bit_length(), heads, device)
+    key = (op, dtype, dim, _steps(codebook_size), _steps(num_rows), heads, device)
     try:
         return _chosen[key]
     except KeyError:
@@ -214,7 +275,7 @@ def find(problem: Problem, device: torch.device) -> tuple[Row, Any, Path] | None
             fitting = [
                 (distance, -SOURCES.index(row["source"]), place, row)
                 for place, row in enumerate(rows_of(path))
-                if (distance := _octaves(problem, row)) is not None and row["shared"] <= limit
+                if (distance := _distance(problem, row)) is not None and row["shared"] <= limit
             ]
             for *_, row in sorted(fitting, key=lambda found: found[:3]):
                 config = TUNABLES[row["op"]].config(**row["config"])
@@ -230,28 +291,38 @@ def reject(config: Any) -> None:
     _chosen.clear()
 
 
-def _octaves(problem: Problem, row: Row) -> float | None:
+def _steps(count: int) -> int:
+    return round(STEPS * math.log2(count))
+
+
+def _distance(problem: Problem, row: Row) -> int | None:
     if (row["op"], row["dtype"], row["dim"]) != problem[:3]:
         return None
     apart = [
-        abs(row[name].bit_length() - getattr(problem, name).bit_length())
+        abs(_steps(row[name]) - _steps(getattr(problem, name)))
         for name in ("codebook_size", "num_rows", "heads")
     ]
-    return None if max(apart) > MOST_OCTAVES else sum(apart)
+    return None if max(apart) > STEPS * MOST_OCTAVES else sum(apart)
 
 
 def rows_of(path: Path) -> list[Row]:
     """Rows of a table, read once; none where there is no file or it is wrong."""
     key = str(path)
     if key not in _tables:
-        _tables[key] = []
-        if path.exists() or path.is_symlink():
-            try:
-                _tables[key] = read(path)
-            except (OSError, ValueError) as error:
-                warnings.warn(f"{error}; the defaults are used", stacklevel=2)
-        elif path.parent == BUNDLED:
-            log.info("no table %s: the kernels have their default tiles", path.name)
+        rows: list[Row] = []
+        try:
+            # not `exists`, to which a link that leads nowhere is none
+            path.lstat()
+            rows = read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            if path.is_symlink():
+                warnings.warn(f"{path} leads nowhere; the defaults are used", stacklevel=2)
+            elif path.parent == BUNDLED:
+                log.info("no table %s: the kernels have their default tiles", path.name)
+        except (OSError, ValueError) as error:
+            reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+            warnings.warn(f"{reason}; the defaults are used", stacklevel=2)
+        _tables[key] = rows
     return _tables[key]
 
 
@@ -292,18 +363,30 @@ def merge(path: Path, device: str, rows: Iterable[Row]) -> None:
         there = read_all(path) if path.exists() or path.is_symlink() else []
         # rows that this version does not understand stay where they are
         strange = [row for row in there if fault(row)]
-        kept = {problem_of(row): row for row in there if not fault(row)}
-        for row in rows:
+        kept: dict[Problem, Row] = {}
+        for row in [*(row for row in there if not fault(row)), *rows]:
             before = kept.get(problem_of(row))
             if before is None or SOURCES.index(row["source"]) >= SOURCES.index(before["source"]):
                 kept[problem_of(row)] = row
         ordered = [kept[problem] for problem in sorted(kept)] + strange
         lines = ",\n".join(json.dumps(row) for row in ordered)
         head = json.dumps({"schema": SCHEMA, "device": device})[:-1]
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
-            file.write(f'{head}, "rows": [\n{lines}\n]}}\n')
+        text = f'{head}, "rows": [\n{lines}\n]}}\n'
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"{path} would have more than {MOST_BYTES >> 20} MiB")
+        # a link stays one
+        _replace(Path(os.path.realpath(path)), text)
+    forget()
+
+
+def _replace(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
+        try:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    forget()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import os
 import shlex
 import sys
 import time
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 
 from vqtriton import ops
+from vqtriton.planes import MAX_DIM
 from vqtriton.tuning import tables, trace
-from vqtriton.tuning.outcomes import Outcome
+from vqtriton.tuning.outcomes import Outcome, nothing_found
 from vqtriton.tuning.tables import DTYPES, Problem, Row
 
 # what models have trained with: N of a step, K, D; docs/benchmarks.md says which
@@ -43,6 +43,8 @@ INTERRUPTED = 130
 DEFAULT_OUT = Path("vqtriton-tables")
 # of the bar, in characters
 WIDTH = 20
+# of the command in a row, in characters
+MOST_COMMAND = 400
 
 # tunes for a problem; the other argument takes what there is to say meanwhile
 TuneOne = Callable[[Problem, Callable[[str], None]], Outcome]
@@ -82,10 +84,12 @@ def shape(text: str) -> tuple[int, int, int, str]:
         n, k, d = map(int, numbers)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not N,K,D or N,K,D,DTYPE") from None
-    if min(n, k, d) < 1 or dtype not in DTYPES:
+    if not 1 <= min(n, k, d) <= max(n, k, d) < tables.MOST or dtype not in DTYPES:
         raise argparse.ArgumentTypeError(
             f"{text!r}: N, K and D must be at least 1, DTYPE one of {', '.join(DTYPES)}"
         )
+    if d > MAX_DIM:
+        raise argparse.ArgumentTypeError(f"{text!r}: the kernels take at most D = {MAX_DIM}")
     return n, k, d, dtype
 
 
@@ -131,16 +135,20 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"--from-trace: {error}")
     if not problems:
-        parser.error("nothing to tune for: give --shape, --from-trace or --preset")
+        of_trace = ", which --from-trace has none of" if asked.from_trace else ""
+        parser.error(
+            f"nothing to tune for: give --shape, --from-trace or --preset{of_trace}"
+            + f"; without a GPU it is {', '.join(tuned)} alone" * asked.static
+        )
     if asked.static and asked.device:
         parser.error("--device is where tiles are timed; --static times none")
-    device = torch.device(asked.device or "cuda")
     tune_one: TuneOne
     if asked.static:
         name, source = asked.target, "static"
         tune_one = lambda problem, say: predict(problem, asked.target, say)  # noqa: E731
     else:
-        name, source = device_name(device, parser), "measured"
+        device = device_of(asked.device or "cuda", parser)
+        name, source = tables.device_names(device)[0], "measured"
         tune_one = lambda problem, say: measure(problem, device, say)  # noqa: E731
 
     out = folder_of(asked)
@@ -154,11 +162,14 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         done = {tables.problem_of(row) for row in tables.read(path) if is_of(row, source)}
         problems = [problem for problem in problems if problem not in done]
     command = shlex.join(["vqtriton", *sys.argv[1:]])
+    if len(command) > MOST_COMMAND:
+        # a row has it, and a table thousands of rows
+        command = f"{command[:MOST_COMMAND]}..."
     return tune_all(problems, tune_one, path, name, source, command, asked.budget)
 
 
 def folder_of(asked: argparse.Namespace) -> Path:
-    return asked.out or Path(os.environ.get(tables.VARIABLE) or DEFAULT_OUT)
+    return asked.out or tables.user_folder() or DEFAULT_OUT
 
 
 def check_table(path: Path, target: str, parser: argparse.ArgumentParser) -> int:
@@ -172,13 +183,15 @@ def check_table(path: Path, target: str, parser: argparse.ArgumentParser) -> int
         rows = tables.read(path)
     except (OSError, ValueError) as error:
         parser.error(f"--out: {error}")
-    wrong = 0
+    # what cannot be read is of no use either; `read` has named it
+    wrong = len(tables.read_all(path)) - len(rows)
     for row in rows:
         problem, config = tables.problem_of(row), TUNABLES[row["op"]].config(**row["config"])
         if usages(problem, target, [config]) == [None]:
             print(f"spills, does not fit or does not compile: {problem}, {config}")
             wrong += 1
-    print(f"{path}: {len(rows)} rows, {wrong} of no use with Triton {triton.__version__}")
+    used = f"{wrong} of no use with Triton {triton.__version__}"
+    print(f"{path}: {len(tables.read_all(path))} rows, {used}")
     return int(wrong > 0 or not rows)
 
 
@@ -189,12 +202,18 @@ def is_of(row: Row, source: str) -> bool:
     return row["source"] == source and row.get("triton") == triton.__version__
 
 
-def device_name(device: torch.device, parser: argparse.ArgumentParser) -> str:
+def device_of(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.error(f"--device is {name!r}; it must be cuda, cuda:0 and so on, or cpu")
+    if device.type not in ("cuda", "cpu"):
+        parser.error(f"--device is {name}, for which there are no kernels; it must be cuda or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda and torch sees no GPU; --static needs none")
     if device.type == "cpu" and not ops.interpreter_is_on():
         parser.error("--device is cpu, where kernels run only under TRITON_INTERPRET=1")
-    return tables.device_names(device)[0]
+    return device
 
 
 def tune_all(
@@ -219,7 +238,12 @@ def tune_all(
                 progress.say(f"the time is up: {left} shapes are left")
                 break
             progress.show(len(outcomes), f"{problem}")
-            outcome = tune_one(problem, progress.say)
+            try:
+                outcome = tune_one(problem, progress.say)
+            except (RuntimeError, ValueError) as error:
+                # memory, for example: the other problems are not to suffer
+                progress.say(f"left out, {problem}: {str(error)[:200]}")
+                outcome, status = nothing_found(problem), 1
             outcomes.append(outcome)
             if outcome.row is not None:
                 origin = {
@@ -234,6 +258,10 @@ def tune_all(
     except KeyboardInterrupt:
         progress.say("interrupted; --resume goes on where this ended")
         status = INTERRUPTED
+    except (OSError, ValueError) as error:
+        # a full disk, or a table that is as large as may be
+        progress.say(f"ended, as nothing can be written: {error}")
+        status = 1
     progress.say()
     print(summary(outcomes, source))
     print(f"{path}: {len(tables.read(path))} rows; used where {tables.VARIABLE}={path.parent}")

@@ -29,28 +29,41 @@ def warmup(
         has_mask: it will get a mask as well.
 
     Raises:
-        TypeError: ``module`` is no quantizer.
-        ValueError: see `VectorQuantize.forward`; no shape is given.
+        TypeError: ``module`` is no quantizer, ``dtype`` no float.
+        ValueError: see `VectorQuantize.forward`; no shape is given, or one is no shape.
     """
     from vqtriton.quantizers import VectorQuantize
 
     if not isinstance(module, VectorQuantize):
         raise TypeError(f"module is a {type(module).__name__}; it must be a VectorQuantize")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r:.80}; it must be a floating-point torch.dtype")
     if not shapes:
         raise ValueError("shapes is empty; give the shapes of x, a tuple each")
-    trial = copy.deepcopy(module)
-    trial.sync_codebook = False
-    device = trial.codebook.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    for shape in shapes:
+        if not (isinstance(shape, Sequence) and all(type(n) is int and n >= 0 for n in shape)):
+            raise ValueError(f"shapes has {shape!r:.80}; it must be a tuple of ints, of an x")
+    device = module.codebook.device
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.inference_mode(False),
+    ):
+        trial = copy.deepcopy(module)
+        trial.sync_codebook = False
         for shape in shapes:
-            x = torch.randn(*shape, device=device).to(dtype).requires_grad_()
+            x = torch.randn(tuple(shape), device=device).to(dtype).requires_grad_()
+            mask = None
+            # forward itself: hooks of the module are not for this
             with torch.no_grad():
-                indices = trial.eval()(x).indices
-            mask = torch.ones_like(indices, dtype=torch.bool) if has_mask else None
-            out = trial.train()(x, mask)
-            total = out.loss.sum() + out.quantized.float().sum()
-            torch.autograd.grad(total, [x, *trial.parameters()], allow_unused=True)
-            with torch.no_grad():
-                trial.eval()(x, mask)
+                indices = trial.eval().forward(x).indices
+                if has_mask:
+                    mask = torch.ones_like(indices, dtype=torch.bool)
+                    trial.forward(x, mask)
+            with torch.enable_grad():
+                quantized, _, loss = trial.train().forward(x, mask)
+                leaves = [leaf for leaf in (x, *trial.parameters()) if leaf.requires_grad]
+                # contiguous, as those of a decoder: kernels are compiled for strides
+                upstream = [torch.ones_like(quantized), torch.ones_like(loss)]
+                torch.autograd.grad([quantized, loss], leaves, upstream, allow_unused=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
