@@ -79,6 +79,9 @@ def test_shape_of_the_batch_does_not_matter() -> None:
         (torch.zeros(3, 4), {"codebook_size": 2.5}, "codebook_size is 2.5"),
         ([[1.0]], {}, "x is a list"),
         (torch.zeros(3, 0), {}, r"x has shape \(3, 0\)"),
+        (torch.zeros(3, 4), {"generator": 3}, "generator is a int"),
+        (torch.zeros(3, 4), {"callback": 3}, "callback is a int"),
+        (torch.full((3, 4), 1e300, dtype=torch.float64), {}, "no finite row"),
     ],
 )
 def test_bad_input_is_named(x, options, message) -> None:
@@ -110,6 +113,19 @@ def test_batches_change_no_bit(monkeypatch, init) -> None:
     assert torch.equal(run(lambda: iter(x.split(37))), want)
     loader = torch.utils.data.DataLoader(x, batch_size=150)
     assert torch.equal(run(loader), want)
+    # columns one after the other, as in an image map
+    assert torch.equal(run(x.T.contiguous().T), want)
+
+
+def test_layout_changes_no_bit_of_the_inertia() -> None:
+    x = torch.randn(3000, 33)
+
+    def run(rows):
+        found = []
+        vqtriton.kmeans(rows, 8, 2, generator(), callback=lambda *row: found.append(row))
+        return found
+
+    assert run(x.T.contiguous().T) == run(x) == run(list(x.split(700)))
 
 
 def test_batches_are_not_held(monkeypatch) -> None:
@@ -136,6 +152,7 @@ def test_batches_are_not_held(monkeypatch) -> None:
         (iter([torch.zeros(3, 4)]), TypeError, "can be read only once"),
         ((torch.zeros(3, 4) for _ in range(2)), TypeError, "x is a generator"),
         (7, TypeError, "x is a int"),
+        (lambda: None, TypeError, "x returned a NoneType"),
         ("rows", TypeError, "batch 0 of x: x is a str"),
         ([torch.zeros(3, 4), torch.zeros(3, 5)], ValueError, "batch 1 of x has shape"),
         ([torch.zeros(3, 4), torch.zeros(3, 4).double()], ValueError, "batch 1 of x .*float64"),
@@ -203,6 +220,50 @@ def test_empty_clusters_start_anew() -> None:
     assert vqtriton.nearest_code(x, codebook).unique().numel() == 40
 
 
+def test_starts_are_drawn_from_all_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 16)
+    x = torch.arange(1000.0)[:, None].repeat(1, 4)
+    starts = vqtriton.kmeans(x, 100, 0, generator())[:, 0]
+    # a tenth of them in each tenth of the rows, give or take
+    assert starts.unique().numel() == 100
+    assert all(2 <= count <= 20 for count in starts.histc(10, 0, 1000))
+
+
+def test_empty_clusters_start_far_from_codes(monkeypatch) -> None:
+    """In proportion to the squared distance, so first of all from the few that are far away."""
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 64 * 4)
+    x = torch.cat([torch.zeros(300, 4), 1e-3 * torch.randn(100, 4), 100 * torch.randn(5, 4)])
+    x = x[torch.randperm(len(x), generator=generator())]
+    far = x[x.abs().amax(1) > 1]
+    empty = []
+    for seed in range(3):
+        codebook = vqtriton.kmeans(
+            x, 20, 1, generator(seed), callback=lambda *row: empty.append(row[2])
+        )
+        assert empty[-1] >= 5
+        assert (codebook[:, None] == far).all(-1).any(0).all()
+
+
+def test_a_cluster_of_one_row_is_not_empty() -> None:
+    empty = []
+    x = torch.randn(2, 4)
+    vqtriton.kmeans(x, 2, 1, generator(), callback=lambda *row: empty.append(row[2]))
+    assert empty == [0]
+
+
+def test_plus_plus_takes_all_rows_where_there_are_no_more() -> None:
+    for seed in range(10):
+        x = torch.randn(3, 4, generator=generator(seed))
+        starts = vqtriton.kmeans(x, 3, 0, generator(seed), init="k-means++")
+        assert starts.unique(dim=0).shape[0] == 3
+
+
+def test_rows_whose_sum_overflows_leave_codes_finite() -> None:
+    x = torch.full((300, 2), 2e36) + 1e35 * torch.randn(300, 2)
+    codebook = vqtriton.kmeans(x, 2, 3, generator())
+    assert codebook.isfinite().all()
+
+
 def test_an_empty_cluster_never_starts_from_a_row_that_is_a_code() -> None:
     # integers, of which the means are exact
     x = torch.tensor([[1.0, 2, 3], [7, 0, -2], [5, 5, 5], [0, -9, 4]]).repeat(50, 1)
@@ -211,7 +272,9 @@ def test_an_empty_cluster_never_starts_from_a_row_that_is_a_code() -> None:
     assert (codebook[:, None] == x[:4]).all(-1).any(1).all()
 
 
-def test_progress_is_the_inertia_of_each_iteration() -> None:
+@pytest.mark.parametrize("block_rows", [64, 1 << 20])
+def test_progress_is_the_inertia_of_each_iteration(monkeypatch, block_rows) -> None:
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", block_rows * 4)
     x = torch.randn(400, 4)
     seen = []
     codebook = vqtriton.kmeans(x, 10, 200, generator(), callback=lambda *row: seen.append(row))

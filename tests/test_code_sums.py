@@ -91,6 +91,40 @@ def test_what_is_rounded_away_is_kept(n: int, small: float, tiles: dict) -> None
 
 
 @on_every_backend
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("k", [1, 254, 255, 256, 257, 32766, 32767, 32768])
+def test_what_is_left_out_is_in_no_code(backend: Backend, k: int, deterministic: bool) -> None:
+    """However the indices that are none look when they are narrowed; every second of a tensor."""
+    torch.use_deterministic_algorithms(False)
+    values = [0, k - 1, -1, k, 2**31, 2**32, -(2**32), 2**32 + k - 1, 2**62, -(2**62), 256, 65536]
+    indices = torch.tensor(values).repeat_interleave(2).to(backend.device)[::2]
+    x = torch.randn(len(values), 2)
+    sums, counts = vqtriton.code_sums(
+        x.to(backend.device), indices, k, deterministic=deterministic, backend=backend.name
+    )
+    want = oracle.code_sums(x, torch.tensor(values), k)
+    assert torch.equal(counts.cpu(), want[1])
+    torch.testing.assert_close(sums.cpu().double(), want[0].double(), rtol=1e-6, atol=1e-6)
+
+
+@on_every_backend
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_chunks_do_not_overflow_where_the_sum_does_not(backend, deterministic) -> None:
+    torch.use_deterministic_algorithms(False)
+    x = torch.cat([torch.full((256, 1), 2e36), torch.full((256, 1), -2e36)]).to(backend.device)
+    indices = torch.zeros(512, dtype=torch.int64, device=backend.device)
+    options = {"deterministic": deterministic, "backend": backend.name}
+    assert vqtriton.code_sums(x, indices, 1, **options)[0].item() == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels take no float64")
+def test_float64_is_kept() -> None:
+    x = 1 + 2.0**-40 * torch.arange(8, dtype=torch.float64)[:, None]
+    sums, _ = vqtriton.code_sums(x, torch.zeros(8, dtype=torch.int64), 1)
+    assert sums.item() == 8 + 28 * 2.0**-40
+
+
+@on_every_backend
 def test_repeats_bit_for_bit(backend: Backend) -> None:
     x, indices = torch.randn(600, 17), torch.randint(7, (600,))
     first, _ = code_sums(x, indices, 7, backend)

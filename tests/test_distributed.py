@@ -161,6 +161,28 @@ def test_synchronisation_can_be_turned_off(tmp_path: Path) -> None:
     assert not torch.equal(results[0]["codebook"], results[1]["codebook"])
 
 
+class Counting(VectorQuantize):
+    """With a buffer that float32 cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM, SIZE)
+        self.register_buffer("seen", torch.tensor(20_000_001))
+
+
+def counted_rows(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    vq = Counting()
+    vq.seen += rank
+    vq(batch(0))
+    return state(vq)
+
+
+def test_a_broadcast_rounds_nothing(tmp_path: Path) -> None:
+    results = ranks.run(counted_rows, tmp_path)
+    assert_equal(results)
+    assert results[0]["seen"] == 20_000_001
+
+
 def count_collectives(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
     ranks.join(rank, world_size, meeting_point)
     vq = VectorQuantize(DIM, SIZE, threshold_ema_dead_code=1)
@@ -237,6 +259,48 @@ def test_fewer_codes_than_ranks(tmp_path: Path) -> None:
         torch.testing.assert_close(value, batch(0, 5).mean(0, keepdim=True))
 
 
+def drawn_over_ranks(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    found = {}
+    # few rows on one rank, at a place of their own; many on the other
+    x = batch(rank, 8 if rank == 0 else 4000) + (1000 if rank == 0 else 0)
+    for seed in range(5):
+        source = torch.Generator().manual_seed(2 * seed + rank)
+        found[f"start {seed}"] = kmeans(x, SIZE, 0, source, sync=True)
+    # many rows that are codes, a few near one, a few far from all: the last on rank 1 alone
+    x = torch.zeros(300, DIM)
+    x[:100] += 1e-3 * batch(rank, 100)
+    if rank == 1:
+        x[100:105] = 100 * batch(5, 5)
+    source = torch.Generator().manual_seed(rank)
+    found["anew"] = kmeans(x, SIZE, 1, source, sync=True)
+    # of the moving average of a single step nothing is left but the batch
+    vq = VectorQuantize(DIM, SIZE, decay=0.0, threshold_ema_dead_code=1)
+    vq.codebook.fill_(50)
+    vq(batch(rank, 5))
+    found["revived"] = vq.codebook.clone()
+    return found
+
+
+def test_draws_are_rows_of_all_ranks(tmp_path: Path) -> None:
+    """Whichever rank they are on, and each a row: no sum of two."""
+    results = ranks.run(drawn_over_ranks, tmp_path)
+    assert_equal(results)
+    found = results[0]
+    few, many = batch(0, 8) + 1000, batch(1, 4000)
+    starts = torch.stack([found[f"start {seed}"] for seed in range(5)]).view(-1, DIM)
+    assert (starts[:, None] == torch.cat([few, many])).all(-1).any(1).all()
+    # of 80 draws about one in 500; an equal share for each rank would be half
+    assert (starts.amin(1) > 500).sum() <= 4
+    far = 100 * batch(5, 5)
+    assert (found["anew"][:, None] == far).all(-1).any(0).all()
+    rows = torch.cat([batch(0, 5), batch(1, 5)])
+    is_row = (found["revived"][:, None] == rows).all(-1).any(1)
+    # all but the one that was chosen, which is a mean of rows
+    assert is_row.sum() >= SIZE - 1
+    assert found["revived"][is_row].unique(dim=0).shape[0] > 5
+
+
 def nearest(x: Tensor) -> Tensor:
     return nearest_code(x, kmeans(x, SIZE, 12, torch.Generator().manual_seed(0)))
 
@@ -247,7 +311,7 @@ def clustered_badly(rank: int, world_size: int, meeting_point: str) -> dict[str,
     x = batch(0)
 
     def fails_later():
-        if rank == 1 and next(passes) == 3:
+        if rank == 1 and next(passes) == 1:
             raise OSError("the disk is gone")
         return [x]
 
@@ -258,6 +322,9 @@ def clustered_badly(rank: int, world_size: int, meeting_point: str) -> dict[str,
         x if rank == 0 else x[:, 1:],
         x * torch.nan,
         [],
+        # refused before a row is read
+        x if rank == 0 else x.long(),
+        x if rank == 0 else iter([x]),
     ):
         with pytest.raises((OSError, RuntimeError, TypeError, ValueError)) as raised:
             kmeans(rows, SIZE, sync=True)
@@ -268,9 +335,19 @@ def clustered_badly(rank: int, world_size: int, meeting_point: str) -> dict[str,
         "x has vectors of size 4 on one rank and 5 on another",
         "no finite row",
         "no finite row",
+        ["1 other ranks failed", "x is a torch.int64 tensor"][rank],
+        ["1 other ranks failed", "can be read only once"][rank],
     ]
     for text, words in zip(texts, want, strict=True):
         assert words in text, (text, words)
+
+    def logs(iteration: int, *others: object) -> None:
+        if rank == 1 and iteration == 0:
+            raise OSError("the log is full")
+
+    with pytest.raises((OSError, RuntimeError)) as raised:
+        kmeans(x, SIZE, sync=True, callback=logs)
+    assert ["1 other ranks failed", "the log is full"][rank] in str(raised.value)
     # and the ranks are still in step
     return {"codebook": kmeans(x, SIZE, 2, torch.Generator().manual_seed(rank), sync=True)}
 

@@ -74,7 +74,11 @@ def test_is_that_of_float64(
     state = (size, codebook, embed_sum if is_ema else None)
     if not revives:
         batch = (*batch[:2], None, None)
-    for decay, eps, threshold in ((0.75, 1e-3, 1.1), (0.0, 0.0, 1.1), (1.0, 1e-5, 0.6)):
+    for decay, eps, threshold in (
+        *((0.75, 1e-3, 1.1), (0.0, 0.0, 1.1), (1.0, 1e-5, 0.6)),
+        # sizes that are the threshold, which is not below it; and a mean that is below it
+        *((0.0, 1e-3, 2.0), (0.5, 1e-3, 50.0)),
+    ):
         want = in_float64(state, batch, decay, eps, threshold)
         magnitude = in_float64(absolute(state), absolute(batch), decay, eps, threshold)
         got = tuple(None if t is None else t.clone() for t in state)
@@ -84,6 +88,32 @@ def test_is_that_of_float64(
                 # an average of terms that cancel is wrong by roundings of the terms
                 error = (tensor.double().cpu() - value).abs()
                 assert (error <= 8 * 2.0**-24 * terms).all()
+
+
+@on_every_backend
+def test_totals_are_added_in_float64(backend: Backend) -> None:
+    """One code has what swallows the others one by one."""
+    count = 3000
+    size = torch.ones(count, device=backend.device)
+    size[0] = 2.0**24
+    codes = torch.ones(count, 1, device=backend.device)
+    got = size.clone(), codes.clone(), codes.clone()
+    samples, is_filled = codes + 1, torch.ones_like(size)
+    ops.ema_update_(*got, size, codes, samples, is_filled, 1.0, 1e-5, 2.0, backend.name)
+    # the mean size, which a dead code gets
+    assert got[0][1].item() == pytest.approx((2**24 + count - 1) / count, rel=2e-7)
+
+
+@on_every_backend
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 3e38])
+def test_an_overflow_is_the_largest_sum(backend: Backend, bad: float) -> None:
+    state, batch = example(9, 3, backend.device)
+    batch[1][4, 1] = bad
+    batch[0][4] = 2
+    ops.ema_update_(*state, *batch[:2], None, None, 0.5, 1e-3, 0.0, backend.name)
+    assert all(tensor.isfinite().all() for tensor in state)
+    if bad == bad:
+        assert state[2][4, 1].abs() >= 2.0**123
 
 
 @on_every_backend

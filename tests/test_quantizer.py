@@ -205,6 +205,34 @@ def test_kmeans_init_starts_from_the_first_batch(backend: Backend) -> None:
 
 
 @on_every_backend
+def test_averages_after_kmeans_are_those_of_the_clusters(backend: Backend) -> None:
+    centres = 10 * torch.randn(7, 6)
+    x = (centres[torch.arange(140) % 7 // 2] + 0.01 * torch.randn(140, 6)).to(backend.device)
+    # a decay of 1 changes nothing of it in the step itself
+    vq = VectorQuantize(6, 4, kmeans_init=True, kmeans_iters=30, decay=1.0, backend=backend.name)
+    vq.to(backend.device)
+    vq(x)
+    counts = torch.bincount(vq.eval()(x).indices, minlength=4)
+    assert torch.equal(vq.cluster_size, counts.float())
+    torch.testing.assert_close(vq.embed_sum, vq.codebook * counts[:, None])
+
+
+@on_every_backend
+def test_an_overflow_leaves_no_average_infinite(backend: Backend) -> None:
+    """Finite rows whose sum is none: the code comes back when they are forgotten."""
+    vq = VectorQuantize(3, 4, decay=0.5, backend=backend.name).to(backend.device)
+    x = torch.randn(20, 3, device=backend.device)
+    spoiled = x.clone()
+    spoiled[:4] = torch.tensor([3e38, -3e38, 1.0])
+    vq(spoiled)
+    for _ in range(8 if INTERPRETED else 200):
+        assert all(value.isfinite().all() for value in vq.state_dict().values())
+        vq(x)
+    if not INTERPRETED:
+        assert vq.codebook.abs().max() < 10
+
+
+@on_every_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_dead_codes_come_back(backend: Backend, update: str) -> None:
     x = torch.randn(200, 6, device=backend.device) + 50
@@ -323,6 +351,10 @@ def test_a_training_step_compiles_as_one_graph(
         ({"precision": "half"}, ValueError, "precision is 'half'"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu'"),
         ({"eps": float("inf")}, ValueError, "eps is inf"),
+        # more than float32 holds
+        ({"eps": 1e39}, ValueError, "eps is 1e"),
+        ({"threshold_ema_dead_code": 1e39}, ValueError, "threshold_ema_dead_code is 1e"),
+        ({"commitment_weight": 1e300}, ValueError, "commitment_weight is 1e"),
         ({"kmeans_iters": 2.5}, TypeError, "kmeans_iters is 2.5"),
         ({"kmeans_init": "no"}, TypeError, "kmeans_init is 'no'"),
         ({"sync_codebook": 1}, TypeError, "sync_codebook is 1"),

@@ -12,7 +12,7 @@ from data import SKEWS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vqtriton import VectorQuantize, blocked, code_sums
+from vqtriton import VectorQuantize, blocked
 
 pytestmark = pytest.mark.kernel
 
@@ -219,8 +219,12 @@ def test_chunks_are_as_counted(skew: str, monkeypatch) -> None:
     monkeypatch.setattr(module, "combine_chunks_kernel", Recorder())
     indices = SKEWS[skew](n, k)
     device = BACKENDS[0].device
-    code_sums(torch.randn(n, 3, device=device), indices.to(device), k, backend="triton")
-    chunk = module.CodeSumsConfig().chunk(n)
+    x, indices_there = torch.randn(1, n, 3, device=device), indices[None].to(device)
+    module.code_sums(x, indices_there, k, config=module.CodeSumsConfig(least_chunk=1))
+    # the square root of N at least: here 32, which the default is above
+    small = module.CodeSumsConfig(least_chunk=1)
+    assert small.chunk(n) == 32
+    chunk = small.chunk(n)
     counts = torch.bincount(indices[indices >= 0], minlength=k)
     assert seen["chunks"] == ((counts + chunk - 1) // chunk).tolist()
 

@@ -93,6 +93,8 @@ def test_the_nearest_row_is_chosen(folder) -> None:
     assert choose(PROBLEM._replace(num_rows=2**18)) == configs[4]
     assert choose(PROBLEM._replace(num_rows=2**18, codebook_size=2**13)) == configs[6]
     assert choose(PROBLEM._replace(dtype="float16")) == configs[7]
+    # an empty batch is far from all of them
+    assert choose(PROBLEM._replace(num_rows=0)) is None
     # too far, or of another kind
     for other in ({"num_rows": 2**30}, {"dim": 9}, {"heads": 64}, {"dtype": "bfloat16"}):
         assert choose(PROBLEM._replace(**other)) is None

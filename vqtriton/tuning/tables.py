@@ -292,7 +292,8 @@ def reject(config: Any) -> None:
 
 
 def _steps(count: int) -> int:
-    return round(STEPS * math.log2(count))
+    # a batch may be empty
+    return round(STEPS * math.log2(max(count, 1)))
 
 
 def _distance(problem: Problem, row: Row) -> int | None:
