@@ -253,7 +253,7 @@ def test_a_cluster_of_one_row_is_not_empty() -> None:
 
 def test_plus_plus_takes_all_rows_where_there_are_no_more() -> None:
     for seed in range(10):
-        x = torch.randn(3, 4, generator=generator(seed))
+        x = torch.randn(3, 4, generator=generator(seed)).repeat_interleave(2, 0)
         starts = vqtriton.kmeans(x, 3, 0, generator(seed), init="k-means++")
         assert starts.unique(dim=0).shape[0] == 3
 
