@@ -139,7 +139,9 @@ def test_strides_change_nothing(backend: Backend) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="of the kernel alone")
-def test_number_of_programs_changes_no_bit(monkeypatch) -> None:
+# with the second, sizes are the threshold
+@pytest.mark.parametrize(("decay", "threshold"), [(0.5, 1.1), (0.0, 2.0)])
+def test_number_of_programs_changes_no_bit(monkeypatch, decay, threshold) -> None:
     from vqtriton.kernels import ema_update
 
     config = ema_update.EmaUpdateConfig(block_scan=16, block_elements=16)
@@ -148,7 +150,7 @@ def test_number_of_programs_changes_no_bit(monkeypatch) -> None:
     for programs in (1, 2, 5, 100):
         monkeypatch.setattr(ema_update, "num_processors", lambda device, n=programs: n)
         got = [t.clone() for t in state]
-        ema_update.ema_update_(*got, *batch, 0.5, 1e-3, 1.1, config=config)
+        ema_update.ema_update_(*got, *batch, decay, 1e-3, threshold, config=config)
         results.append(got)
     for got in results[1:]:
         assert all(map(torch.equal, got, results[0]))
