@@ -125,7 +125,19 @@ def test_layout_changes_no_bit_of_the_inertia() -> None:
         vqtriton.kmeans(rows, 8, 2, generator(), callback=lambda *row: found.append(row))
         return found
 
-    assert run(x.T.contiguous().T) == run(x) == run(list(x.split(700)))
+    columns = x.T.contiguous().T
+    assert run(columns) == run(x) == run(list(x.split(700)))
+    # the kernels, too, get rows one after the other
+    assert all(block.is_contiguous() for block in clustering.Rows(columns))
+
+
+def test_layout_changes_no_bit_of_a_distance() -> None:
+    x, codebook = torch.randn(3000, 33), torch.randn(8, 33)
+    found = [
+        vqtriton.vector_quantize(rows, codebook, reduction="none", backend="torch").loss
+        for rows in (x, x.T.contiguous().T)
+    ]
+    assert torch.equal(*found)
 
 
 def test_batches_are_not_held(monkeypatch) -> None:
