@@ -39,6 +39,13 @@ def _lerp(start, end, weight):
     return tl.where(weight < 0.5, start + weight * step, end - step * (1 - weight))
 
 
+@triton.jit
+def _finite(value):
+    # as torch.nan_to_num: an average that overflows once would stay infinite for ever
+    largest = 3.4028234663852886e38
+    return tl.where(value == value, tl.clamp(value, -largest, largest), 0.0)
+
+
 @triton.jit(do_not_specialize=["K", "codes_per_program"])
 def ema_update_kernel(
     counts_ptr,      # [K] fp32, of the batch
@@ -112,16 +119,17 @@ def ema_update_kernel(
                 sums_of_codes_ptr = (
                     embed_sum_ptr + offs_k[:, None] * stride_ek + offs_d[None, :] * stride_ed
                 )
-                sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)
-                # 2¹²⁵: what is larger, an overflow above all, would stay infinite for ever
-                most_sum = 4.253529586511731e37
-                sums = tl.where(sums == sums, tl.clamp(sums, -most_sum, most_sum), 0.0)
-                embed_sum = _lerp(tl.load(sums_of_codes_ptr, mask=mask, other=0.0), sums, weight)
+                embed_sum = _finite(
+                    _lerp(
+                        tl.load(sums_of_codes_ptr, mask=mask, other=0.0),
+                        _finite(tl.load(sums_ptr + offs, mask=mask, other=0.0)),
+                        weight,
+                    )
+                )
                 # with eps=0 a code that was never chosen has nothing to be the average of
                 is_mean = (rows > 0)[:, None]
-                code = tl.where(
-                    is_mean, tl.div_rn(embed_sum, tl.where(is_mean, rows[:, None], 1.0)), code
-                )
+                mean = _finite(tl.div_rn(embed_sum, tl.where(is_mean, rows[:, None], 1.0)))
+                code = tl.where(is_mean, mean, code)
             if REVIVES:
                 drawn = tl.load(
                     samples_ptr + sample[:, None] * D + offs_d[None, :],
@@ -131,7 +139,7 @@ def ema_update_kernel(
                 code = tl.where(is_dead[:, None], drawn, code)
             if IS_EMA:
                 if REVIVES:
-                    embed_sum = tl.where(is_dead[:, None], drawn * revived_size, embed_sum)
+                    embed_sum = tl.where(is_dead[:, None], _finite(drawn * revived_size), embed_sum)
                 tl.store(sums_of_codes_ptr, embed_sum, mask=mask)
             tl.store(codes_ptr, code, mask=mask)
 

@@ -81,6 +81,7 @@ def test_shape_of_the_batch_does_not_matter() -> None:
         (torch.zeros(3, 0), {}, r"x has shape \(3, 0\)"),
         (torch.zeros(3, 4), {"generator": 3}, "generator is a int"),
         (torch.zeros(3, 4), {"callback": 3}, "callback is a int"),
+        (torch.zeros(3, 4), {"device": "nowhere"}, "device is 'nowhere'"),
         (torch.full((3, 4), 1e300, dtype=torch.float64), {}, "no finite row"),
     ],
 )
@@ -138,6 +139,18 @@ def test_layout_changes_no_bit_of_a_distance() -> None:
         for rows in (x, x.T.contiguous().T)
     ]
     assert torch.equal(*found)
+
+
+def test_a_loader_may_use_its_memory_again() -> None:
+    x = torch.randn(990, 4)
+
+    def batches():
+        memory = torch.empty(99, 4)
+        for batch in x.split(99):
+            yield memory.copy_(batch)
+
+    want = vqtriton.kmeans(x, 20, 4, generator())
+    assert torch.equal(vqtriton.kmeans(batches, 20, 4, generator()), want)
 
 
 def test_batches_are_not_held(monkeypatch) -> None:

@@ -267,6 +267,12 @@ def drawn_over_ranks(rank: int, world_size: int, meeting_point: str) -> dict[str
     for seed in range(5):
         source = torch.Generator().manual_seed(2 * seed + rank)
         found[f"start {seed}"] = kmeans(x, SIZE, 0, source, sync=True)
+    # with equal seeds on both: row n of one is drawn as often as that of the other
+    x = torch.stack([torch.arange(100.0), torch.full((100,), float(rank))], 1)
+    for seed in range(30):
+        found[f"equal seed {seed}"] = kmeans(
+            x, 4, 0, torch.Generator().manual_seed(seed), sync=True
+        )
     # many rows that are codes, a few near one, a few far from all: the last on rank 1 alone
     x = torch.zeros(300, DIM)
     x[:100] += 1e-3 * batch(rank, 100)
@@ -292,6 +298,11 @@ def test_draws_are_rows_of_all_ranks(tmp_path: Path) -> None:
     assert (starts[:, None] == torch.cat([few, many])).all(-1).any(1).all()
     # of 80 draws about one in 500; an equal share for each rank would be half
     assert (starts.amin(1) > 500).sum() <= 4
+    drawn = torch.stack([found[f"equal seed {seed}"] for seed in range(30)])
+    assert 30 < drawn[:, :, 1].sum() < 90
+    # 120 draws: with the same numbers on both ranks, half of them would be twice there
+    twice = sum(4 - place.unique().numel() for place in drawn[:, :, 0])
+    assert twice <= 8
     far = 100 * batch(5, 5)
     assert (found["anew"][:, None] == far).all(-1).any(0).all()
     rows = torch.cat([batch(0, 5), batch(1, 5)])
@@ -345,9 +356,11 @@ def clustered_badly(rank: int, world_size: int, meeting_point: str) -> dict[str,
         if rank == 1 and iteration == 0:
             raise OSError("the log is full")
 
-    with pytest.raises((OSError, RuntimeError)) as raised:
-        kmeans(x, SIZE, sync=True, callback=logs)
-    assert ["1 other ranks failed", "the log is full"][rank] in str(raised.value)
+    # among others, and in the last
+    for iters in (9, 1):
+        with pytest.raises((OSError, RuntimeError)) as raised:
+            kmeans(x, SIZE, iters, sync=True, callback=logs)
+        assert ["1 other ranks failed", "the log is full"][rank] in str(raised.value)
     # and the ranks are still in step
     return {"codebook": kmeans(x, SIZE, 2, torch.Generator().manual_seed(rank), sync=True)}
 

@@ -113,7 +113,22 @@ def test_an_overflow_is_the_largest_sum(backend: Backend, bad: float) -> None:
     ops.ema_update_(*state, *batch[:2], None, None, 0.5, 1e-3, 0.0, backend.name)
     assert all(tensor.isfinite().all() for tensor in state)
     if bad == bad:
-        assert state[2][4, 1].abs() >= 2.0**123
+        assert state[2][4, 1].abs() >= 1e38
+
+
+@on_every_backend
+def test_large_sums_are_as_they_are(backend: Backend) -> None:
+    """What does not overflow is not changed; what does is the largest."""
+    codes = torch.tensor([[1e38, -1e38], [3e38, 2e38]], device=backend.device)
+    counts = torch.ones(2, device=backend.device)
+    got = counts.clone(), codes.clone(), torch.zeros_like(codes)
+    ops.ema_update_(*got, counts, codes, None, None, 0.0, 0.0, 0.0, backend.name)
+    assert torch.equal(got[1], codes)
+    assert torch.equal(got[2], codes)
+    ops.ema_update_(*got, 9 * counts, codes, codes, counts, 0.0, 0.0, 99.0, backend.name)
+    assert torch.equal(got[1], codes)
+    largest = torch.finfo(torch.float32).max
+    assert torch.equal(got[2], largest * codes.sign())
 
 
 @on_every_backend

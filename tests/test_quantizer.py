@@ -232,6 +232,14 @@ def test_an_overflow_leaves_no_average_infinite(backend: Backend) -> None:
         assert vq.codebook.abs().max() < 10
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+def test_a_start_whose_sums_overflow_is_finite() -> None:
+    vq = VectorQuantize(2, 2, kmeans_init=True)
+    for _ in range(3):
+        vq(torch.cat([torch.full((40, 2), 1e37), torch.full((40, 2), -1e37)]))
+        assert all(value.isfinite().all() for value in vq.state_dict().values())
+
+
 @on_every_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_dead_codes_come_back(backend: Backend, update: str) -> None:

@@ -707,7 +707,7 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
     [
         ([], "nothing to tune for"),
         (["--shape", "1,2"], "is not N,K,D"),
-        (["--shape", "1,2,0"], "must be at least 1"),
+        (["--shape", "1,2,0"], "must be from 1"),
         (["--shape", "1,2,3,int8"], "DTYPE one of"),
         (["--from-trace", "nowhere"], "--from-trace: "),
         (["--preset", "mine"], "invalid choice"),
@@ -721,6 +721,7 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
         (["--shape", "9,9,5000"], "at most D = 4094"),
         (["--check", "--out", "nowhere"], "nowhere"),
         (["--preset", "real-models", "--dtype", "float64"], "invalid choice: 'float64'"),
+        (["--shape", "9,9,9", "--dtype", "float16"], "--dtype is of --preset"),
     ],
 )
 def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message) -> None:

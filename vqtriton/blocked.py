@@ -30,8 +30,6 @@ BLOCK_GROUPS = 1 << 14
 BLOCK_PAIRS_ELEMENTS = 1 << 17
 # Rows that are converted to another dtype at a time.
 BLOCK_ROWS = 1 << 14
-# Largest sum of a code's rows that reaches a moving average; the difference of two is finite.
-MOST_SUM = 2.0**125
 
 
 def nearest_code(
@@ -247,20 +245,19 @@ def ema_update_(
     Changes cluster_size [K], codebook [K, D] and embed_sum [K, D], which is None where codes follow
     no moving average; counts [K] and sums [K, D] are those of the batch. A code whose cluster size
     is below the threshold gets one of the samples [K, D], those with is_filled [K] in turn, and the
-    mean cluster size.
+    mean cluster size. What overflows is the largest float32, and is forgotten as the rest is.
     """
     # a batch in which no row counts is no step
     weight = (1 - decay) * (counts.sum() > 0)
     cluster_size.lerp_(counts, weight)
     total = cluster_size.sum(dtype=torch.float64)
     if embed_sum is not None:
-        # what is larger, an overflow above all, would stay infinite for ever
-        sums = sums.nan_to_num(0, MOST_SUM, -MOST_SUM).clamp_(-MOST_SUM, MOST_SUM)
-        embed_sum.lerp_(sums, weight)
+        # an average that overflows once would stay infinite for ever
+        embed_sum.lerp_(sums.nan_to_num(0), weight).nan_to_num_(0)
         rows = (cluster_size + eps) * (total / (total + len(cluster_size) * eps)).float()
         # with eps=0 a code that was never chosen has nothing to be the average of
         is_mean = (rows > 0)[:, None]
-        codebook.copy_((embed_sum / rows[:, None]).where(is_mean, codebook))
+        codebook.copy_((embed_sum / rows[:, None]).nan_to_num_(0).where(is_mean, codebook))
     if samples is not None and is_filled is not None:
         is_dead = cluster_size < threshold
         samples, is_dead = take_filled(samples, is_filled, is_dead)
@@ -268,7 +265,7 @@ def ema_update_(
         codebook.copy_(samples.where(is_dead[:, None], codebook))
         cluster_size.copy_(size.where(is_dead, cluster_size))
         if embed_sum is not None:
-            embed_sum.copy_((samples * size).where(is_dead[:, None], embed_sum))
+            embed_sum.copy_((samples * size).nan_to_num_(0).where(is_dead[:, None], embed_sum))
 
 
 def _blocks(x: Tensor) -> list[slice]:

@@ -48,11 +48,13 @@ def kmeans(
     Args:
         x: vectors, [..., D]; or batches of them: an iterable that can be read again (a list, a
             ``DataLoader``), or a function that returns an iterator. It is read ``iters + 1`` times
-            and must give the same rows each time, in any order. Rows that are not finite are left
-            out.
+            and must give the same rows each time, in the same order. Rows that are not finite are
+            left out. Squared distances are float32: what is less than 1e-19 apart is not, and
+            what is more than 1e19 apart is infinitely far.
         codebook_size: K >= 1. With fewer rows than codes, some codes are equal.
         iters: Lloyd iterations, >= 0.
         generator: source of all draws, on the device of the computation; torch's own by default.
+            Ranks may have equal seeds: each draws numbers of its own.
         init: "random": start from rows drawn uniformly. "k-means++": from rows that are far from
             each other, each the best of 2 + ln K that are drawn; chosen among 128·K rows drawn
             uniformly, in K steps that take 128·K²·(2 + ln K)·D multiplications in float64.
@@ -118,8 +120,7 @@ class Rows:
     def __init__(self, x: Tensor | Batches, device: torch.device | str | None = None) -> None:
         self._x = x
         self.dim, self._dtype = 0, torch.float32
-        self.device = torch.device(device or "cpu")
-        self._has_device = device is not None
+        self.device, self._wanted = torch.device("cpu"), device
         self._num_rows: int | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -130,13 +131,19 @@ class Rows:
         Raises:
             TypeError, ValueError: x or a batch does not fit, or fewer or more rows than before.
         """
+        if self._wanted is not None:
+            try:
+                self.device = torch.device(self._wanted)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"device is {self._wanted!r:.80}: {error}") from None
         held: list[Tensor] = []
         num_held = num_rows = 0
         for place, batch in enumerate(self._open()):
             rows = self._check(place, batch)
             block = max(1, BLOCK_ELEMENTS // self.dim)
             for piece in rows.split(block):
-                piece = piece.to(self.device)
+                # a copy, as a loader may use the memory of a batch for the next
+                piece = piece.to(self.device, copy=batch is not self._x)
                 # as codes are float32, what is not finite in float32 is not
                 keep = finite_rows(piece.float() if piece.dtype == torch.float64 else piece)
                 # in one layout: sums over a row may have other last bits in another
@@ -186,8 +193,8 @@ class Rows:
             raise type(error)(f"{where}{error}") from None
         if not self.dim:
             self.dim, self._dtype = batch.shape[-1], batch.dtype
-            if not self._has_device:
-                self.device, self._has_device = batch.device, True
+            if self._wanted is None:
+                self.device = batch.device
         if batch.shape[-1] != self.dim or batch.dtype != self._dtype:
             raise ValueError(
                 f"batch {place} of x has shape {tuple(batch.shape)} and {batch.dtype}; the first "
@@ -221,7 +228,8 @@ def lloyd(
 ) -> Clusters:
     """See `kmeans`; without any row it returns zeros."""
     places = codebook_size * (ROWS_PER_CODE if init == "k-means++" else 1)
-    drawn = Reservoir(places, generator)
+    source = distributed.Source(generator, sync)
+    drawn = Reservoir(places, source)
     with distributed.together(sync=sync) as agreement:
         for block in rows:
             drawn.add(block, torch.ones(len(block), device=block.device))
@@ -237,7 +245,7 @@ def lloyd(
     if not is_filled.any():
         return Clusters(codebook, counts, False)
     if init == "k-means++":
-        codebook = plus_plus(samples[is_filled], codebook_size, generator)
+        codebook = plus_plus(samples[is_filled], codebook_size, source)
         if sync:
             distributed.broadcast_([codebook])
 
@@ -246,7 +254,7 @@ def lloyd(
         sums = torch.zeros(codebook_size, dim, dtype=torch.float64, device=rows.device)
         counts = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
         inertia = counts.new_zeros(())
-        far = Reservoir(codebook_size, generator)
+        far = Reservoir(codebook_size, source)
         with distributed.together(sync=sync) as agreement:
             # the other ranks are told of it where they meet again
             called.raise_own()
@@ -280,7 +288,8 @@ def lloyd(
         codebook = updated
         if is_settled:
             break
-    called.raise_own()
+    (failed,) = distributed.all_reduce([called.failed(rows.device)], sync=sync)
+    called.raise_if(failed)
     return Clusters(codebook, counts, True)
 
 
@@ -297,11 +306,12 @@ def assign(rows: Tensor, codebook: Tensor, backend: str) -> tuple[Tensor, Tensor
     return sq_error.double(), indices
 
 
-def weighted_keys(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+def weighted_keys(weights: Tensor, source: distributed.Source) -> Tensor:
     """[n] float64; rows with the largest keys are a draw without replacement in proportion to w.
 
     That of a row whose weight is 0 is -inf.
     """
+    generator = source.on(weights.device)
     draws = torch.empty_like(weights, dtype=torch.float64).exponential_(generator=generator)
     return -draws / weights
 
@@ -311,11 +321,11 @@ class Reservoir:
 
     Args:
         size: how many, at most.
-        generator: on the device of the rows.
+        source: of the draws.
     """
 
-    def __init__(self, size: int, generator: torch.Generator | None) -> None:
-        self._size, self._generator = size, generator
+    def __init__(self, size: int, source: distributed.Source) -> None:
+        self._size, self._source = size, source
         self._held: tuple[Tensor, Tensor] | None = None
 
     def add(self, rows: Tensor, weights: Tensor) -> None:
@@ -324,7 +334,7 @@ class Reservoir:
             rows: [n, D].
             weights: [n], >= 0.
         """
-        keys, places = weighted_keys(weights, self._generator).topk(min(self._size, len(rows)))
+        keys, places = weighted_keys(weights, self._source).topk(min(self._size, len(rows)))
         drawn = rows[places].float()
         if self._held is not None:
             keys, drawn = torch.cat([self._held[0], keys]), torch.cat([self._held[1], drawn])
@@ -340,7 +350,7 @@ class Reservoir:
         return self._held
 
 
-def plus_plus(rows: Tensor, codebook_size: int, generator: torch.Generator | None) -> Tensor:
+def plus_plus(rows: Tensor, codebook_size: int, source: distributed.Source) -> Tensor:
     """Greedy k-means++: [K, D] of the rows [n, D] float32, the first of which is the first code."""
     count = rows.shape[0]
     # far from the origin, squared norms would leave nothing of the distances
@@ -358,7 +368,7 @@ def plus_plus(rows: Tensor, codebook_size: int, generator: torch.Generator | Non
     chosen = torch.arange(codebook_size, device=rows.device) % count
     closest = sq_distances(chosen[:1])[0]
     for place in range(1, codebook_size):
-        keys, drawn = weighted_keys(closest, generator).topk(trials)
+        keys, drawn = weighted_keys(closest, source).topk(trials)
         candidates = torch.minimum(closest, sq_distances(drawn))
         best = candidates.sum(1).argmin()
         # where every row is a code already, those that were drawn first are taken again

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# between the seeds of ranks: odd, and with many bits
+SEED_STEP = 0x9E3779B97F4A7C15
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -71,6 +74,30 @@ def sample_rows(
     samples[places] = x[row].float().masked_fill((key < 0)[:, None], 0)
     is_filled[places] = (key >= 0).float()
     return samples, is_filled
+
+
+class Source:
+    """Random numbers that differ between the ranks, whether or not their seeds do.
+
+    Args:
+        generator: of one process all are drawn from it itself; torch's own by default.
+        sync: whether there are other ranks.
+    """
+
+    def __init__(self, generator: torch.Generator | None, sync: bool) -> None:
+        self._generator = generator
+        self._seed: int | None = None
+        rank, world = place_among(sync)
+        if world > 1:
+            device = "cpu" if generator is None else generator.device
+            drawn = torch.randint(1 << 62, (), generator=generator, device=device)
+            self._seed = (int(drawn) + rank * SEED_STEP) % (1 << 63)
+
+    def on(self, device: torch.device) -> torch.Generator | None:
+        """For draws on a device, always the same."""
+        if self._seed is not None:
+            self._generator, self._seed = torch.Generator(device).manual_seed(self._seed), None
+        return self._generator
 
 
 def draw(keys: Tensor, rows: Tensor, num: int, *, sync: bool = True) -> tuple[Tensor, Tensor]:

@@ -279,7 +279,7 @@ class VectorQuantize(nn.Module):
         self.codebook.copy_(codebook)
         if self.codebook_update == "ema":
             self.cluster_size.copy_(counts.clamp(min=1))
-            self.embed_sum.copy_(codebook * self.cluster_size[:, None])
+            self.embed_sum.copy_((codebook * self.cluster_size[:, None]).nan_to_num_(0))
         self.is_initialized.fill_(True)
         self._known_initialized = True
 

@@ -34,7 +34,8 @@ def run(check: Check) -> str:
     gains = []
     for row in rows:
         problem = tables.problem_of(row)
-        gains.append(row["default_ms"] / row["ms"])
+        # a default that cannot be used has no time
+        gains.append((row["default_ms"] or row["ms"]) / row["ms"])
         check.note(problem=str(problem), ms=row["ms"], default_ms=row["default_ms"])
     check.expect(rows, "nothing was tuned")
     wanted = len(shapes) * 4

@@ -56,5 +56,7 @@ def decide(problem: Problem, candidates: Sequence[Any], found: Sequence[Found]) 
     default_ms = default.ms if default else math.nan
     if default and best.ms > (1 - LEAST_GAIN) * default_ms:
         best = default
-    row = {"config": asdict(best.config), **best.about, "ms": best.ms, "default_ms": default_ms}
+    row = {"config": asdict(best.config), **best.about, "ms": best.ms}
+    # JSON has no NaN
+    row["default_ms"] = None if math.isnan(default_ms) else default_ms
     return Outcome(problem, default_ms, best.ms, row, *counts)

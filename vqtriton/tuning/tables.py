@@ -193,7 +193,7 @@ def problem_fault(row: dict[str, Any]) -> str | None:
         return f"dtype is {row['dtype']!r:.40}; it must be one of {', '.join(DTYPES)}"
     for name in ("dim", "codebook_size", "num_rows", "heads"):
         if not 1 <= row[name] < MOST:
-            return f"{name} is {row[name]}; it must be at least 1"
+            return f"{name} is {row[name]}; it must be from 1 to 2**48 - 1"
     try:
         _known(row["op"], row["dim"])
     except ValueError as error:
@@ -316,9 +316,7 @@ def rows_of(path: Path) -> list[Row]:
             path.lstat()
             rows = read(path)
         except (FileNotFoundError, NotADirectoryError):
-            if path.is_symlink():
-                warnings.warn(f"{path} leads nowhere; the defaults are used", stacklevel=2)
-            elif path.parent == BUNDLED:
+            if path.parent == BUNDLED:
                 log.info("no table %s: the kernels have their default tiles", path.name)
         except (OSError, ValueError) as error:
             reason = str(error) if str(path) in str(error) else f"{path}: {error}"
@@ -389,5 +387,7 @@ def _replace(path: Path, text: str) -> None:
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
         except BaseException:
-            os.unlink(file.name)
+            # it may be in its place already
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
             raise

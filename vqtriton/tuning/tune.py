@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-trace": {"type": Path, "metavar": "FILE",
                          "help": f"shapes that a program noted under {trace.VARIABLE}=FILE"},
         "--preset": {"choices": PRESETS, "help": "shapes of published models"},
-        "--dtype": {"choices": DTYPES, "nargs": "+", "default": ["float32"],
+        "--dtype": {"choices": DTYPES, "nargs": "+",
                     "help": "of the rows of --preset; float32 by default"},
         "--out": {"type": Path, "metavar": "DIR",
                   "help": f"folder of the tables; ${tables.VARIABLE} or {DEFAULT_OUT} by default"},
@@ -86,7 +86,7 @@ def shape(text: str) -> tuple[int, int, int, str]:
         raise argparse.ArgumentTypeError(f"{text!r} is not N,K,D or N,K,D,DTYPE") from None
     if not 1 <= min(n, k, d) <= max(n, k, d) < tables.MOST or dtype not in DTYPES:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: N, K and D must be at least 1, DTYPE one of {', '.join(DTYPES)}"
+            f"{text!r}: N, K and D must be from 1 to 2**48 - 1, DTYPE one of {', '.join(DTYPES)}"
         )
     if d > MAX_DIM:
         raise argparse.ArgumentTypeError(f"{text!r}: the kernels take at most D = {MAX_DIM}")
@@ -107,9 +107,8 @@ def problems_of(asked: argparse.Namespace, ops: Iterable[str]) -> list[Problem]:
     """
     shapes: list[tuple[int, int, int, str]] = list(asked.shape)
     if asked.preset:
-        shapes += [
-            (*of_model, dtype) for dtype in asked.dtype for of_model in PRESETS[asked.preset]
-        ]
+        models, dtypes = PRESETS[asked.preset], asked.dtype or ["float32"]
+        shapes += [(*of_model, dtype) for dtype in dtypes for of_model in models]
     found = [tables.problem_for(op, *of_step) for of_step in shapes for op in ops]
     if asked.from_trace:
         found += [problem for problem in trace.read(asked.from_trace) if problem.op in ops]
@@ -130,6 +129,8 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     tuned = [op for op, tunable in TUNABLES.items() if tunable.work or not asked.static]
     if asked.check:
         return check_table(folder_of(asked) / tables.file_name(asked.target), asked.target, parser)
+    if asked.dtype and not asked.preset:
+        parser.error("--dtype is of --preset; --shape N,K,D,DTYPE has its own")
     try:
         problems = problems_of(asked, tuned)
     except (OSError, ValueError) as error:
