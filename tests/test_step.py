@@ -180,7 +180,8 @@ def work(indices: Tensor, k: int, d: int) -> tuple[int, int]:
     counts = torch.bincount(indices[indices >= 0], minlength=k)
     chunks = (counts + chunk - 1) // chunk
     partial = chunks[chunks > 1].sum()
-    moved = 4 * d * (counts.sum() + 2 * partial + k)
+    # partial sums are float64, written and read
+    moved = 4 * d * (counts.sum() + k) + 8 * d * 2 * partial
     return int(moved), max(int(counts.clamp(max=chunk).max()), int(chunks.max()))
 
 

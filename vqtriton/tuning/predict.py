@@ -54,9 +54,9 @@ def usable(
 
     The time is `machines.in_turns` of an H100: dot products and instructions take turns, unless
     memory or L2 take longer; of the busiest multiprocessor, where there is not enough to do for
-    all. Of equal ones those come first of which more programs fit into a
-    multiprocessor. Where nothing is predicted the time is NaN, and the order that given: of kernels
-    that move the same bytes whatever their tiles, and where the loop cannot be counted.
+    all. Of equal ones those come first of which more programs fit into a multiprocessor. Where
+    nothing is predicted the time is NaN, and the order that given: of kernels that move the same
+    bytes whatever their tiles, and where the loop cannot be counted.
     """
     shape = Shape(problem.num_rows, problem.codebook_size, problem.dim)
     unevenness = TUNABLES[problem.op].unevenness
