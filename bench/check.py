@@ -106,24 +106,35 @@ def count_mismatches(subject: Subject, inputs: Inputs, truth: Truth, indices: Te
     return len(wrong)
 
 
-def expected_outputs(inputs: Inputs, indices: Tensor) -> Outputs:
-    """What a training step gives if these are the indices, in float64."""
+def expected_outputs(inputs: Inputs, indices: Tensor, has_sums: bool = False) -> Outputs:
+    """What a training step gives if these are the indices, in float64.
+
+    ``has_sums``: of a peer whose codes are averaged sums over smoothed cluster sizes.
+    """
     x, codebook = inputs.x.detach().double(), inputs.codebook.double()
     size, codes = codebook.shape[0], codebook[indices]
     counts = torch.bincount(indices, minlength=size).double()
     sums = torch.zeros_like(codebook).index_put_((indices,), x, accumulate=True)
-    cluster_size = torch.ones_like(counts).lerp_(counts, 1 - DECAY)
-    embed_sum = sums * (1 - DECAY)
-    total = cluster_size.sum()
-    smoothed = (cluster_size + EPS) / (total + size * EPS) * total
+    state = {
+        "codebook": (sums / counts[:, None]).where(counts[:, None] > 0, codebook),
+        "cluster_size": (1 - DECAY) * counts,
+    }
+    if has_sums:
+        cluster_size = torch.ones_like(counts).lerp_(counts, 1 - DECAY)
+        total = cluster_size.sum()
+        smoothed = (cluster_size + EPS) / (total + size * EPS) * total
+        embed_sum = sums * (1 - DECAY)
+        state = {
+            "codebook": embed_sum / smoothed[:, None],
+            "cluster_size": cluster_size,
+            "embed_sum": embed_sum,
+        }
     pull = 2 * COMMITMENT_WEIGHT * (x - codes) / x.numel()
     return {
         "quantized": codes,
         "loss": COMMITMENT_WEIGHT * (x - codes).square().mean(),
         "grad_x": inputs.grad_quantized.double() + pull,
-        "codebook": embed_sum / smoothed[:, None],
-        "cluster_size": cluster_size,
-        "embed_sum": embed_sum,
+        **state,
     }
 
 
@@ -135,7 +146,7 @@ def check_outputs(run: Run, outputs: Outputs) -> None:
     """
     if run.scope == "assign":
         return
-    expected = expected_outputs(run.inputs, outputs["indices"])
+    expected = expected_outputs(run.inputs, outputs["indices"], "embed_sum" in outputs)
     for name in outputs.keys() - {"indices"}:
         # codebook and statistics are float32 whatever x is
         dtype = torch.float32 if name in STATE else run.inputs.x.dtype

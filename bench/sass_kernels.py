@@ -137,8 +137,8 @@ def record_ema_update(x: torch.Tensor, target: str) -> list[Launch]:
     """Moving averages with revival, each of them alone."""
     codes, size = codebook_of(x.shape[1]), torch.ones(CODEBOOK_SIZE)
     launches = []
-    for embed_sum, *drawn in ((codes, codes, size), (codes, None, None), (None, codes, size)):
-        arguments = (size, codes, embed_sum, size, codes, *drawn, 0.99, 1e-5, 1.0)
+    for sums, *drawn in ((codes, codes, size), (codes, None, None), (None, codes, size)):
+        arguments = (size, codes, size, sums, *drawn, torch.ones(2))
         launches += launches_of(ema_update, ema_update.ema_update_, *arguments)
     return launches
 

@@ -20,6 +20,7 @@ from bench.cases import SCOPES, Case
 from bench.provenance import version
 
 DECAY, EPS, COMMITMENT_WEIGHT = 0.99, 1e-5, 0.25
+# what learns: all have the first two, a peer the sums as well
 STATE = ("codebook", "cluster_size", "embed_sum")
 Search = Callable[[Tensor, Tensor], Tensor]
 Outputs = dict[str, Tensor]
@@ -101,11 +102,12 @@ class Run:
     def reset(self) -> None:
         """Puts codebook and statistics back where they started."""
         if self.scope != "assign":
-            codebook, cluster_size, embed_sum = self._state()
+            codebook, cluster_size, *embed_sum = self._state()
             codebook.copy_(self.inputs.codebook)
-            # at zero, so that no larger average hides the last bits of a step's sums
-            embed_sum.zero_()
-            cluster_size.fill_(1)
+            # without a past, whose average would hide the last bits of a step's sums
+            cluster_size.fill_(1 if embed_sum else 0)
+            for sums in embed_sum:
+                sums.zero_()
 
     def step(self) -> Outputs:
         x, codebook, grad_quantized = self.inputs
@@ -132,14 +134,14 @@ class Run:
         """What the step made of codebook and statistics."""
         if self.scope in ("assign", "inference"):
             return {}
-        return {n: t.detach().clone() for n, t in zip(STATE, self._state(), strict=True)}
+        return {n: t.detach().clone() for n, t in zip(STATE, self._state(), strict=False)}
 
-    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codebook, cluster sizes and sums."""
+    def _state(self) -> tuple[Tensor, ...]:
+        """Codebook, cluster sizes and, of a peer that has them, sums."""
         if hasattr(self._module, "_codebook"):
             peer = self._module._codebook
             return peer.embed[0], peer.cluster_size[0], peer.embed_avg[0]
-        return tuple(getattr(self._module, name) for name in STATE)
+        return self._module.codebook, self._module.cluster_size
 
 
 class Plain(nn.Module):
@@ -150,7 +152,6 @@ class Plain(nn.Module):
         self.search = search()
         self.register_buffer("codebook", torch.zeros(codebook_size, dim))
         self.register_buffer("cluster_size", torch.ones(codebook_size))
-        self.register_buffer("embed_sum", torch.zeros(codebook_size, dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         indices = self.search(x.detach()[0], self.codebook.to(x.dtype))[None]
@@ -162,14 +163,11 @@ class Plain(nn.Module):
 
     @torch.no_grad()
     def _learn(self, x: Tensor, indices: Tensor) -> None:
-        size = self.codebook.shape[0]
-        counts = torch.bincount(indices, minlength=size).float()
+        counts = torch.bincount(indices, minlength=self.codebook.shape[0]).float()
+        sums = torch.zeros_like(self.codebook).index_add_(0, indices, x)
         self.cluster_size.lerp_(counts, 1 - DECAY)
-        sums = torch.zeros_like(self.embed_sum).index_add_(0, indices, x)
-        self.embed_sum.lerp_(sums, 1 - DECAY)
-        total = self.cluster_size.sum()
-        smoothed = (self.cluster_size + EPS) / (total + size * EPS) * total
-        self.codebook.copy_(self.embed_sum / smoothed[:, None])
+        share = ((1 - DECAY) * counts / self.cluster_size).nan_to_num_(0)[:, None]
+        self.codebook.lerp_(sums / counts.clamp(min=1)[:, None], share)
 
 
 def _ours(precision: str) -> dict[str, Callable]:
@@ -178,7 +176,6 @@ def _ours(precision: str) -> dict[str, Callable]:
         "module": partial(
             vqtriton.VectorQuantize,
             decay=DECAY,
-            eps=EPS,
             commitment_weight=COMMITMENT_WEIGHT,
             precision=precision,
         ),

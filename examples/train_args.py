@@ -21,13 +21,13 @@ import vqtriton
 REVIVE_BELOW = 0.4
 # the weight that makes of each kind of reconstruction term about as much
 RECONSTRUCTION_WEIGHT = {"bce": 10.0, "mse": 30.0}
-# the arguments of the quantizer that are not settled by what it quantizes: maps of 7×7 vectors
+# the arguments of the quantizer that are not settled by what it quantizes, maps of 7×7 vectors, or
+# by what the trainer does with its loss
 QUANTIZER = {
     "dim": "D, size of a code",
     "codebook_size": "K, number of codes",
     "codebook_update": "how codes learn, ema or gradient",
     "decay": "of the moving averages of ema",
-    "eps": "Laplace smoothing of the cluster sizes, in rows",
     "commitment_weight": "β of the paper",
     "codebook_weight": "of the codebook term; of no effect with ema",
     "kmeans_init": "start the codes from k-means of the first batch, not uniform in ±1/K",
@@ -57,7 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             checkpoint = load_checkpoint(out / "checkpoint.safetensors")
         except (OSError, ValueError) as error:
             parser.error(f"argument --resume: {error}")
+        # a flag of an earlier version
         recorded = checkpoint[1]["arguments"]
+        recorded.pop("eps", None)
         # what is not said again is as it was
         parser.set_defaults(**recorded)
         args = parser.parse_args(argv)

@@ -115,7 +115,7 @@ class VQVAE(nn.Module):
         tensors, info = load_checkpoint(path)
         try:
             # whatever it was trained on
-            vq = vqtriton.VectorQuantize(**info["quantizer"] | {"backend": "auto"})
+            vq = vqtriton.VectorQuantize.from_config(info["quantizer"] | {"backend": "auto"})
             arguments = info["arguments"]
             model = cls(vq, arguments["channels"], arguments["reconstruction"])
             model.load_state_dict(with_prefix(tensors, "model."))

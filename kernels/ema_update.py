@@ -1,8 +1,9 @@
-"""Moving averages, the codes that follow from them, and dead codes, in place and in one launch.
+"""Moving averages of the codes, and dead codes, in place and in one launch.
 
-Every program goes through all [K] counts and cluster sizes first, in the same order, so that all
-have the same totals without waiting for each other; then each updates codes of its own. So there
-are no more programs than multiprocessors: each reads 12·K bytes, mostly of L2, for the totals.
+Every program goes through all [K] counts first, and where dead codes are revived through all
+cluster sizes, in the same order, so that all have the same totals without waiting for each other;
+then each updates codes of its own. So there are no more programs than multiprocessors: each reads
+4·K bytes for the totals, or 12·K, mostly from L2.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ class EmaUpdateConfig:
 
 
 @triton.jit
-def _lerp(start, end, weight):
-    # exact at both ends, and what torch.lerp does
-    step = end - start
-    return tl.where(weight < 0.5, start + weight * step, end - step * (1 - weight))
+def _bounded(value):
+    # what overflows is the largest: an average that is infinite once stays so for ever
+    largest = 3.4028234663852886e38
+    return tl.clamp(value, -largest, largest)
 
 
 @triton.jit
-def _finite(value):
-    # as torch.nan_to_num: an average that overflows once would stay infinite for ever
-    largest = 3.4028234663852886e38
-    return tl.where(value == value, tl.clamp(value, -largest, largest), 0.0)
+def _lerp(start, end, weight):
+    # exact at both ends, as torch.lerp, and where they are equal
+    step = _bounded(end - start)
+    return tl.where(weight < 0.5, start + weight * step, end - step * (1 - weight))
 
 
 @triton.jit(do_not_specialize=["K", "codes_per_program"])
@@ -53,12 +54,11 @@ def ema_update_kernel(
     samples_ptr,     # [K, D] fp32, if REVIVES
     filled_ptr,      # [K] int64, the samples that are filled come first, if REVIVES
     num_filled_ptr,  # [] int64, how many are, if REVIVES
-    old_size_ptr,    # [K] fp32, a copy of the cluster sizes as they were
+    rates_ptr,       # [2] fp32, 1 - decay and the threshold
+    old_size_ptr,    # [K] fp32, the cluster sizes as they were; a copy if REVIVES
     size_ptr,        # [K] fp32, out
-    embed_sum_ptr,   # [K, D] fp32, in and out, if IS_EMA
     codebook_ptr,    # [K, D] fp32, in and out
-    weight, eps, threshold,
-    K, codes_per_program, stride_s, stride_ek, stride_ed, stride_ck, stride_cd,
+    K, codes_per_program, stride_o, stride_s, stride_ck, stride_cd,
     D: tl.constexpr, IS_EMA: tl.constexpr, REVIVES: tl.constexpr,
     BLOCK_SCAN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -70,38 +70,37 @@ def ema_update_kernel(
         offs = first + tl.arange(0, BLOCK_SCAN).to(tl.int64)
         most = tl.maximum(most, tl.load(counts_ptr + offs, mask=offs < K, other=0.0))
     # a batch in which no row counts is no step
-    weight = tl.where(tl.max(most, 0) > 0, weight, 0.0)
+    weight = tl.where(tl.max(most, 0) > 0, tl.load(rates_ptr), 0.0)
 
-    totals = tl.zeros((BLOCK_SCAN,), tl.float64)
-    dead_before = tl.zeros((BLOCK_SCAN,), tl.int32)
-    for first in range(0, K, BLOCK_SCAN):
-        offs = first + tl.arange(0, BLOCK_SCAN).to(tl.int64)
-        mask = offs < K
-        size = _lerp(
-            tl.load(old_size_ptr + offs, mask=mask, other=0.0),
-            tl.load(counts_ptr + offs, mask=mask, other=0.0),
-            weight,
-        )
-        totals += size.to(tl.float64)
-        dead_before += ((size < threshold) & (offs < first_code)).to(tl.int32)
-    total = tl.sum(totals, 0)
-    # (size + eps) / (total + K·eps)·total: a code is the average of so many rows
-    scale = (total / (total + K * eps)).to(tl.float32)
-    revived_size = tl.maximum((total / K).to(tl.float32), threshold)
-    turn = tl.sum(dead_before, 0)
-    num_filled = turn
     if REVIVES:
+        threshold = tl.load(rates_ptr + 1)
+        totals = tl.zeros((BLOCK_SCAN,), tl.float64)
+        dead_before = tl.zeros((BLOCK_SCAN,), tl.int32)
+        for first in range(0, K, BLOCK_SCAN):
+            offs = first + tl.arange(0, BLOCK_SCAN).to(tl.int64)
+            mask = offs < K
+            size = _lerp(
+                tl.load(old_size_ptr + offs * stride_o, mask=mask, other=0.0),
+                tl.load(counts_ptr + offs, mask=mask, other=0.0),
+                weight,
+            )
+            totals += size.to(tl.float64)
+            dead_before += ((size < threshold) & (offs < first_code)).to(tl.int32)
+        revived_size = tl.maximum((tl.sum(totals, 0) / K).to(tl.float32), threshold)
+        turn = tl.sum(dead_before, 0)
         num_filled = tl.load(num_filled_ptr).to(tl.int32)
 
     for first in range(first_code, end_code, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
         mask_k = offs_k < end_code
+        count = tl.load(counts_ptr + offs_k, mask=mask_k, other=0.0)
         size = _lerp(
-            tl.load(old_size_ptr + offs_k, mask=mask_k, other=0.0),
-            tl.load(counts_ptr + offs_k, mask=mask_k, other=0.0),
-            weight,
+            tl.load(old_size_ptr + offs_k * stride_o, mask=mask_k, other=0.0), count, weight
         )
-        rows = (size + eps) * scale
+        # the part of the average that the batch is; none of a code that no row chose
+        is_chosen = (count > 0) & (size > 0)
+        share = tl.minimum(tl.div_rn(weight * count, tl.where(is_chosen, size, 1.0)), 1.0)
+        is_chosen = is_chosen & (share > 0)
         if REVIVES:
             is_dead = (size < threshold) & mask_k & (num_filled > 0)
             place = (turn + tl.cumsum(is_dead.to(tl.int32), 0) - 1) % tl.maximum(num_filled, 1)
@@ -112,24 +111,16 @@ def ema_update_kernel(
         for first_d in range(0, D, BLOCK_D):
             offs_d = first_d + tl.arange(0, BLOCK_D).to(tl.int64)
             mask = mask_k[:, None] & (offs_d < D)[None, :]
-            offs = offs_k[:, None] * D + offs_d[None, :]
             codes_ptr = codebook_ptr + offs_k[:, None] * stride_ck + offs_d[None, :] * stride_cd
             code = tl.load(codes_ptr, mask=mask, other=0.0)
             if IS_EMA:
-                sums_of_codes_ptr = (
-                    embed_sum_ptr + offs_k[:, None] * stride_ek + offs_d[None, :] * stride_ed
+                total = tl.load(
+                    sums_ptr + offs_k[:, None] * D + offs_d[None, :], mask=mask, other=0.0
                 )
-                embed_sum = _finite(
-                    _lerp(
-                        tl.load(sums_of_codes_ptr, mask=mask, other=0.0),
-                        _finite(tl.load(sums_ptr + offs, mask=mask, other=0.0)),
-                        weight,
-                    )
-                )
-                # with eps=0 a code that was never chosen has nothing to be the average of
-                is_mean = (rows > 0)[:, None]
-                mean = _finite(tl.div_rn(embed_sum, tl.where(is_mean, rows[:, None], 1.0)))
-                code = tl.where(is_mean, mean, code)
+                mean = tl.div_rn(_bounded(total), tl.where(is_chosen, count, 1.0)[:, None])
+                # a sum of several ranks may be inf - inf
+                is_moved = is_chosen[:, None] & (total == total)
+                code = tl.where(is_moved, _bounded(_lerp(code, mean, share[:, None])), code)
             if REVIVES:
                 drawn = tl.load(
                     samples_ptr + sample[:, None] * D + offs_d[None, :],
@@ -137,24 +128,17 @@ def ema_update_kernel(
                     other=0.0,
                 )
                 code = tl.where(is_dead[:, None], drawn, code)
-            if IS_EMA:
-                if REVIVES:
-                    embed_sum = tl.where(is_dead[:, None], _finite(drawn * revived_size), embed_sum)
-                tl.store(sums_of_codes_ptr, embed_sum, mask=mask)
             tl.store(codes_ptr, code, mask=mask)
 
 
 def ema_update_(
     cluster_size: Tensor,
     codebook: Tensor,
-    embed_sum: Tensor | None,
     counts: Tensor,
-    sums: Tensor,
+    sums: Tensor | None,
     samples: Tensor | None,
     is_filled: Tensor | None,
-    decay: float,
-    eps: float,
-    threshold: float,
+    rates: Tensor,
     *,
     config: EmaUpdateConfig | None = None,
 ) -> None:
@@ -163,14 +147,12 @@ def ema_update_(
     Args:
         cluster_size: [K] float32, changed.
         codebook: [K, D] float32, changed.
-        embed_sum: [K, D] float32, changed; None where the codes follow no moving average.
         counts: [K] float32, rows of the batch per code.
-        sums: [K, D] float32, their sums.
+        sums: [K, D] float32, their sums; None where the codes follow no moving average.
         samples: [K, D] float32, rows that may replace dead codes; None if there are none.
         is_filled: [K] float32, which of the samples there are.
-        decay: of the averages.
-        eps: Laplace smoothing, in rows.
-        threshold: cluster size below which a code is dead.
+        rates: [2] float32, 1 - decay of the averages, and the cluster size below which a code is
+            dead. On the device, so that neither a graph nor a compiler takes it for a constant.
         config: tiles.
     """
     config = config or EmaUpdateConfig()
@@ -179,33 +161,32 @@ def ema_update_(
     block_k = min(config.block_k, max(1, config.block_elements // block_d))
     programs = min(triton.cdiv(size, block_k), num_processors(codebook.device))
     codes_per_program = triton.cdiv(triton.cdiv(size, programs), block_k) * block_k
-    counts, sums = counts.contiguous(), sums.contiguous()
-    filled, num_filled = counts, counts
+    counts = counts.contiguous()
+    old_size, filled, num_filled = cluster_size, counts, counts
     if samples is not None and is_filled is not None:
         samples = samples.contiguous()
         filled = torch.argsort(is_filled == 0, stable=True)
         num_filled = (is_filled != 0).sum()
+        # every program reads the sizes of all codes, which others write meanwhile
+        old_size = cluster_size.clone()
     with torch.cuda.device_of(codebook):
         ema_update_kernel[(programs,)](
             counts,
-            sums,
-            sums if samples is None else samples,
+            counts if sums is None else sums.contiguous(),
+            counts if samples is None else samples,
             filled,
             num_filled,
-            cluster_size.clone(memory_format=torch.contiguous_format),
+            rates,
+            old_size,
             cluster_size,
-            codebook if embed_sum is None else embed_sum,
             codebook,
-            1 - decay,
-            eps,
-            threshold,
             size,
             codes_per_program,
+            old_size.stride(0),
             cluster_size.stride(0),
-            *(codebook if embed_sum is None else embed_sum).stride(),
             *codebook.stride(),
             D=dim,
-            IS_EMA=embed_sum is not None,
+            IS_EMA=sums is not None,
             REVIVES=samples is not None,
             BLOCK_SCAN=config.block_scan,
             BLOCK_K=block_k,

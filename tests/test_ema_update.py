@@ -12,49 +12,44 @@ from vqtriton import VectorQuantize, ops
 
 pytestmark = pytest.mark.kernel
 
-State = tuple[Tensor, Tensor, Tensor | None]
+State = tuple[Tensor, Tensor]
 
 
 def in_float64(
-    state: State, batch: tuple[Tensor, ...], decay: float, eps: float, threshold: float
+    state: State, batch: tuple[Tensor | None, ...], decay: float, threshold: float
 ) -> State:
     """Code by code."""
-    size, codebook, embed_sum = (None if t is None else t.double().cpu() for t in state)
+    size, codebook = (t.double().cpu() for t in state)
     counts, sums, samples, is_filled = (None if t is None else t.double().cpu() for t in batch)
+    before, codebook = size, codebook.clone()
     if counts.sum() > 0:
         size = decay * size + (1 - decay) * counts
-        if embed_sum is not None:
-            embed_sum = decay * embed_sum + (1 - decay) * sums
-    total, count = size.sum(), len(size)
-    if embed_sum is not None:
-        codebook = codebook.clone()
-        for k in range(count):
-            rows = (size[k] + eps) / (total + count * eps) * total
-            if rows > 0:
-                codebook[k] = embed_sum[k] / rows
+        for k in range(len(size)):
+            # a code that no row chose is the average of nothing new
+            if sums is not None and counts[k] > 0 and decay < 1:
+                codebook[k] = (decay * before[k] * codebook[k] + (1 - decay) * sums[k]) / size[k]
     if samples is not None:
         filled = [row for row, there in zip(samples, is_filled, strict=True) if there]
-        dead = [k for k in range(count) if size[k].float() < threshold]
+        dead = [k for k in range(len(size)) if size[k].float() < threshold]
+        mean = size.sum() / len(size)
         for turn, k in enumerate(dead if filled else []):
             codebook[k] = filled[turn % len(filled)]
-            size[k] = max(total / count, threshold)
-            if embed_sum is not None:
-                embed_sum[k] = codebook[k] * size[k]
-    return size, codebook, embed_sum
+            size[k] = max(mean, threshold)
+    return size, codebook
 
 
-def absolute(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.abs() for t in tensors)
+def rates(decay: float, threshold: float, device: str) -> Tensor:
+    return torch.tensor([1 - decay, threshold], dtype=torch.float32, device=device)
 
 
 def example(count: int, dim: int, device: str) -> tuple[State, tuple[Tensor, ...]]:
-    state = (torch.rand(count) * 4, torch.randn(count, dim), torch.randn(count, dim))
+    state = (torch.rand(count) * 4, torch.randn(count, dim))
     # quarters, so that no size is within a rounding of the threshold
     state[0].mul_(4).round_().div_(4)
     counts = torch.randint(0, 5, (count,)).float()
     batch = (
         counts,
-        torch.randn(count, dim),
+        torch.randn(count, dim) * counts[:, None],
         torch.randn(count, dim),
         (torch.rand(count) > 0.3).float(),
     )
@@ -70,24 +65,60 @@ def example(count: int, dim: int, device: str) -> tuple[State, tuple[Tensor, ...
 def test_is_that_of_float64(
     backend: Backend, count: int, dim: int, is_ema: bool, revives: bool
 ) -> None:
-    (size, codebook, embed_sum), batch = example(count, dim, backend.device)
-    state = (size, codebook, embed_sum if is_ema else None)
-    if not revives:
-        batch = (*batch[:2], None, None)
-    for decay, eps, threshold in (
-        *((0.75, 1e-3, 1.1), (0.0, 0.0, 1.1), (1.0, 1e-5, 0.6)),
+    state, (counts, sums, *drawn) = example(count, dim, backend.device)
+    batch = (counts, sums if is_ema else None, *(drawn if revives else (None, None)))
+    for decay, threshold in (
+        *((0.75, 1.1), (0.0, 1.1), (1.0, 0.6)),
         # sizes that are the threshold, which is not below it; and a mean that is below it
-        *((0.0, 1e-3, 2.0), (0.5, 1e-3, 50.0)),
+        *((0.0, 2.0), (0.5, 50.0)),
     ):
-        want = in_float64(state, batch, decay, eps, threshold)
-        magnitude = in_float64(absolute(state), absolute(batch), decay, eps, threshold)
-        got = tuple(None if t is None else t.clone() for t in state)
-        ops.ema_update_(*got, *batch, decay, eps, threshold, backend.name)
-        for tensor, value, terms in zip(got, want, magnitude, strict=True):
-            if tensor is not None:
-                # an average of terms that cancel is wrong by roundings of the terms
-                error = (tensor.double().cpu() - value).abs()
-                assert (error <= 8 * 2.0**-24 * terms).all()
+        want = in_float64(state, batch, decay, threshold)
+        got = tuple(t.clone() for t in state)
+        ops.ema_update_(*got, *batch, rates(decay, threshold, backend.device), backend.name)
+        # an average is wrong by roundings of what it is the average of
+        scale = max(t.abs().max().item() for t in (state[1], sums))
+        for tensor, value, largest in zip(got, want, (8, scale), strict=True):
+            error = (tensor.double().cpu() - value).abs()
+            assert (error <= 8 * 2.0**-24 * largest).all()
+
+
+@on_every_backend
+def test_a_code_that_no_row_chose_stays_bit_for_bit(backend: Backend) -> None:
+    (size, codebook), (counts, sums, *_) = example(300, 5, backend.device)
+    unused = counts == 0
+    before = codebook.clone()
+    for decay in (0.0, 0.3, 0.99, 1.0):
+        for _ in range(2 if INTERPRETED else 50):
+            ops.ema_update_(
+                size, codebook, counts, sums, None, None, rates(decay, 0, size.device), backend.name
+            )
+    assert torch.equal(codebook[unused], before[unused])
+    assert not torch.equal(codebook[~unused], before[~unused])
+
+
+@on_every_backend
+@pytest.mark.parametrize("decay", [0.0, 0.4, 0.6, 0.99, 1.0])
+def test_codes_that_are_the_means_stay_bit_for_bit(backend: Backend, decay: float) -> None:
+    (size, codebook), (counts, *_) = example(40, 7, backend.device)
+    # powers of two, so that the sums are exact
+    counts = (2 ** counts).where(counts > 1, 0)
+    before = codebook.clone()
+    step = rates(decay, 0, size.device)
+    ops.ema_update_(size, codebook, counts, codebook * counts[:, None], None, None, step, backend.name)
+    assert torch.equal(codebook, before)
+
+
+@on_every_backend
+def test_a_code_without_a_past_is_the_mean_of_its_rows(backend: Backend) -> None:
+    """Whatever the decay, bit for bit: all sizes were zero."""
+    (size, codebook), (counts, sums, *_) = example(40, 7, backend.device)
+    size.zero_()
+    before = codebook.clone()
+    ops.ema_update_(
+        size, codebook, counts, sums, None, None, rates(0.99, 0, size.device), backend.name
+    )
+    mean = (sums / counts.clamp(min=1)[:, None]).where(counts[:, None] > 0, before)
+    assert torch.equal(codebook, mean)
 
 
 @on_every_backend
@@ -97,9 +128,10 @@ def test_totals_are_added_in_float64(backend: Backend) -> None:
     size = torch.ones(count, device=backend.device)
     size[0] = 2.0**24
     codes = torch.ones(count, 1, device=backend.device)
-    got = size.clone(), codes.clone(), codes.clone()
+    got = size.clone(), codes.clone()
     samples, is_filled = codes + 1, torch.ones_like(size)
-    ops.ema_update_(*got, size, codes, samples, is_filled, 1.0, 1e-5, 2.0, backend.name)
+    step = rates(1.0, 2.0, backend.device)
+    ops.ema_update_(*got, size, codes, samples, is_filled, step, backend.name)
     # the mean size, which a dead code gets
     assert got[0][1].item() == pytest.approx((2**24 + count - 1) / count, rel=2e-7)
 
@@ -110,45 +142,52 @@ def test_an_overflow_is_the_largest_sum(backend: Backend, bad: float) -> None:
     state, batch = example(9, 3, backend.device)
     batch[1][4, 1] = bad
     batch[0][4] = 2
-    ops.ema_update_(*state, *batch[:2], None, None, 0.5, 1e-3, 0.0, backend.name)
+    before = state[1].clone()
+    step = rates(0.5, 0.0, backend.device)
+    ops.ema_update_(*state, *batch[:2], None, None, step, backend.name)
     assert all(tensor.isfinite().all() for tensor in state)
-    if bad == bad:
-        assert state[2][4, 1].abs() >= 1e38
+    moved = state[1][4, 1]
+    # a sum that is not known moves nothing
+    assert torch.equal(moved, before[4, 1]) if bad != bad else moved.abs() >= 1e37
 
 
 @on_every_backend
-def test_large_sums_are_as_they_are(backend: Backend) -> None:
-    """What does not overflow is not changed; what does is the largest."""
-    codes = torch.tensor([[1e38, -1e38], [3e38, 2e38]], device=backend.device)
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9])
+def test_codes_at_the_limits_of_float32(backend: Backend, decay: float) -> None:
+    """Their difference overflows, their average does not."""
+    codes = torch.tensor([[1e38, -3e38], [3e38, 2e38]], device=backend.device)
     counts = torch.ones(2, device=backend.device)
-    got = counts.clone(), codes.clone(), torch.zeros_like(codes)
-    ops.ema_update_(*got, counts, codes, None, None, 0.0, 0.0, 0.0, backend.name)
+    got = counts.clone(), codes.clone()
+    step = rates(decay, 0.0, backend.device)
+    ops.ema_update_(*got, counts, codes, None, None, step, backend.name)
     assert torch.equal(got[1], codes)
-    assert torch.equal(got[2], codes)
-    ops.ema_update_(*got, 9 * counts, codes, codes, counts, 0.0, 0.0, 99.0, backend.name)
-    assert torch.equal(got[1], codes)
-    largest = torch.finfo(torch.float32).max
-    assert torch.equal(got[2], largest * codes.sign())
+    ops.ema_update_(*got, counts, -codes, None, None, step, backend.name)
+    assert got[1].isfinite().all()
+    if decay == 0:
+        assert torch.equal(got[1], -codes)
 
 
 @on_every_backend
 def test_a_batch_without_rows_is_no_step(backend: Backend) -> None:
-    (size, codebook, embed_sum), batch = example(50, 6, backend.device)
-    got = size.clone(), codebook.clone(), embed_sum.clone()
+    (size, codebook), batch = example(50, 6, backend.device)
+    got = size.clone(), codebook.clone()
     nothing = [torch.zeros_like(t) for t in batch]
-    ops.ema_update_(*got, *nothing, 0.5, 1e-5, 100.0, backend.name)
+    ops.ema_update_(*got, *nothing, rates(0.5, 100.0, backend.device), backend.name)
     assert torch.equal(got[0], size)
-    assert torch.equal(got[2], embed_sum)
+    assert torch.equal(got[1], codebook)
 
 
 @on_every_backend
-def test_strides_change_nothing(backend: Backend) -> None:
+@pytest.mark.parametrize("revives", [True, False])
+def test_strides_change_nothing(backend: Backend, revives: bool) -> None:
     state, batch = example(50, 6, backend.device)
+    batch = (*batch[:2], *(batch[2:] if revives else (None, None)))
     plain = [t.clone() for t in state]
     strided = [torch.stack([t, t], -1)[..., 0] for t in state]
-    odd = [torch.stack([t, t], -1)[..., 1] for t in batch]
-    ops.ema_update_(*plain, *batch, 0.5, 1e-5, 1.1, backend.name)
-    ops.ema_update_(*strided, *odd, 0.5, 1e-5, 1.1, backend.name)
+    odd = [None if t is None else torch.stack([t, t], -1)[..., 1] for t in batch]
+    step = rates(0.5, 1.1, backend.device)
+    ops.ema_update_(*plain, *batch, step, backend.name)
+    ops.ema_update_(*strided, *odd, step, backend.name)
     for one, other in zip(plain, strided, strict=True):
         assert torch.equal(one, other)
 
@@ -165,7 +204,7 @@ def test_number_of_programs_changes_no_bit(monkeypatch, decay, threshold) -> Non
     for programs in (1, 2, 5, 100):
         monkeypatch.setattr(ema_update, "num_processors", lambda device, n=programs: n)
         got = [t.clone() for t in state]
-        ema_update.ema_update_(*got, *batch, decay, 1e-3, threshold, config=config)
+        ema_update.ema_update_(*got, *batch, rates(decay, threshold, "cpu"), config=config)
         results.append(got)
     for got in results[1:]:
         assert all(map(torch.equal, got, results[0]))

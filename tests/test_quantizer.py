@@ -14,35 +14,39 @@ from vqtriton import VectorQuantize
 pytestmark = pytest.mark.kernel
 
 
-def ema_by_hand(
-    vq: VectorQuantize, x: Tensor, indices: Tensor, decay: float, eps: float
-) -> dict[str, Tensor]:
-    """Appendix A.1 of the paper, with the Laplace smoothing of its code, in float64."""
-    x, size = x.double().reshape(-1, vq.dim), vq.codebook_size
-    one_hot = torch.nn.functional.one_hot(indices.reshape(-1), size).double()
-    cluster_size = decay * vq.cluster_size.double() + (1 - decay) * one_hot.sum(0)
-    embed_sum = decay * vq.embed_sum.double() + (1 - decay) * one_hot.T @ x
-    total = cluster_size.sum()
-    smoothed = (cluster_size + eps) / (total + size * eps) * total
-    return {
-        "cluster_size": cluster_size,
-        "embed_sum": embed_sum,
-        "codebook": embed_sum / smoothed[:, None],
-    }
+class Paper:
+    """Appendix A.1 of the paper in float64, with the averaged sums that we do not keep."""
+
+    def __init__(self, vq: VectorQuantize) -> None:
+        self.vq = vq
+        self.cluster_size = vq.cluster_size.double().cpu()
+        self.embed_sum = vq.codebook.double().cpu() * self.cluster_size[:, None]
+
+    def step(self, x: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        decay, x = self.vq.decay, x.double().cpu().reshape(-1, self.vq.dim)
+        one_hot = torch.nn.functional.one_hot(indices.cpu().reshape(-1), self.vq.codebook_size)
+        one_hot = one_hot.double()
+        self.cluster_size = decay * self.cluster_size + (1 - decay) * one_hot.sum(0)
+        self.embed_sum = decay * self.embed_sum + (1 - decay) * one_hot.T @ x
+        codebook = self.embed_sum / self.cluster_size[:, None]
+        # of a code that was never chosen nothing is left with a decay of 0
+        codebook = codebook.where(self.cluster_size[:, None] > 0, self.vq.codebook.double().cpu())
+        return {"cluster_size": self.cluster_size, "codebook": codebook}
 
 
 @on_every_backend
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 1.0])
 def test_ema_is_that_of_the_paper(backend: Backend, decay: float) -> None:
-    vq = VectorQuantize(6, 10, decay=decay, eps=1e-3, backend=backend.name).to(backend.device)
-    for _ in range(3):
+    vq = VectorQuantize(6, 10, decay=decay, backend=backend.name).to(backend.device)
+    paper = Paper(vq)
+    for _ in range(5):
         x = torch.randn(4, 9, 6, device=backend.device)
-        before = copy.deepcopy(vq)
+        before = vq.codebook.clone()
         out = vq(x)
-        assert torch.equal(out.indices, vqtriton.reference.nearest_code(x, before.codebook))
-        want = ema_by_hand(before, x, out.indices, decay, 1e-3)
-        for name, value in want.items():
-            torch.testing.assert_close(getattr(vq, name).double(), value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(out.indices, vqtriton.reference.nearest_code(x, before))
+        for name, value in paper.step(x, out.indices).items():
+            got = getattr(vq, name).double().cpu()
+            torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
 
 
 @on_every_backend
@@ -85,7 +89,8 @@ def test_eval_and_frozen_leave_everything_as_it_is(backend: Backend) -> None:
         ).to(backend.device)
         before = copy.deepcopy(vq.state_dict())
         x = torch.randn(40, 6, device=backend.device, requires_grad=True)
-        out = vq(x, freeze_codebook=True)
+        with pytest.warns(UserWarning, match="no codes yet"):
+            out = vq(x, freeze_codebook=True)
         out.loss.backward()
         assert vq.codebook.grad is None
         vq.eval()(x)
@@ -125,12 +130,18 @@ def test_a_batch_without_rows_is_no_step(
 
 
 @on_every_backend
-def test_without_smoothing_an_unused_code_stays(backend: Backend) -> None:
-    vq = VectorQuantize(6, 10, decay=0.0, eps=0.0, backend=backend.name).to(backend.device)
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+def test_an_unused_code_stays(backend: Backend, decay: float) -> None:
+    """However long: bit for bit, whatever has become of its cluster size."""
+    vq = VectorQuantize(6, 10, decay=decay, backend=backend.name).to(backend.device)
     before = vq.codebook.clone()
-    out = vq(torch.randn(1, 6, device=backend.device))
-    unused = torch.arange(10, device=backend.device) != out.indices
+    x = torch.full((3, 6), 5.0, device=backend.device)
+    used = vq(x).indices[0]
+    for _ in range(5 if INTERPRETED else 2000):
+        assert (vq(x).indices == used).all()
+    unused = torch.arange(10, device=backend.device) != used
     assert torch.equal(vq.codebook[unused], before[unused])
+    assert (vq.codebook[used] - x[0]).abs().max() < (3 if INTERPRETED else 1e-3)
 
 
 @on_every_backend
@@ -214,12 +225,11 @@ def test_averages_after_kmeans_are_those_of_the_clusters(backend: Backend) -> No
     vq(x)
     counts = torch.bincount(vq.eval()(x).indices, minlength=4)
     assert torch.equal(vq.cluster_size, counts.float())
-    torch.testing.assert_close(vq.embed_sum, vq.codebook * counts[:, None])
 
 
 @on_every_backend
 def test_an_overflow_leaves_no_average_infinite(backend: Backend) -> None:
-    """Finite rows whose sum is none: the code comes back when they are forgotten."""
+    """Finite rows whose sum overflows."""
     vq = VectorQuantize(3, 4, decay=0.5, backend=backend.name).to(backend.device)
     x = torch.randn(20, 3, device=backend.device)
     spoiled = x.clone()
@@ -228,8 +238,6 @@ def test_an_overflow_leaves_no_average_infinite(backend: Backend) -> None:
     for _ in range(8 if INTERPRETED else 200):
         assert all(value.isfinite().all() for value in vq.state_dict().values())
         vq(x)
-    if not INTERPRETED:
-        assert vq.codebook.abs().max() < 10
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
@@ -354,13 +362,14 @@ def test_a_training_step_compiles_as_one_graph(
         ({"codebook_update": "adam"}, ValueError, "codebook_update is 'adam'"),
         ({"decay": 1.5}, ValueError, "decay is 1.5"),
         ({"decay": float("nan")}, ValueError, "decay is nan"),
-        ({"eps": -1e-5}, ValueError, "eps is -1e-05"),
+        ({"kmeans_iters": -1}, ValueError, "kmeans_iters is -1"),
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg'"),
         ({"commitment_weight": -1}, ValueError, "commitment_weight is -1"),
         ({"precision": "half"}, ValueError, "precision is 'half'"),
         ({"backend": "gpu"}, ValueError, "backend is 'gpu'"),
-        ({"eps": float("inf")}, ValueError, "eps is inf"),
+        ({"codebook_weight": float("inf")}, ValueError, "codebook_weight is inf"),
         # more than float32 holds
-        ({"eps": 1e39}, ValueError, "eps is 1e"),
+        ({"codebook_weight": 1e39}, ValueError, "codebook_weight is 1e"),
         ({"threshold_ema_dead_code": 1e39}, ValueError, "threshold_ema_dead_code is 1e"),
         ({"commitment_weight": 1e300}, ValueError, "commitment_weight is 1e"),
         ({"kmeans_iters": 2.5}, TypeError, "kmeans_iters is 2.5"),
@@ -429,7 +438,7 @@ def test_bad_input_is_named() -> None:
 def test_config_names_every_option() -> None:
     import inspect
 
-    vq = VectorQuantize(4, 8, decay=0.5, codebook_update="gradient", eps=0.1)
+    vq = VectorQuantize(4, 8, decay=0.5, codebook_update="gradient", reduction="sum")
     assert vq.config.keys() == inspect.signature(VectorQuantize).parameters.keys()
     assert VectorQuantize(**vq.config).config == vq.config
     assert "decay=0.5" in repr(vq)

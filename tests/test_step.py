@@ -108,14 +108,12 @@ def plain_step(x: Tensor, codebook: Tensor, grad: Tensor, indices: Tensor, decay
     counts = torch.bincount(indices, minlength=len(codebook)).to(x.dtype)
     sums = torch.zeros_like(codebook).index_add(0, indices, x.detach())
     size = torch.ones_like(counts) * decay + counts * (1 - decay)
-    embed_sum = codebook.detach() * decay + sums * (1 - decay)
-    smoothed = (size + 1e-5) / (size.sum() + len(size) * 1e-5) * size.sum()
+    average = codebook.detach() * decay + sums * (1 - decay)
     return {
         "grad_x": grads[0],
         "grad_codebook": grads[1],
         "cluster_size": size,
-        "embed_sum": embed_sum,
-        "codebook": embed_sum / smoothed[:, None],
+        "codebook": average / size[:, None],
     }
 
 
@@ -126,9 +124,6 @@ def our_step(backend: Backend, x: Tensor, codebook: Tensor, grad: Tensor, decay:
         vq.backend = backend.name
         with torch.no_grad():
             vq.codebook.copy_(codebook)
-            if update == "ema":
-                vq.embed_sum.copy_(codebook)
-                vq.cluster_size.fill_(1)
         vq.to(backend.device)
         leaf = x.to(backend.device).requires_grad_()
         quantized, indices, loss = vq(leaf)
@@ -140,7 +135,7 @@ def our_step(backend: Backend, x: Tensor, codebook: Tensor, grad: Tensor, decay:
         if update == "gradient":
             found["grad_codebook"] = grads[1].cpu()
         else:
-            for name in ("cluster_size", "embed_sum", "codebook"):
+            for name in ("cluster_size", "codebook"):
                 found[name] = getattr(vq, name).cpu()
     return found, indices.cpu()
 

@@ -242,7 +242,7 @@ def test_codes_are_revived_until_80_percent(few_images, tmp_path, monkeypatch):
     [
         ("--amp",),
         ("--compile", "--limit=512", "--epochs=1"),
-        ("--no-kmeans-init", "--kmeans-iters=1", "--codebook-weight=2", "--eps=0.001"),
+        ("--no-kmeans-init", "--kmeans-iters=1", "--codebook-weight=2"),
         ("--precision=fast", "--backend=torch", "--no-sync-codebook", "--commitment-weight=1"),
         ("--limit=1", "--epochs=1", "--threshold-ema-dead-code=0"),
         # a last batch of one image
@@ -294,7 +294,7 @@ def test_amp_and_compile_do_something(few_images, tmp_path, monkeypatch):
 
 def test_every_option_of_the_quantizer_has_a_flag():
     names = set(inspect.signature(vqtriton.VectorQuantize).parameters)
-    assert set(train_args.QUANTIZER) == names - {"channel_last", "accept_image_fmap"}
+    assert set(train_args.QUANTIZER) == names - {"channel_last", "accept_image_fmap", "reduction"}
 
 
 class Killed(BaseException):
@@ -425,7 +425,7 @@ def error_of(flags: list[str], capsys) -> str:
         ("--dim=0", "quantizer: dim is 0; it must be finite and at least 1"),
         ("--codebook-update=adam", "quantizer: codebook_update is 'adam'; it must be one of ema"),
         ("--decay=1.5", "quantizer: decay is 1.5; it must be in [0, 1]"),
-        ("--eps=nan", "quantizer: eps is nan"),
+        ("--decay=nan", "quantizer: decay is nan"),
         ("--commitment-weight=nan", "quantizer: commitment_weight is nan"),
         ("--codebook-weight=-1", "quantizer: codebook_weight is -1"),
         ("--kmeans-iters=-1", "quantizer: kmeans_iters is -1"),

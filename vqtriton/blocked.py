@@ -231,41 +231,44 @@ def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
 def ema_update_(
     cluster_size: Tensor,
     codebook: Tensor,
-    embed_sum: Tensor | None,
     counts: Tensor,
-    sums: Tensor,
+    sums: Tensor | None,
     samples: Tensor | None,
     is_filled: Tensor | None,
-    decay: float,
-    eps: float,
-    threshold: float,
+    rates: Tensor,
 ) -> None:
-    """One step of the moving averages, of the codes that follow from them, and of dead codes.
+    """One step of the moving averages of the codes, and of dead codes.
 
-    Changes cluster_size [K], codebook [K, D] and embed_sum [K, D], which is None where codes follow
-    no moving average; counts [K] and sums [K, D] are those of the batch. A code whose cluster size
-    is below the threshold gets one of the samples [K, D], those with is_filled [K] in turn, and the
-    mean cluster size. What overflows is the largest float32, and is forgotten as the rest is.
+    Changes cluster_size [K] and codebook [K, D]; counts [K] and sums [K, D] are those of the batch,
+    and without sums the codes follow no moving average. With d = 1 - rates[0]::
+
+        size' = d·size + (1 - d)·counts
+        code' = (d·size·code + (1 - d)·sums) / size'
+
+    A code that no row chose stays where it is, bit for bit. A code whose cluster size is below
+    rates[1] gets one of the samples [K, D], those with is_filled [K] in turn, and the mean cluster
+    size. What overflows is the largest float32, and is forgotten like all else.
     """
     # a batch in which no row counts is no step
-    weight = (1 - decay) * (counts.sum() > 0)
+    weight = rates[0] * (counts.sum() > 0)
     cluster_size.lerp_(counts, weight)
-    total = cluster_size.sum(dtype=torch.float64)
-    if embed_sum is not None:
-        # an average that overflows once would stay infinite for ever
-        embed_sum.lerp_(sums.nan_to_num(0), weight).nan_to_num_(0)
-        rows = (cluster_size + eps) * (total / (total + len(cluster_size) * eps)).float()
-        # with eps=0 a code that was never chosen has nothing to be the average of
-        is_mean = (rows > 0)[:, None]
-        codebook.copy_((embed_sum / rows[:, None]).nan_to_num_(0).where(is_mean, codebook))
+    if sums is not None:
+        share = (weight * counts / cluster_size).nan_to_num_(0).clamp_(max=1)[:, None]
+        largest = torch.finfo(sums.dtype).max
+        means = sums.clamp(-largest, largest).div_(counts.clamp(min=1)[:, None])
+        step = (means - codebook).clamp_(-largest, largest)
+        # as lerp, but for what overflows: exact at both ends, and where they are equal
+        is_near = share < 0.5
+        start = codebook.where(is_near, means)
+        step.mul_(share.where(is_near, share - 1)).add_(start).clamp_(-largest, largest)
+        # a sum of several ranks may be inf - inf
+        codebook.copy_(step.where((share > 0) & ~sums.isnan(), codebook))
     if samples is not None and is_filled is not None:
-        is_dead = cluster_size < threshold
+        is_dead = cluster_size < rates[1]
         samples, is_dead = take_filled(samples, is_filled, is_dead)
-        size = (total / len(cluster_size)).float().clamp(min=threshold)
+        size = cluster_size.sum(dtype=torch.float64).div_(len(cluster_size)).float()
         codebook.copy_(samples.where(is_dead[:, None], codebook))
-        cluster_size.copy_(size.where(is_dead, cluster_size))
-        if embed_sum is not None:
-            embed_sum.copy_((samples * size).nan_to_num_(0).where(is_dead[:, None], embed_sum))
+        cluster_size.copy_(size.maximum(rates[1]).where(is_dead, cluster_size))
 
 
 def _blocks(x: Tensor) -> list[slice]:

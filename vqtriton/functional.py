@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqtriton import ops
 from vqtriton.reference import Quantized
-from vqtriton.screening import finite_rows
+from vqtriton.screening import finite_rows, has_float64
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -78,29 +78,32 @@ def nearest_code(
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 1.
     """
+    codes, prepared, backend = _parts(codebook, backend)
+    check_arguments(x, codes, precision=precision, backend=backend)
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if isinstance(codebook, PreparedCodebook):
+        indices = ops.nearest_code_prepared(flat, codes, prepared, precision, backend)
+    else:
+        indices = ops.nearest_code(flat, codes.detach(), precision, backend)
+    return indices.reshape(x.shape[:-1])
+
+
+def _parts(
+    codebook: Tensor | PreparedCodebook, backend: str
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """Codes, what was prepared of them, and the backend that it was prepared for."""
     if not isinstance(codebook, PreparedCodebook):
-        check_arguments(x, codebook, precision=precision, backend=backend)
-        flat = x.detach().reshape(-1, x.shape[-1])
-        indices = ops.nearest_code(flat, codebook.detach(), precision, backend)
-        return indices.reshape(x.shape[:-1])
+        return codebook, (), backend
     if backend not in ("auto", codebook.backend):
         raise ValueError(
             f"backend is {backend!r}, but codebook was prepared for {codebook.backend!r}"
         )
-    check_arguments(x, codebook.codebook, precision=precision, backend=codebook.backend)
-    indices = ops.nearest_code_prepared(
-        x.detach().reshape(-1, x.shape[-1]),
-        codebook.codebook,
-        codebook.tensors,
-        precision,
-        codebook.backend,
-    )
-    return indices.reshape(x.shape[:-1])
+    return codebook.codebook, codebook.tensors, codebook.backend
 
 
 def vector_quantize(
     x: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | PreparedCodebook,
     *,
     commitment_weight: float = 0.25,
     codebook_weight: float = 1.0,
@@ -121,7 +124,8 @@ def vector_quantize(
 
     Args:
         x: vectors, [..., D].
-        codebook: [K, D]. Gets a gradient from the codebook term only.
+        codebook: [K, D]. Gets a gradient from the codebook term only. Or what `prepare_codebook`
+            made of one, which gets none.
         commitment_weight: β of the paper.
         codebook_weight: 0 where the codebook learns by moving averages.
         reduction: "mean" over the elements of the rows that are not masked, "sum" over them, or
@@ -142,7 +146,8 @@ def vector_quantize(
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 3.
     """
-    check_arguments(x, codebook, mask, precision=precision, backend=backend)
+    codes, prepared, backend = _parts(codebook, backend)
+    check_arguments(x, codes, mask, precision=precision, backend=backend)
     for name, weight in (
         ("commitment_weight", commitment_weight),
         ("codebook_weight", codebook_weight),
@@ -153,8 +158,9 @@ def vector_quantize(
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     quantized, loss, indices = _VectorQuantize.apply(
         x.reshape(-1, x.shape[-1]),
-        codebook,
+        codes,
         None if mask is None else mask.reshape(-1),
+        prepared,
         float(commitment_weight),
         float(codebook_weight),
         precision,
@@ -165,7 +171,7 @@ def vector_quantize(
         loss = loss.reshape(x.shape[:-1])
     else:
         # float64, so that a sum over millions of rows keeps the digits of float32
-        total = loss.sum(dtype=torch.float64)
+        total = loss.sum(dtype=torch.float64 if has_float64(loss.device) else None)
         if reduction == "mean":
             total = total / _num_elements(x, indices, mask)
         loss = total.to(loss.dtype)
@@ -290,17 +296,18 @@ class _VectorQuantize(torch.autograd.Function):
         x: Tensor,
         codebook: Tensor,
         mask: Tensor | None,
+        prepared: tuple[Tensor, ...],
         commitment_weight: float,
         codebook_weight: float,
         precision: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        indices, quantized, sq_error = ops.vector_quantize(x, codebook, mask, precision, backend)
-        return quantized, (commitment_weight + codebook_weight) * sq_error, indices
+        weights = commitment_weight, codebook_weight
+        return ops.vector_quantize(x, codebook, mask, prepared, *weights, precision, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, _, ctx.commitment_weight, ctx.codebook_weight, _, ctx.backend = inputs
+        x, codebook, _, _, ctx.commitment_weight, ctx.codebook_weight, _, ctx.backend = inputs
         ctx.save_for_backward(x, codebook, output[2])
         ctx.mark_non_differentiable(output[2])
 
@@ -318,7 +325,7 @@ class _VectorQuantize(torch.autograd.Function):
             grad_codebook = _GradCodebook.apply(
                 grad_loss, x.detach(), codebook, indices, weight, ctx.backend
             ).to(codebook.dtype)
-        return grad_x, grad_codebook, None, None, None, None, None
+        return grad_x, grad_codebook, None, None, None, None, None, None
 
 
 class _GradX(torch.autograd.Function):
@@ -379,6 +386,11 @@ class _GradCodebook(torch.autograd.Function):
         return of_loss, None, (ctx.weight * grad * total).to(codebook.dtype), None, None, None
 
 
+# An exported program calls the ops themselves, on tensors that may require a gradient.
+ops.differentiate("vector_quantize", _VectorQuantize)
+ops.differentiate("code_sums", _CodeSums)
+
+
 def _num_elements(x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor | int:
     """Elements of the rows that count; 1 if there are none, so that their mean is 0."""
     if mask is None:
@@ -404,11 +416,11 @@ def check_arguments(
     _check_mask(mask, x)
 
 
-def check_x(x: Tensor) -> None:
+def check_x(x: Tensor, name: str = "x") -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"x is {_kind(x)}; it must be a floating-point tensor")
+        raise TypeError(f"{name} is {_kind(x)}; it must be a floating-point tensor")
     if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {_shape(x)}; it must be [..., D] with D >= 1")
+        raise ValueError(f"{name} has shape {_shape(x)}; it must be [..., D] with D >= 1")
 
 
 def _check_codebook(codebook: Tensor, x: Tensor) -> None:

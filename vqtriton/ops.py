@@ -1,7 +1,8 @@
 """The operators ``torch.ops.vqtriton.*``: schema, choice of backend, fake kernels.
 
-They take [N, D] tensors that `vqtriton.functional` has checked, and know nothing of autograd: the
-derivatives are `torch.autograd.Function`\\ s around them. One implementation serves every device;
+They take [N, D] tensors that `vqtriton.functional` has checked. The derivatives are its
+`torch.autograd.Function`\\ s around them, which `torch.func` takes as well; those of the ops that an
+exported program calls are given to the ops too. One implementation serves every device;
 it is opaque to `torch.compile`, which sees the fake kernels.
 """
 
@@ -44,7 +45,8 @@ _library.define(
 )
 _library.define("prepare_codebook(Tensor codebook, str backend) -> Tensor[]")
 _library.define(
-    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, str precision, str backend) "
+    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, Tensor[] prepared, "
+    "float commitment_weight, float codebook_weight, str precision, str backend) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -60,9 +62,8 @@ _library.define(
     "str backend) -> Tensor"
 )
 _library.define(
-    "ema_update_(Tensor(a!) cluster_size, Tensor(b!) codebook, Tensor(c!)? embed_sum, "
-    "Tensor counts, Tensor sums, Tensor? samples, Tensor? is_filled, float decay, float eps, "
-    "float threshold, str backend) -> ()"
+    "ema_update_(Tensor(a!) cluster_size, Tensor(b!) codebook, Tensor counts, Tensor? sums, "
+    "Tensor? samples, Tensor? is_filled, Tensor rates, str backend) -> ()"
 )
 _library.define("snapshot(Tensor tensor) -> Tensor")
 
@@ -126,20 +127,35 @@ def _prepare_codebook(codebook: Tensor, backend: str) -> list[Tensor]:
 
 
 def _vector_quantize(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, precision: str, backend: str
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    prepared: Sequence[Tensor],
+    commitment_weight: float,
+    codebook_weight: float,
+    precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, -1 where ``mask`` [N] is false; codes; squared distances."""
+    """Codes; the loss of each row; indices, -1 where ``mask`` [N] is false.
+
+    ``prepared``: as in `_nearest_code_prepared`. The two terms of the loss have one value, the
+    squared distance; the weights part where it is differentiated.
+    """
     is_triton = resolve_backend(backend, x.device) == "triton"
     if x.shape[0] > 0 and is_triton:
         trace.record("nearest_code", x, codebook.shape[0])
-        out = run_kernels(x, codebook, exact=precision == "exact", mask=mask, gather=True)
+        out = run_kernels(
+            x, codebook, prepared, exact=precision == "exact", mask=mask, gather=True
+        )
         assert out.quantized is not None
         assert out.sq_error is not None
-        return out.indices[0], out.quantized[0], out.sq_error[0]
-    indices = _nearest_code(x, codebook, precision, backend)
-    if mask is not None:
-        indices = indices.where(mask, -1)
-    return indices, *blocked.gather_codes(x, codebook, indices)
+        indices, quantized, sq_error = out.indices[0], out.quantized[0], out.sq_error[0]
+    else:
+        indices = _nearest_code_prepared(x, codebook, prepared, precision, backend)
+        if mask is not None:
+            indices = indices.where(mask, -1)
+        quantized, sq_error = blocked.gather_codes(x, codebook, indices)
+    return quantized, sq_error * (commitment_weight + codebook_weight), indices
 
 
 def run_kernels(
@@ -252,23 +268,21 @@ def _grad_codebook(
     return kernels.grad_codebook(*tensors, weight, config=tiles)[0]
 
 
-def _ema_update_(
-    cluster_size: Tensor, codebook: Tensor, embed_sum: Tensor | None, *others: Any
-) -> None:
+def _ema_update_(cluster_size: Tensor, codebook: Tensor, *others: Any) -> None:
     """See `blocked.ema_update_`; the last of ``others`` is the backend."""
     *arguments, backend = others
     # the statistics are float32, and the batch is no part of it
     trace.record("ema_update", codebook, codebook.shape[0])
     if resolve_backend(backend, codebook.device) == "torch":
-        blocked.ema_update_(cluster_size, codebook, embed_sum, *arguments)
+        blocked.ema_update_(cluster_size, codebook, *arguments)
     else:
         from vqtriton.kernels import ema_update as kernel
 
         tiles = _tiles("ema_update", codebook, codebook.shape[0])
-        kernel.ema_update_(cluster_size, codebook, embed_sum, *arguments, config=tiles)
+        kernel.ema_update_(cluster_size, codebook, *arguments, config=tiles)
     # whoever saved one of them for backward is to be told that it has changed
-    changed = (cluster_size, codebook) if embed_sum is None else (cluster_size, codebook, embed_sum)
-    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+    changed = [t for t in (cluster_size, codebook) if not t.is_inference()]
+    torch.autograd.graph.increment_version(changed)
 
 
 def _ema_update_fake(*args: object) -> None:
@@ -300,13 +314,20 @@ def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
 
 
 def _vector_quantize_fake(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, precision: str, backend: str
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    prepared: Sequence[Tensor],
+    commitment_weight: float,
+    codebook_weight: float,
+    precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape[0], dtype=torch.int64),
         # not new_empty, which would keep the order of x's strides
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
         x.new_empty(x.shape[0], dtype=screen_dtype(x, codebook)),
+        x.new_empty(x.shape[0], dtype=torch.int64),
     )
 
 
@@ -349,6 +370,17 @@ for _name, _implementation, _fake in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
+
+
+def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Gives an op the derivative of a function that has the same arguments."""
+    torch.library.register_autograd(
+        f"vqtriton::{name}",
+        function.backward,
+        setup_context=function.setup_context,
+        lib=_library,
+    )
+
 
 nearest_code = torch.ops.vqtriton.nearest_code.default
 nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared

@@ -8,14 +8,20 @@ from typing import Any, get_type_hints
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqtriton import clustering, distributed, ops
-from vqtriton.functional import check_arguments, code_sums, gather, snapshot, vector_quantize
+from vqtriton import ops
+from vqtriton.codebooks import Codebook, check_number
+from vqtriton.functional import REDUCTIONS, gather, snapshot, vector_quantize
 from vqtriton.reference import Quantized
-from vqtriton.screening import finite_rows
 
 CODEBOOK_UPDATES = ("ema", "gradient")
+# arguments of version 0.1.0 that are no more
+RETIRED = ("eps",)
+INTEGERS = (
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -29,18 +35,14 @@ def check_config(config: dict[str, Any]) -> None:
         if name == "return":
             continue
         value = config[name]
-        # True is an int to Python, 1 a float to everybody
-        fits = isinstance(value, int | float if kind is float else kind)
-        if not fits or isinstance(value, bool) != (kind is bool):
+        if kind in (int, float):
+            least = 1 if name in ("dim", "codebook_size") else 0
+            check_number(name, value, kind, least, 1 if name == "decay" else None)
+        elif not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
-        least = 1 if name in ("dim", "codebook_size") else 0
-        # float32, as the statistics and the loss that it is for
-        if kind in (int, float) and not least <= value <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{name} is {value!r:.80}; it must be finite and at least {least}")
-    if config["decay"] > 1:
-        raise ValueError(f"decay is {config['decay']}; it must be in [0, 1]")
     for name, known in (
         ("codebook_update", CODEBOOK_UPDATES),
+        ("reduction", REDUCTIONS),
         ("precision", ops.PRECISIONS),
         ("backend", ops.BACKENDS),
     ):
@@ -50,7 +52,7 @@ def check_config(config: dict[str, Any]) -> None:
             )
 
 
-class VectorQuantize(nn.Module):
+class VectorQuantize(Codebook):
     """Replaces vectors by the nearest of K learned codes.
 
     Defaults are those of the VQ-VAE paper. Where vector-quantize-pytorch's differ it is said below.
@@ -61,13 +63,14 @@ class VectorQuantize(nn.Module):
         codebook_update: "ema": codes are moving averages of the vectors that chose them (appendix
             A.1 of the paper). "gradient": codes are parameters, pulled by the codebook term of the
             loss (vector-quantize-pytorch: ``learnable_codebook=True, ema_update=False``).
-        decay: of the moving averages, in [0, 1] (vector-quantize-pytorch: 0.8).
-        eps: Laplace smoothing of the cluster sizes, in rows.
+        decay: of the moving averages, in [0, 1] (vector-quantize-pytorch: 0.8). May be set at any
+            time, by a schedule; so may ``threshold_ema_dead_code``.
         commitment_weight: β (vector-quantize-pytorch: 1.0).
         codebook_weight: weight of the codebook term; of no effect with "ema".
-        kmeans_init: start from k-means of the first batch that is trained on, over all ranks.
-            Otherwise codes start uniform in ±1/K. With ``torch.compile(fullgraph=True)``, take
-            the first step uncompiled.
+        reduction: of the loss, see `vqtriton.vector_quantize`.
+        kmeans_init: start from k-means of the first batch that is trained on, over all ranks; until
+            then the codes are zeros. Otherwise codes start uniform in ±1/K. With
+            ``torch.compile(fullgraph=True)``, take the first step uncompiled.
         kmeans_iters: iterations of that.
         threshold_ema_dead_code: replace a code by a random vector of the batch when the moving
             average of the rows that choose it, per step over all ranks, falls below this; 0 is
@@ -79,23 +82,26 @@ class VectorQuantize(nn.Module):
         precision: see `vqtriton.nearest_code`.
         backend: see `vqtriton.nearest_code`.
 
-    In training mode a forward changes the codebook. So under activation checkpointing, which runs
-    it again in backward, choose codes outside the checkpointed part, or the second run chooses
-    from other codes than the first and the gradients are wrong.
+    In training mode a forward changes the codebook. Activation checkpointing runs a forward again
+    in backward, so there it is refused: choose codes outside the checkpointed part.
 
     Attributes:
-        codebook: [K, D] float32. It and the statistics stay float32 whatever the module is cast
-            to, since a moving average stalls in half precision.
-        cluster_size: [K] float32, moving average of the rows per code.
-        embed_sum: [K, D] float32, moving average of their sums ("ema" only).
+        codebook: [K, D] float32, whatever the module is cast to, since a moving average stalls in
+            half precision. The next step goes on from the codes that it finds here, whoever wrote
+            them.
+        cluster_size: [K] float32, moving average of the rows per code and step.
+        frozen: True keeps codebook and statistics as they are, in training mode as well. So does
+            ``requires_grad_(False)`` on a "gradient" codebook.
+        is_initialized: [] bool, whether there are codes. ``is_initialized.fill_(False)`` starts
+            anew.
+
+    Example:
+        >>> vq = vqtriton.VectorQuantize(64, 512, kmeans_init=True)
+        >>> quantized, indices, loss = vq(x)  # x [..., 64]
+        >>> loss.backward()
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937.
     """
-
-    codebook: Tensor
-    cluster_size: Tensor
-    embed_sum: Tensor
-    is_initialized: Tensor
 
     def __init__(
         self,
@@ -104,9 +110,9 @@ class VectorQuantize(nn.Module):
         *,
         codebook_update: str = "ema",
         decay: float = 0.99,
-        eps: float = 1e-5,
         commitment_weight: float = 0.25,
         codebook_weight: float = 1.0,
+        reduction: str = "mean",
         kmeans_init: bool = False,
         kmeans_iters: int = 10,
         threshold_ema_dead_code: float = 0,
@@ -116,49 +122,49 @@ class VectorQuantize(nn.Module):
         precision: str = "exact",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.codebook_size = codebook_size
-        self.codebook_update = codebook_update
-        self.decay = decay
-        self.eps = eps
+        arguments = locals()
+        check_config({name: arguments[name] for name in PARAMETERS})
+        super().__init__(
+            dim,
+            codebook_size,
+            codebook_update=codebook_update,
+            decay=decay,
+            kmeans_init=kmeans_init,
+            kmeans_iters=kmeans_iters,
+            threshold_ema_dead_code=threshold_ema_dead_code,
+            sync_codebook=sync_codebook,
+            backend=backend,
+        )
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
-        self.kmeans_init = kmeans_init
-        self.kmeans_iters = kmeans_iters
-        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.reduction = reduction
         self.channel_last = channel_last
         self.accept_image_fmap = accept_image_fmap
-        self.sync_codebook = sync_codebook
         self.precision = precision
-        self.backend = backend
 
-        check_config(self.config)
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> VectorQuantize:
+        """The module that a `config` describes, also one of an earlier version.
 
-        codebook = torch.empty(codebook_size, dim, dtype=torch.float32)
-        codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
-        if codebook_update == "gradient":
-            self.codebook = nn.Parameter(codebook)
-        else:
-            self.register_buffer("codebook", codebook)
-            self.register_buffer("embed_sum", codebook.clone())
-        # one row each: the averages and the codebook agree from the first step
-        self.register_buffer("cluster_size", torch.ones(codebook_size, dtype=torch.float32))
-        self.register_buffer("is_initialized", torch.tensor(not kmeans_init))
-        # what `is_initialized` was found to be, so that steps need not wait for the device
-        self._known_initialized = not kmeans_init
-        self._is_broadcast = False
+        Raises:
+            TypeError, ValueError: it describes none.
+        """
+        return cls(**{name: value for name, value in config.items() if name not in RETIRED})
 
     @property
     def config(self) -> dict[str, Any]:
         """The keyword arguments that build this module."""
-        return {name: getattr(self, name) for name in inspect.signature(VectorQuantize).parameters}
+        return {name: getattr(self, name) for name in PARAMETERS}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        freeze_codebook: bool = False,
+        lens: Tensor | None = None,
     ) -> Quantized:
         """Quantizes; in training mode the codebook learns as well.
 
@@ -166,7 +172,10 @@ class VectorQuantize(nn.Module):
             x: [..., D], or [B, D, ...], or [B, D, H, W]: see ``channel_last`` and
                 ``accept_image_fmap``.
             mask: shape of the indices, bool, True for the vectors that count.
-            freeze_codebook: leave codebook and statistics as they are.
+            freeze_codebook: leave codebook and statistics as they are, in this call; the attribute
+                ``frozen`` does so in all.
+            lens: [B] int, in place of a mask: how many vectors of each sequence count, the first
+                ones. x is [B, N, D], or [B, D, N].
 
         Returns:
             ``(quantized, indices, loss)`` as of `vqtriton.vector_quantize`; ``quantized`` in the
@@ -174,42 +183,53 @@ class VectorQuantize(nn.Module):
 
         Raises:
             ValueError, TypeError: see `vqtriton.vector_quantize`.
+            RuntimeError: run again in backward, under activation checkpointing, while it learns.
         """
         vectors = self._channels_last(x)
-        learns = self.training and not freeze_codebook
-        is_gradient = self.codebook_update == "gradient"
+        if lens is not None:
+            mask = mask_of_lengths(lens, vectors, mask)
+        is_held = freeze_codebook or self._is_held()
+        learns = self.training and not is_held
+        changes = learns and self._changes_in_forward()
+        if changes and not torch.compiler.is_compiling():
+            refuse_in_backward()
         if learns:
-            self._prepare(vectors, mask)
-        codebook = self.codebook
-        if freeze_codebook:
-            codebook = codebook.detach()
-        elif learns and (not is_gradient or self.threshold_ema_dead_code > 0):
+            self._start(vectors, mask)
+        else:
+            self._look()
+        codebook = self.codebook.detach() if is_held else self.codebook
+        if changes:
             # backward needs the codes that were chosen from, not what the update makes of them
             codebook = snapshot(codebook)
+        is_gradient = self.codebook_update == "gradient"
         quantized, indices, loss = vector_quantize(
             vectors,
-            codebook,
+            codebook if learns or codebook.requires_grad else self._kept(codebook),
             commitment_weight=self.commitment_weight,
-            codebook_weight=self.codebook_weight if is_gradient and not freeze_codebook else 0.0,
+            codebook_weight=self.codebook_weight if is_gradient and not is_held else 0.0,
+            reduction=self.reduction,
             mask=mask,
             precision=self.precision,
             backend=self.backend,
         )
-        if learns and (not is_gradient or self.threshold_ema_dead_code > 0):
+        if changes:
             self._update(vectors.detach().reshape(-1, self.dim), indices.reshape(-1))
         return Quantized(self._channels_back(quantized), indices, loss)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """[...] int64 -> [..., D] float32; zeros where the index is -1.
+        """[...] of any integer dtype -> [..., D] float32; zeros where the index is -1.
 
         Raises:
             TypeError: ``indices`` is not an integer tensor.
             IndexError: an index outside [-1, K) (on a GPU a device-side assertion).
         """
-        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
-            kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-            raise TypeError(f"indices is {kind}; it must be an int64 tensor")
-        if indices.device.type == "cpu" and indices.numel() > 0:
+        is_tensor = isinstance(indices, Tensor)
+        if not is_tensor or indices.dtype not in INTEGERS:
+            kind = indices.dtype if is_tensor else type(indices).__name__
+            raise TypeError(f"indices is {kind}; it must be a tensor of integers")
+        indices = indices.long()
+        is_readable = indices.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_readable and indices.numel() > 0:
             low, high = indices.aminmax()
             if low < -1 or high >= self.codebook_size:
                 raise IndexError(
@@ -243,96 +263,41 @@ class VectorQuantize(nn.Module):
             return rearrange(x, "b ... d -> b d ...")
         return x
 
-    def _prepare(self, vectors: Tensor, mask: Tensor | None) -> None:
-        """Before the first step: the same codebook on every rank, from data if asked for."""
-        must_broadcast = (
-            self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
-        )
-        if self._known_initialized and not must_broadcast:
-            return
-        # before anything changes or other ranks are waited for
-        check_arguments(
-            vectors, self.codebook, mask, precision=self.precision, backend=self.backend
-        )
-        if must_broadcast:
-            with torch.no_grad():
-                # not state_dict(): FSDP2 has hooks on it that put the shards back
-                distributed.broadcast_([*self.parameters(), *self.buffers()])
-            self._is_broadcast = True
-            self._known_initialized = bool(self.is_initialized)
-        if not self._known_initialized:
-            self._init_from_data(vectors.detach(), mask)
 
-    @torch.no_grad()
-    def _init_from_data(self, vectors: Tensor, mask: Tensor | None) -> None:
-        rows = vectors.reshape(-1, self.dim) if mask is None else vectors[mask]
-        codebook, counts, has_rows = clustering.lloyd(
-            clustering.Rows(rows),
-            self.codebook_size,
-            self.kmeans_iters,
-            sync=self.sync_codebook,
-            backend=self.backend,
-        )
-        if not has_rows:
-            # no row on any rank: the next batch may have some
-            return
-        self.codebook.copy_(codebook)
-        if self.codebook_update == "ema":
-            self.cluster_size.copy_(counts.clamp(min=1))
-            self.embed_sum.copy_((codebook * self.cluster_size[:, None]).nan_to_num_(0))
-        self.is_initialized.fill_(True)
-        self._known_initialized = True
+PARAMETERS = tuple(inspect.signature(VectorQuantize).parameters)
 
-    @torch.no_grad()
-    def _update(self, rows: Tensor, indices: Tensor) -> None:
-        """One step of the statistics, and of what follows from them."""
-        is_ema = self.codebook_update == "ema"
-        revives = self.threshold_ema_dead_code > 0
-        local = list(code_sums(rows, indices, self.codebook_size, backend=self.backend))
-        if revives:
-            keep = (indices >= 0) & finite_rows(rows)
-            local += distributed.sample_rows(
-                rows, self.codebook_size, keep=keep, sync=self.sync_codebook
+
+def mask_of_lengths(lens: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, N] bool, True for the first lens[b] of the vectors [B, N, D] of each sequence."""
+    if mask is not None:
+        raise ValueError("mask and lens are both given; give one of them")
+    if not isinstance(lens, Tensor) or lens.dtype not in INTEGERS:
+        kind = lens.dtype if isinstance(lens, Tensor) else type(lens).__name__
+        raise TypeError(f"lens is {kind}; it must be a tensor of integers")
+    if vectors.ndim != 3 or lens.shape != vectors.shape[:1]:
+        raise ValueError(
+            f"lens has shape {tuple(lens.shape)} and the vectors {tuple(vectors.shape)}; they "
+            "must be [B] and [B, N, D]"
+        )
+    lens = lens.to(vectors.device, torch.int64)
+    if lens.device.type == "cpu" and not torch.compiler.is_compiling() and lens.numel() > 0:
+        low, high = lens.aminmax()
+        if low < 0 or high > vectors.shape[1]:
+            raise ValueError(
+                f"lens has values from {low} to {high}; they must be in [0, {vectors.shape[1]}]"
             )
-        sums, counts, *drawn = distributed.all_reduce(local, sync=self.sync_codebook)
+    places = torch.arange(vectors.shape[1], dtype=torch.int64, device=vectors.device)
+    return places < lens[:, None]
 
-        ops.ema_update_(
-            self.cluster_size,
-            self.codebook,
-            self.embed_sum if is_ema else None,
-            counts,
-            sums,
-            *(drawn or (None, None)),
-            self.decay,
-            self.eps,
-            self.threshold_ema_dead_code,
-            self.backend,
+
+def refuse_in_backward() -> None:
+    """
+    Raises:
+        RuntimeError: this is called by a backward.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "VectorQuantize learns in forward, and activation checkpointing runs forward again in "
+            "backward, where it would choose from other codes and learn twice: leave it out of "
+            "the checkpointed part, or freeze it (vq.frozen = True)"
         )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP2 sets a shard in place of the parameter. Forward then sees a copy, gathered from the
-        # shards, and what it changes there is lost; the optimizer's steps are not.
-        if name == "codebook" and hasattr(value, "device_mesh"):
-            for option, used in (
-                ("threshold_ema_dead_code", self.threshold_ema_dead_code > 0),
-                ("kmeans_init", not self._known_initialized),
-            ):
-                if used:
-                    raise ValueError(
-                        f"{option} changes the codebook in forward, so that one which is a "
-                        "parameter cannot be sharded; pass ignored_params={vq.codebook} to "
-                        'fully_shard, or use codebook_update="ema"'
-                    )
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantize:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._known_initialized = bool(self.is_initialized)

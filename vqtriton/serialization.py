@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,6 +36,11 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"vq.{name} holds NaN or infinity; the file would be of no use")
     # an attribute may have been set since it was built
     check_config(vq.config)
+    if not vq.is_initialized:
+        warnings.warn(
+            "vq has no codes yet: the file will be of a quantizer that waits for its k-means start",
+            stacklevel=2,
+        )
     # a single entry: safetensors writes several in any order, and equal modules give equal files
     metadata = {FORMAT: json.dumps({"version": __version__, **vq.config})}
     target = Path(path)
@@ -54,7 +60,9 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> VectorQuantize:
-    """Builds the quantizer that `save` wrote, in training mode as a new module is.
+    """Builds the quantizer that `save` wrote, in evaluation mode: ``load(path).train()`` goes on.
+
+    Files of earlier versions load as well.
 
     Raises:
         FileNotFoundError: no such file.
@@ -78,7 +86,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ve
         )
     vq = _build(path, metadata[FORMAT], tensors)
     vq.load_state_dict(tensors)
-    return vq.to(device)
+    return vq.to(device).eval()
 
 
 def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> VectorQuantize:
@@ -90,11 +98,16 @@ def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> VectorQ
         arguments.pop("version", None)
         # on the meta device a lie about the size costs no memory
         with torch.device("meta"):
-            skeleton = VectorQuantize(**arguments)
+            skeleton = VectorQuantize.from_config(arguments)
     # RuntimeError: sizes beyond any memory, JSON nested beyond the stack
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} has a configuration that builds no module: {error}") from error
     expected = skeleton.state_dict()
+    # an earlier version kept these beside them
+    retired = {"is_initialized": torch.empty((), dtype=torch.bool, device="meta")}
+    if skeleton.codebook_update == "ema":
+        retired["embed_sum"] = skeleton.codebook
+    expected |= {name: tensor for name, tensor in retired.items() if name in tensors}
     if tensors.keys() != expected.keys():
         raise ValueError(f"{path} holds {sorted(tensors)}; expected {sorted(expected)}")
     for name, tensor in tensors.items():
@@ -108,4 +121,4 @@ def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> VectorQ
             raise ValueError(f"{path}: {name} holds NaN or infinity")
     # its random codes are overwritten: they must not cost the caller random numbers
     with torch.random.fork_rng(devices=[]):
-        return VectorQuantize(**arguments)
+        return VectorQuantize.from_config(arguments)

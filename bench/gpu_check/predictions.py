@@ -93,16 +93,17 @@ def step_stages(shape: Shape, device: Cpu | Cuda, repeats: int) -> dict[str, flo
     torch.manual_seed(0)
     rows, size, dim = shape.num_rows, shape.codebook_size, shape.dim
     x = torch.randn(rows, dim, device=device.device).half()
-    codebook, averages = (torch.randn(size, dim, device=device.device) for _ in range(2))
+    codebook = torch.randn(size, dim, device=device.device)
     indices = torch.randint(size, (rows,), device=device.device)
     grad_loss, counts = (torch.ones(n, device=device.device) for n in (rows, size))
     of_loss = (grad_loss, x, codebook, indices, 1.0, "triton")
-    update = (counts.clone(), codebook.clone(), averages, counts, codebook, None, None)
+    rates = torch.tensor([0.01, 0.0], device=device.device)
+    update = (counts.clone(), codebook.clone(), counts, codebook, None, None, rates)
     steps: dict[str, Callable[[], object]] = {
         "sums": lambda: ops.code_sums(x, indices, size, "triton"),
         "grad_x": lambda: ops.grad_x(x, *of_loss),
         "grad_codebook": lambda: ops.grad_codebook(*of_loss),
-        "ema_update": lambda: ops.ema_update_(*update, 0.99, 1e-5, 0.0, "triton"),
+        "ema_update": lambda: ops.ema_update_(*update, "triton"),
     }
     return {name: median(step, device, repeats) for name, step in steps.items()}
 

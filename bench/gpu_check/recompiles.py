@@ -72,15 +72,13 @@ def works(dim: int, device: torch.device) -> dict[str, Callable[[int], object]]:
         (of_codes,), (counts,) = sums(rows)
         rows_per_code = counts.float()
         ema_update_(
-            *(t.clone() for t in (rows_per_code, codebook, of_codes)),
+            *(t.clone() for t in (rows_per_code, codebook)),
             rows_per_code,
             of_codes,
             # what may stand for a dead code, all of it there
             codebook,
             torch.ones_like(rows_per_code),
-            decay=0.9,
-            eps=1e-5,
-            threshold=0.5,
+            torch.tensor([0.1, 0.5], device=device),
         )
 
     return {

@@ -22,8 +22,6 @@ class Training:
         ).to(device)
         with torch.no_grad():
             self.module.codebook.normal_()
-            if update == "ema":
-                self.module.embed_sum.copy_(self.module.codebook)
         self._start = self.state()
         # what `torch.compile` replaces
         self.forward = self.module.__call__

@@ -203,7 +203,7 @@ def step_bytes(shape: Shape, element_size: int) -> dict[str, int]:
     passes read and write a key (of as many bytes as hold K) and a place of 8 bytes.
     grad_x: x, what comes back and what goes on, indices; the codes come out of L2.
     grad_codebook: as sums, and a gradient of 4 bytes a row.
-    ema_update: codes, averages (read and written), sums of the batch.
+    ema_update: codes (read and written), sums of the batch.
     """
     rows, size = shape.num_rows, shape.codebook_size
     vectors, codes = rows * shape.dim * element_size, 4 * size * shape.dim
@@ -213,7 +213,7 @@ def step_bytes(shape: Shape, element_size: int) -> dict[str, int]:
         "sums": sort + 8 * rows + vectors + codes,
         "grad_x": 3 * vectors + 8 * rows,
         "grad_codebook": sort + 12 * rows + vectors + 2 * codes,
-        "ema_update": 4 * codes + codes,
+        "ema_update": 3 * codes,
     }
 
 

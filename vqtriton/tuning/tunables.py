@@ -281,15 +281,15 @@ def ema_update_candidates(dim: int) -> list[Any]:
 def run_ema_update(statistics: tuple[Tensor, ...], config: Any) -> tuple[Tensor, ...]:
     """In place: a step without samples for dead codes, and one with."""
     _step_twice(partial(ema_update.ema_update_, config=config), statistics)
-    return statistics[:3]
+    return statistics[:2]
 
 
 def _step_twice(step: Callable[..., None], statistics: tuple[Tensor, ...]) -> None:
-    size, codebook, embed_sum, counts, sums = statistics
-    step(size, codebook, embed_sum, counts, sums, None, None, 0.5, 1e-5, 0.0)
+    size, codebook, counts, sums = statistics
+    rates = torch.tensor([0.5, 1.6], dtype=torch.float32, device=size.device)
+    step(size, codebook, counts, sums, None, None, rates)
     # cluster sizes are quarters from 0.5 to 2.75: about half are dead
-    samples, is_filled = sums + 1, (counts > 0).float()
-    step(size, codebook, embed_sum, counts, sums, samples, is_filled, 0.5, 1e-5, 1.6)
+    step(size, codebook, counts, sums, sums + 1, (counts > 0).float(), rates)
 
 
 def ema_update_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
@@ -300,7 +300,7 @@ def ema_update_launches(problem: Problem, target: str, config: Any) -> list[Laun
         launch
         for drawn in ((None, None), (codebook, size))
         for launch in launches_of(
-            ema_update, ema_update.ema_update_, *statistics, *drawn, 0.99, 1e-5, 1.0, config=config
+            ema_update, ema_update.ema_update_, *statistics, *drawn, torch.ones(2), config=config
         )
     ]
 
@@ -310,16 +310,16 @@ def ema_update_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     _step_twice(blocked.ema_update_, statistics)
     return all(
         torch.allclose(got, want, rtol=32 * 2.0**-24, atol=32 * 2.0**-24)
-        for got, want in zip(results, statistics[:3], strict=True)
+        for got, want in zip(results, statistics[:2], strict=True)
     )
 
 
-def prepare_ema_update(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sizes, codes and averages as they were; counts and sums of a batch."""
+def prepare_ema_update(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sizes and codes as they were; counts and sums of a batch."""
     codebook = inputs.codebook
     counts = torch.arange(len(codebook), device=codebook.device).remainder(5).float()
-    sums = codebook * counts[:, None]
-    return torch.ones_like(counts), codebook.clone(), codebook.clone(), counts, sums
+    sums = (codebook + 1) * counts[:, None]
+    return torch.ones_like(counts), codebook.clone(), counts, sums
 
 
 TUNABLES = {

@@ -52,18 +52,18 @@ def warmup(
         trial.sync_codebook = False
         for shape in shapes:
             x = torch.randn(tuple(shape), device=device).to(dtype).requires_grad_()
+            # forward itself: hooks of the module are not for this. Training first, which may have to
+            # start the codebook
             mask = None
-            # forward itself: hooks of the module are not for this
-            with torch.no_grad():
-                indices = trial.eval().forward(x).indices
-                if has_mask:
-                    mask = torch.ones_like(indices, dtype=torch.bool)
-                    trial.forward(x, mask)
-            with torch.enable_grad():
-                quantized, _, loss = trial.train().forward(x, mask)
-                leaves = [leaf for leaf in (x, *trial.parameters()) if leaf.requires_grad]
-                # contiguous, as those of a decoder: kernels are compiled for strides
-                upstream = [torch.ones_like(quantized), torch.ones_like(loss)]
-                torch.autograd.grad([quantized, loss], leaves, upstream, allow_unused=True)
+            for _ in range(1 + has_mask):
+                with torch.enable_grad():
+                    quantized, indices, loss = trial.train().forward(x, mask)
+                    leaves = [leaf for leaf in (x, *trial.parameters()) if leaf.requires_grad]
+                    # contiguous, as those of a decoder: kernels are compiled for strides
+                    upstream = [torch.ones_like(quantized), torch.ones_like(loss)]
+                    torch.autograd.grad([quantized, loss], leaves, upstream, allow_unused=True)
+                with torch.no_grad():
+                    trial.eval().forward(x, mask)
+                mask = torch.ones_like(indices, dtype=torch.bool)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
