@@ -57,7 +57,10 @@ def test_bad_rows_are_left_out() -> None:
 
 def test_fewer_rows_than_codes() -> None:
     x = torch.randn(3, 4)
-    codebook = vqtriton.kmeans(x, 8)
+    with pytest.warns(
+        UserWarning, match="5 of 8 codes are copies of others or unused: x has fewer"
+    ):
+        codebook = vqtriton.kmeans(x, 8)
     assert codebook.shape == (8, 4)
     assert vqtriton.metrics.quantization_error(x, codebook[vqtriton.nearest_code(x, codebook)]) == 0
 
@@ -227,7 +230,8 @@ def test_plus_plus_finds_what_is_far_apart() -> None:
 
 def test_plus_plus_starts_from_rows_even_if_there_are_few() -> None:
     x = torch.randn(3, 4).repeat(5, 1)
-    codebook = vqtriton.kmeans(x, 8, 2, generator(), init="k-means++")
+    with pytest.warns(UserWarning, match="5 of 8 codes"):
+        codebook = vqtriton.kmeans(x, 8, 2, generator(), init="k-means++")
     assert codebook.unique(dim=0).shape[0] == 3
     assert inertia(x, codebook) == 0
 
@@ -292,9 +296,53 @@ def test_rows_whose_sum_overflows_leave_codes_finite() -> None:
 def test_an_empty_cluster_never_starts_from_a_row_that_is_a_code() -> None:
     # integers, of which the means are exact
     x = torch.tensor([[1.0, 2, 3], [7, 0, -2], [5, 5, 5], [0, -9, 4]]).repeat(50, 1)
-    codebook = vqtriton.kmeans(x, 10, 6, generator())
+    with pytest.warns(UserWarning, match="6 of 10 codes"):
+        codebook = vqtriton.kmeans(x, 10, 6, generator())
     assert inertia(x, codebook) == 0
     assert (codebook[:, None] == x[:4]).all(-1).any(1).all()
+
+
+def iterations(x: torch.Tensor, *args, **options) -> tuple[int, torch.Tensor]:
+    """How many k-means took until it settled, and the codebook."""
+    seen = []
+    codebook = vqtriton.kmeans(x, *args, callback=lambda *row: seen.append(row), **options)
+    return len(seen), codebook
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [13, 1000])
+def test_equal_rows_settle_at_once(count, dtype) -> None:
+    x = torch.full((count, 1), 0.1, dtype=dtype)
+    with pytest.warns(UserWarning, match="1 of 2 codes"):
+        took, codebook = iterations(x, 2, iters=25)
+    assert took == 1
+    assert (codebook == x[0].float()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_distinct_rows_settle(dtype) -> None:
+    """In float64 too, where most rows are at a distance from the float32 code that they are."""
+    others = torch.randn(200, 3, dtype=torch.float64).to(dtype)
+    x = torch.cat([torch.full((3000, 3), 0.1, dtype=dtype), others])
+    x = x[torch.randperm(len(x), generator=generator())]
+    with pytest.warns(UserWarning, match="55 of 256 codes are .* \\(256\\)") as warned:
+        took, codebook = iterations(x, 256, iters=100, generator=generator())
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert took < 12
+    assert codebook.unique(dim=0).shape[0] <= 256
+    found = codebook[vqtriton.reference.nearest_code(x, codebook)]
+    assert torch.equal(found, x.float())
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_few_rows_are_told_of_without_an_iteration(init) -> None:
+    x = torch.randn(5, 2)[torch.arange(7) % 5]
+    with pytest.warns(UserWarning, match="3 of 8 codes"):
+        vqtriton.kmeans(x, 8, 0, init=init)
+    # no warning where every row has a code of its own
+    vqtriton.kmeans(x, 4, 0, init=init)
+    vqtriton.kmeans(x[:5], 5, 3, init=init)
 
 
 @pytest.mark.parametrize("block_rows", [64, 1 << 20])

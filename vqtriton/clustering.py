@@ -7,14 +7,15 @@ reads them block by block and ends with one collective.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqtriton import distributed
-from vqtriton.functional import check_x, code_sums, vector_quantize
+from vqtriton import distributed, ops
+from vqtriton.functional import check_x, vector_quantize
 from vqtriton.screening import finite_rows
 
 Batches = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
@@ -42,8 +43,8 @@ def kmeans(
 
     The same codebook for a seed, bit for bit, however the rows are divided into batches. It ends
     before ``iters`` where an iteration changes nothing. A code that no row chose starts anew from
-    a row, drawn with a probability in proportion to its squared distance to its code; where every
-    row is a code already, it stays where it is.
+    a row, drawn with a probability in proportion to its squared distance to its code. Where every
+    row is a code already, it stays where it is, and a warning says so at the end.
 
     Args:
         x: vectors, [..., D]; or batches of them: an iterable that can be read again (a list, a
@@ -51,7 +52,8 @@ def kmeans(
             and must give the same rows each time, in the same order. Rows that are not finite are
             left out. Squared distances are float32: what is less than 1e-19 apart is not, and
             what is more than 1e19 apart is infinitely far.
-        codebook_size: K >= 1. With fewer rows than codes, some codes are equal.
+        codebook_size: K >= 1. With fewer distinct rows than codes, some codes are copies of others
+            or are chosen by no row.
         iters: Lloyd iterations, >= 0.
         generator: source of all draws, on the device of the computation; torch's own by default.
             Ranks may have equal seeds: each draws numbers of its own.
@@ -74,6 +76,10 @@ def kmeans(
         TypeError: a batch is not a float tensor, ``x`` can be read only once, or a number is not
             an int.
         RuntimeError: another rank failed (``sync``).
+
+    Warns:
+        UserWarning: x has fewer distinct rows than codes. With ``iters=0`` only if there are so
+            few rows that all of them were looked at.
 
     References: Lloyd 1982; Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful
     Seeding"; weighted draws: Efraimidis and Spirakis 2006.
@@ -232,11 +238,11 @@ def lloyd(
     drawn = Reservoir(places, source)
     with distributed.together(sync=sync) as agreement:
         for block in rows:
-            drawn.add(block, torch.ones(len(block), device=block.device))
+            drawn.add(block, torch.ones(len(block), dtype=torch.float32, device=block.device))
     dim = agreement.settle(rows.dim, rows.device)
     if not dim:
-        nothing = torch.zeros(codebook_size, device=rows.device)
-        return Clusters(nothing[:, None], nothing, False)
+        nothing = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
+        return Clusters(nothing[:, None].float(), nothing, False)
 
     samples, is_filled = distributed.draw(*drawn.take(dim, rows.device), places, sync=sync)
     everywhere = torch.ones(codebook_size, dtype=torch.bool, device=rows.device)
@@ -248,6 +254,10 @@ def lloyd(
         codebook = plus_plus(samples[is_filled], codebook_size, source)
         if sync:
             distributed.broadcast_([codebook])
+    # codes without a row of their own, as far as one can tell
+    num_spare: Tensor | int = 0
+    if iters == 0 and not is_filled.all():
+        num_spare = codebook_size - samples[is_filled].unique(dim=0).shape[0]
 
     called = distributed.Agreement(sync)
     for iteration in range(iters):
@@ -260,10 +270,17 @@ def lloyd(
             called.raise_own()
             for block in rows:
                 sq_error, indices = assign(block, codebook, backend)
-                of_block, of_codes = code_sums(block, indices, codebook_size, backend=backend)
+                # not rounded before they are divided: the mean of equal rows is that row
+                of_block, of_codes = ops.code_sums(
+                    block, indices, codebook_size, backend, deterministic=True, double=True
+                )
                 sums += of_block
                 counts += of_codes
                 inertia += sq_error.sum()
+                if block.dtype == torch.float64:
+                    # codes are float32: from a row that is one when rounded, no other can start
+                    is_code = (block.float() == codebook[indices]).all(1)
+                    sq_error = sq_error.masked_fill(is_code, 0)
                 far.add(block, sq_error)
         sums, counts, inertia, failed = distributed.all_reduce(
             (sums, counts, inertia, agreement.failed(rows.device)), sync=sync, dtype=torch.float64
@@ -275,10 +292,13 @@ def lloyd(
         is_mean = ~is_empty[:, None] & means.isfinite()
         updated = torch.where(is_mean, means, codebook)
         num_empty = int(is_empty.sum())
+        num_spare = 0
         if num_empty:
             fresh, is_filled = distributed.draw(
                 *far.take(dim, rows.device), codebook_size, sync=sync
             )
+            # rows that are no code yet; each code that is not empty has one row at most besides
+            num_spare = num_empty - is_filled.sum()
             fresh, is_fresh = distributed.take_filled(fresh, is_filled, is_empty)
             updated = torch.where(is_fresh[:, None], fresh, updated)
         with distributed.together(sync=sync) as called:
@@ -290,6 +310,14 @@ def lloyd(
             break
     (failed,) = distributed.all_reduce([called.failed(rows.device)], sync=sync)
     called.raise_if(failed)
+    # on every rank: where warnings are errors, none may go on alone
+    if num_spare > 0:
+        warnings.warn(
+            f"{int(num_spare)} of {codebook_size} codes are copies of others or unused: x has "
+            f"fewer distinct rows than codebook_size ({codebook_size})",
+            # whoever called `kmeans`
+            stacklevel=4,
+        )
     return Clusters(codebook, counts, True)
 
 
@@ -346,7 +374,7 @@ class Reservoir:
         """[n] float64 keys, the largest first, and [n, D] float32, their rows."""
         if self._held is None:
             keys = torch.zeros(0, dtype=torch.float64, device=device)
-            return keys, torch.zeros(0, dim, device=device)
+            return keys, torch.zeros(0, dim, dtype=torch.float32, device=device)
         return self._held
 
 
@@ -365,7 +393,7 @@ def plus_plus(rows: Tensor, codebook_size: int, source: distributed.Source) -> T
         return distances.where(distances > least * scale, 0)
 
     trials = min(count, 2 + int(math.log(codebook_size)))
-    chosen = torch.arange(codebook_size, device=rows.device) % count
+    chosen = torch.arange(codebook_size, dtype=torch.int64, device=rows.device) % count
     closest = sq_distances(chosen[:1])[0]
     for place in range(1, codebook_size):
         keys, drawn = weighted_keys(closest, source).topk(trials)
