@@ -158,8 +158,8 @@ def chunk_sums_kernel(
 
         total, count = tl.sum(sums, 0), tl.sum(counts, 0)
         if is_only:
-            total = total.to(sums_ptr.dtype.element_ty)
-            tl.store(sums_ptr + segment * D + offs_d, total, mask=dim_mask)
+            rounded = total.to(sums_ptr.dtype.element_ty)
+            tl.store(sums_ptr + segment * D + offs_d, rounded, mask=dim_mask)
             tl.store(counts_ptr + segment, count)
         else:
             tl.store(partial_ptr + chunk * D + offs_d, total, mask=dim_mask)

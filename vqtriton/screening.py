@@ -95,3 +95,8 @@ def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> Bo
         distances=SLACK * (dim + 4) * U64,
         tiny=TINY[dtype],
     )
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on ``device`` can be float64; on Apple's GPUs (MPS) they cannot."""
+    return device.type != "mps"
