@@ -68,7 +68,12 @@ def atomic_sums_kernel(
 
 
 def atomic_sums(
-    x: Tensor, indices: Tensor, codebook_size: int, *, config: AtomicSumsConfig | None = None
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    *,
+    double: bool = False,
+    config: AtomicSumsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum and number of the rows of each code.
 
@@ -77,10 +82,11 @@ def atomic_sums(
             out.
         indices: [H, N] int64; rows with an index outside [0, K) are left out.
         codebook_size: K.
+        double: leave the sums in float64, as they were added.
         config: tiles.
 
     Returns:
-        sums, [H, K, D] float32; counts, [H, K] int64.
+        sums, [H, K, D] float32, or float64 with ``double``; counts, [H, K] int64.
     """
     heads, num_rows, dim = x.shape
     config = config or AtomicSumsConfig()
@@ -106,4 +112,4 @@ def atomic_sums(
                 enable_fp_fusion=True,
                 **register_limit(config.max_registers),
             )
-    return sums.float(), counts
+    return sums if double else sums.float(), counts

@@ -6,7 +6,8 @@ N/chunk + K chunks, whatever the data, so the grid needs no answer from the devi
 has more than about √N rows or chunks even if one code has them all.
 
 Both add in float64, and a sum is rounded to float32 once, so what it is wrong by does not grow with
-the number of rows: at most 2⁻²⁴ of it, and n·2⁻⁵³·Σ|x|.
+the number of rows: at most 2⁻²⁴ of it, and n·2⁻⁵³·Σ|x|. Callers that divide the sums can have them
+unrounded.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def chunk_sums_kernel(
     chunk_segment_ptr,  # [C] int64, the segment of each chunk; H·K for a chunk that is not used
     segment_start_ptr,  # [H·K + 1] int64, where the rows of a segment start in `order`
     chunk_start_ptr,    # [H·K + 1] int64, where the chunks of a segment start
-    sums_ptr,           # [H·K, D] fp32, out: of segments of one chunk
+    sums_ptr,           # [H·K, D] fp32 / fp64, out: of segments of one chunk
     counts_ptr,         # [H·K] int64, out: likewise
     partial_ptr,        # [C, D] fp64, out: of the chunks of other segments
     partial_count_ptr,  # [C] int64, out: likewise
@@ -157,7 +158,8 @@ def chunk_sums_kernel(
 
         total, count = tl.sum(sums, 0), tl.sum(counts, 0)
         if is_only:
-            tl.store(sums_ptr + segment * D + offs_d, total.to(tl.float32), mask=dim_mask)
+            rounded = total.to(sums_ptr.dtype.element_ty)
+            tl.store(sums_ptr + segment * D + offs_d, rounded, mask=dim_mask)
             tl.store(counts_ptr + segment, count)
         else:
             tl.store(partial_ptr + chunk * D + offs_d, total, mask=dim_mask)
@@ -169,7 +171,7 @@ def combine_chunks_kernel(
     partial_ptr,        # [C, D] fp64
     partial_count_ptr,  # [C] int64
     chunk_start_ptr,    # [H·K + 1] int64
-    sums_ptr,           # [H·K, D] fp32, out: of segments that have not one chunk
+    sums_ptr,           # [H·K, D] fp32 / fp64, out: of segments that have not one chunk
     counts_ptr,         # [H·K] int64, out: likewise
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +181,8 @@ def combine_chunks_kernel(
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     dim_mask = offs_d < D
     if end == start:
-        tl.store(sums_ptr + segment * D + offs_d, tl.zeros((BLOCK_D,), tl.float32), mask=dim_mask)
+        zeros = tl.zeros((BLOCK_D,), sums_ptr.dtype.element_ty)
+        tl.store(sums_ptr + segment * D + offs_d, zeros, mask=dim_mask)
         tl.store(counts_ptr + segment, 0)
     if end - start > 1:
         sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
@@ -194,12 +197,18 @@ def combine_chunks_kernel(
             )
             sums += partial
             counts += tl.load(partial_count_ptr + offs, mask=mask, other=0)
-        tl.store(sums_ptr + segment * D + offs_d, tl.sum(sums, 0).to(tl.float32), mask=dim_mask)
+        total = tl.sum(sums, 0).to(sums_ptr.dtype.element_ty)
+        tl.store(sums_ptr + segment * D + offs_d, total, mask=dim_mask)
         tl.store(counts_ptr + segment, tl.sum(counts, 0))
 
 
 def code_sums(
-    x: Tensor, indices: Tensor, codebook_size: int, *, config: CodeSumsConfig | None = None
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    *,
+    double: bool = False,
+    config: CodeSumsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum and number of the rows of each code.
 
@@ -208,12 +217,13 @@ def code_sums(
             out.
         indices: [H, N] int64; rows with an index outside [0, K) are left out.
         codebook_size: K.
+        double: leave the sums in float64, as they were added.
         config: tiles.
 
     Returns:
-        sums, [H, K, D] float32; counts, [H, K] int64.
+        sums, [H, K, D] float32, or float64 with ``double``; counts, [H, K] int64.
     """
-    return segment_sums(x, indices, codebook_size, config=config or CodeSumsConfig())
+    return segment_sums(x, indices, codebook_size, double=double, config=config or CodeSumsConfig())
 
 
 def segment_sums(
@@ -222,6 +232,7 @@ def segment_sums(
     codebook_size: int,
     *,
     config: CodeSumsConfig,
+    double: bool = False,
     codebook: Tensor | None = None,
     grad_loss: Tensor | None = None,
     weight: float = 1.0,
@@ -240,7 +251,8 @@ def segment_sums(
         indices, codebook_size, chunk_rows
     )
     num_chunks = len(chunk_segment)
-    sums = torch.empty(num_segments, dim, dtype=torch.float32, device=x.device)
+    dtype = torch.float64 if double else torch.float32
+    sums = torch.empty(num_segments, dim, dtype=dtype, device=x.device)
     counts = torch.empty(num_segments, dtype=torch.int64, device=x.device)
     partial = torch.empty(num_chunks, dim, dtype=torch.float64, device=x.device)
     partial_count = torch.empty(num_chunks, dtype=torch.int64, device=x.device)

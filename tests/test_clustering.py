@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import tracemalloc
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backends import Backend, on_every_backend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vqtriton
 from vqtriton import clustering
+from vqtriton.screening import has_float64
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -57,7 +63,10 @@ def test_bad_rows_are_left_out() -> None:
 
 def test_fewer_rows_than_codes() -> None:
     x = torch.randn(3, 4)
-    codebook = vqtriton.kmeans(x, 8)
+    with pytest.warns(
+        UserWarning, match="5 of 8 codes are copies of others or unused: x has fewer"
+    ):
+        codebook = vqtriton.kmeans(x, 8)
     assert codebook.shape == (8, 4)
     assert vqtriton.metrics.quantization_error(x, codebook[vqtriton.nearest_code(x, codebook)]) == 0
 
@@ -178,7 +187,27 @@ def test_batches_are_not_held(monkeypatch) -> None:
         ((torch.zeros(3, 4) for _ in range(2)), TypeError, "x is a generator"),
         (7, TypeError, "x is a int"),
         (lambda: None, TypeError, "x returned a NoneType"),
-        ("rows", TypeError, "batch 0 of x: x is a str"),
+        ("rows", TypeError, "x is a str; it must be a floating-point tensor or numpy array, an"),
+        (["rows"], TypeError, "batch 0 of x: x is a str"),
+        ({"x": torch.zeros(3, 4)}, TypeError, "x is a dict; it must be a floating-point tensor"),
+        ([{"x": torch.zeros(3, 4)}], TypeError, r"batch 0 of x: x is a dict; .*batch\["),
+        (np.zeros((3, 4), np.int32), TypeError, "x is a numpy array of int32"),
+        (np.zeros((3, 4), np.complex64), TypeError, "x is a numpy array of complex64"),
+        (np.array([None]), TypeError, "x is a numpy array of object"),
+        (np.ma.zeros((3, 4)), TypeError, r"x is a masked array; give x.filled"),
+        (np.zeros((3, 0)), ValueError, r"x has shape \(3, 0\)"),
+        (np.array(1.0), ValueError, r"x has shape \(\)"),
+        ([np.zeros((3, 4)), np.zeros((3, 4), np.float32)], ValueError, "batch 1 of x .*float32"),
+        (np.full((3, 4), np.nan), ValueError, r"x has shape \(3, 4\) and no finite row"),
+        ([[1.0, 2.0]], TypeError, "batch 0 of x: x is a list; it must be a floating-point tensor"),
+        ([()], TypeError, "batch 0 of x: x is a tuple; it must be"),
+        (
+            torch.utils.data.DataLoader(
+                torch.utils.data.TensorDataset(torch.zeros(3, 4), torch.zeros(3))
+            ),
+            TypeError,
+            r"batch 0 of x: x is a list of 2; .*lambda: \(x for x, \*_ in loader\)",
+        ),
         ([torch.zeros(3, 4), torch.zeros(3, 5)], ValueError, "batch 1 of x has shape"),
         ([torch.zeros(3, 4), torch.zeros(3, 4).double()], ValueError, "batch 1 of x .*float64"),
         ([torch.zeros(3, 4), (torch.zeros(3, 4), 1)], TypeError, "batch 1 of x: x is a tuple"),
@@ -190,6 +219,104 @@ def test_batches_are_not_held(monkeypatch) -> None:
 def test_bad_batches_are_named(x, error, message) -> None:
     with pytest.raises(error, match=message):
         vqtriton.kmeans(x, 2)
+
+
+def test_what_a_loader_of_tensors_yields(monkeypatch) -> None:
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 64 * 4)
+    x = torch.randn(990, 4)
+    want = vqtriton.kmeans(x, 20, 4, generator())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=150)
+    assert isinstance(next(iter(loader)), list)
+    labelled = torch.utils.data.TensorDataset(x, torch.arange(990))
+    of_pairs = torch.utils.data.DataLoader(labelled, batch_size=150)
+    for batches in (
+        loader,
+        [(batch,) for batch in x.split(100)],
+        [[batch.numpy()] for batch in x.split(100)],
+        # as the error about them says
+        lambda: (x for x, *_ in of_pairs),
+        lambda: x,
+        lambda: x.numpy(),
+    ):
+        assert torch.equal(vqtriton.kmeans(batches, 20, 4, generator()), want)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_numpy_arrays(monkeypatch, dtype) -> None:
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 64 * 4)
+    x = np.random.default_rng(0).normal(size=(30, 33, 4)).astype(dtype)
+    x[::3, 5, 1] = np.nan
+    native = torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
+    want = vqtriton.kmeans(native, 20, 4, generator())
+    before = x.copy()
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    for same in (
+        x,
+        read_only,
+        np.asfortranarray(x),
+        x[::-1][::-1].reshape(-1, 4),
+        list(x),
+        [x[:1], x[1:]],
+        lambda: iter(np.split(x, 6)),
+    ):
+        assert torch.equal(vqtriton.kmeans(same, 20, 4, generator()), want)
+    np.testing.assert_array_equal(x, before)
+    one = x[0, 0]
+    assert torch.equal(vqtriton.kmeans(one, 1), native[0, 0][None].float())
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.nbytes = max([self.nbytes, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(40_000, 16), (200, 200, 16)])
+def test_a_memmap_is_read_block_by_block(tmp_path: Path, monkeypatch, shape, order) -> None:
+    """Opened to be read only; numpy tells tracemalloc of its memory, torch the dispatcher."""
+    x = torch.randn(shape)
+    path = tmp_path / "x.bin"
+    stored = np.memmap(path, np.float32, "w+", shape=shape, order=order)
+    stored[:] = x.numpy()
+    stored.flush()
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 500 * 16)
+    want = vqtriton.kmeans(x, 8, 2, generator())
+    stored = np.memmap(path, np.float32, "r", shape=shape, order=order)
+    tracemalloc.start()
+    with Largest() as largest:
+        found = vqtriton.kmeans(stored, 8, 2, generator())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert torch.equal(found, want)
+    assert 500 * 16 * 4 <= peak < x.nbytes / 10
+    assert largest.nbytes < x.nbytes / 10
+
+
+def test_a_device_without_float64_is_left_to_the_cpu() -> None:
+    """There is none here, so no tensor is moved to it."""
+    mps = torch.device("mps")
+    assert not has_float64(mps)
+    assert has_float64(torch.device("cpu"))
+    assert has_float64(torch.device("cuda"))
+    rows = clustering.Rows(torch.randn(9, 4), "mps")
+    assert {block.device.type for block in rows} == {"cpu"}
+    assert (rows.device.type, rows.home) == ("cpu", mps)
+
+
+def test_a_codebook_goes_home(monkeypatch) -> None:
+    """Home is another device than that of the computation, which a tensor without values shows."""
+    monkeypatch.setattr(clustering, "has_float64", lambda device: device.type != "meta")
+    codebook = vqtriton.kmeans(torch.randn(9, 4), 2, device="meta")
+    assert codebook.device.type == "meta"
+    assert codebook.dtype == torch.float32
 
 
 def test_a_source_that_runs_dry_is_named() -> None:
@@ -227,7 +354,8 @@ def test_plus_plus_finds_what_is_far_apart() -> None:
 
 def test_plus_plus_starts_from_rows_even_if_there_are_few() -> None:
     x = torch.randn(3, 4).repeat(5, 1)
-    codebook = vqtriton.kmeans(x, 8, 2, generator(), init="k-means++")
+    with pytest.warns(UserWarning, match="5 of 8 codes"):
+        codebook = vqtriton.kmeans(x, 8, 2, generator(), init="k-means++")
     assert codebook.unique(dim=0).shape[0] == 3
     assert inertia(x, codebook) == 0
 
@@ -292,9 +420,53 @@ def test_rows_whose_sum_overflows_leave_codes_finite() -> None:
 def test_an_empty_cluster_never_starts_from_a_row_that_is_a_code() -> None:
     # integers, of which the means are exact
     x = torch.tensor([[1.0, 2, 3], [7, 0, -2], [5, 5, 5], [0, -9, 4]]).repeat(50, 1)
-    codebook = vqtriton.kmeans(x, 10, 6, generator())
+    with pytest.warns(UserWarning, match="6 of 10 codes"):
+        codebook = vqtriton.kmeans(x, 10, 6, generator())
     assert inertia(x, codebook) == 0
     assert (codebook[:, None] == x[:4]).all(-1).any(1).all()
+
+
+def iterations(x: torch.Tensor, *args, **options) -> tuple[int, torch.Tensor]:
+    """How many k-means took until it settled, and the codebook."""
+    seen = []
+    codebook = vqtriton.kmeans(x, *args, callback=lambda *row: seen.append(row), **options)
+    return len(seen), codebook
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [13, 1000])
+def test_equal_rows_settle_at_once(count, dtype) -> None:
+    x = torch.full((count, 1), 0.1, dtype=dtype)
+    with pytest.warns(UserWarning, match="1 of 2 codes"):
+        took, codebook = iterations(x, 2, iters=25)
+    assert took == 1
+    assert (codebook == x[0].float()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_distinct_rows_settle(dtype) -> None:
+    """In float64 too, where most rows are at a distance from the float32 code that they are."""
+    others = torch.randn(200, 3, dtype=torch.float64).to(dtype)
+    x = torch.cat([torch.full((3000, 3), 0.1, dtype=dtype), others])
+    x = x[torch.randperm(len(x), generator=generator())]
+    with pytest.warns(UserWarning, match="55 of 256 codes are .* \\(256\\)") as warned:
+        took, codebook = iterations(x, 256, iters=100, generator=generator())
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert took < 12
+    assert codebook.unique(dim=0).shape[0] <= 256
+    found = codebook[vqtriton.reference.nearest_code(x, codebook)]
+    assert torch.equal(found, x.float())
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+def test_few_rows_are_told_of_without_an_iteration(init) -> None:
+    x = torch.randn(5, 2)[torch.arange(7) % 5]
+    with pytest.warns(UserWarning, match="3 of 8 codes"):
+        vqtriton.kmeans(x, 8, 0, init=init)
+    # no warning where every row has a code of its own
+    vqtriton.kmeans(x, 4, 0, init=init)
+    vqtriton.kmeans(x[:5], 5, 3, init=init)
 
 
 @pytest.mark.parametrize("block_rows", [64, 1 << 20])

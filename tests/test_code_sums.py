@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqtriton
+from vqtriton import ops
 
 pytestmark = pytest.mark.kernel
 
@@ -125,6 +126,30 @@ def test_float64_is_kept() -> None:
     x = 1 + 2.0**-40 * torch.arange(8, dtype=torch.float64)[:, None]
     sums, _ = vqtriton.code_sums(x, torch.zeros(8, dtype=torch.int64), 1)
     assert sums.item() == 8 + 28 * 2.0**-40
+
+
+@on_every_backend
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+def test_sums_that_are_not_rounded(backend: Backend, deterministic: bool, dtype) -> None:
+    """Of one chunk, of several, and of none; rounded they are what one gets by default."""
+    torch.use_deterministic_algorithms(False)
+    x = torch.randn(600, 5).to(dtype)
+    x[7, 2] = torch.nan
+    indices = torch.where(torch.arange(600) < 550, 0, torch.arange(600) % 3)
+    arguments = x.to(backend.device), indices.to(backend.device), 4, backend.name
+    sums, counts = ops.code_sums(*arguments, deterministic, True)
+    assert sums.dtype == torch.float64
+    keep = x.double().isfinite().all(1)
+    want = torch.zeros(4, 5, dtype=torch.float64).index_add_(0, indices[keep], x[keep].double())
+    torch.testing.assert_close(sums.cpu(), want, rtol=1e-13, atol=1e-13)
+    rounded, same_counts = ops.code_sums(*arguments)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(counts, same_counts)
+    if deterministic:
+        assert torch.equal(sums.float(), rounded)
+    # of halves, so few rows leave nothing to round
+    assert dtype != torch.float32 or not torch.equal(rounded.double(), sums)
 
 
 @on_every_backend

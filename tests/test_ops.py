@@ -32,6 +32,7 @@ def test_opcheck(backend: Backend) -> None:
         ),
         (ops.code_sums, (x, indices, 4, backend.name)),
         (ops.code_sums, (x, indices, 4, backend.name, False)),
+        (ops.code_sums, (x, indices, 4, backend.name, True, True)),
         (
             ops.ema_update_,
             (

@@ -214,8 +214,13 @@ def grad_codebook(
     return sums[:-1].to(grad_loss.dtype)
 
 
-def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """x [N, D], indices [N] -> sums [K, D], counts [K], summed in float64."""
+def code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, double: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x [N, D], indices [N] -> sums [K, D], counts [K], summed in float64.
+
+    The sums are rounded to float32 unless x is float64, or ``double`` asks for them as they are.
+    """
     # rows that are left out go to an extra code, so that no shape depends on the data
     sums = torch.zeros(codebook_size + 1, x.shape[1], dtype=torch.float64, device=x.device)
     counts = torch.zeros(codebook_size + 1, dtype=torch.int64, device=x.device)
@@ -224,7 +229,7 @@ def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
         # index_put_ with accumulate is deterministic on every device, index_add_ is not
         sums.index_put_((index,), x[block].double(), accumulate=True)
         counts.index_put_((index,), torch.ones_like(index), accumulate=True)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if double or x.dtype == torch.float64 else torch.float32
     return sums[:-1].to(dtype), counts[:-1]
 
 

@@ -7,18 +7,31 @@ reads them block by block and ends with one collective.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vqtriton import distributed
-from vqtriton.functional import check_x, code_sums, vector_quantize
-from vqtriton.screening import finite_rows
+from vqtriton import distributed, ops
+from vqtriton.functional import check_x, vector_quantize
+from vqtriton.screening import finite_rows, has_float64
 
-Batches = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+Vectors = Tensor | np.ndarray
+# a batch may be a tuple or a list of one
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 Callback = Callable[[int, float, int], object]
+NUMPY_DTYPES = {
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+WANTED = (
+    "it must be a floating-point tensor or numpy array, an iterable of them that can be read "
+    "again, such as a list or a DataLoader, or a function that returns an iterator of them"
+)
 INITS = ("random", "k-means++")
 # elements that are held at a time, beside the rows themselves
 BLOCK_ELEMENTS = 1 << 25
@@ -27,7 +40,7 @@ ROWS_PER_CODE = 128
 
 
 def kmeans(
-    x: Tensor | Batches,
+    x: Vectors | Batches,
     codebook_size: int,
     iters: int = 10,
     generator: torch.Generator | None = None,
@@ -42,18 +55,22 @@ def kmeans(
 
     The same codebook for a seed, bit for bit, however the rows are divided into batches. It ends
     before ``iters`` where an iteration changes nothing. A code that no row chose starts anew from
-    a row, drawn with a probability in proportion to its squared distance to its code; where every
-    row is a code already, it stays where it is.
+    a row, drawn with a probability in proportion to its squared distance to its code. Where every
+    row is a code already, it stays where it is, and a warning says so at the end.
 
     Args:
-        x: vectors, [..., D]; or batches of them: an iterable that can be read again (a list, a
-            ``DataLoader``), or a function that returns an iterator. It is read ``iters + 1`` times
-            and must give the same rows each time, in the same order. Rows that are not finite are
+        x: vectors, [..., D], a tensor or a numpy array of floats; a ``numpy.memmap`` is read block
+            by block. Or batches of them: an iterable that can be read again (a list, a
+            ``DataLoader``), or a function that returns an iterator. A batch may be a tuple or list
+            of one tensor, as those of a ``TensorDataset`` are. It is read ``iters + 1`` times and
+            must give the same rows each time, in the same order. Rows that are not finite are
             left out. Squared distances are float32: what is less than 1e-19 apart is not, and
             what is more than 1e19 apart is infinitely far.
-        codebook_size: K >= 1. With fewer rows than codes, some codes are equal.
+        codebook_size: K >= 1. With fewer distinct rows than codes, some codes are copies of others
+            or are chosen by no row.
         iters: Lloyd iterations, >= 0.
         generator: source of all draws, on the device of the computation; torch's own by default.
+            There is no float64 on MPS, so for ``x`` there it is one of the CPU.
             Ranks may have equal seeds: each draws numbers of its own.
         init: "random": start from rows drawn uniformly. "k-means++": from rows that are far from
             each other, each the best of 2 + ln K that are drawn; chosen among 128·K rows drawn
@@ -63,17 +80,22 @@ def kmeans(
         callback: called on every rank after each iteration with its number from 0, the inertia
             (sum of squared distances, of all rows to the codes that the iteration began with),
             and the number of codes that no row chose. What it raises ends k-means.
-        device: where to compute; that of the (first) batch by default.
+        device: where to compute; that of the (first) batch by default. For a device without
+            float64 (MPS) the CPU computes, and the codebook is moved to the device at the end.
         backend: see `nearest_code`.
 
     Returns:
-        codebook, [K, D] float32.
+        codebook, [K, D] float32, on ``device``.
 
     Raises:
         ValueError: no finite row, batches that do not fit together, or a number out of range.
-        TypeError: a batch is not a float tensor, ``x`` can be read only once, or a number is not
+        TypeError: a batch holds no float vectors, ``x`` can be read only once, or a number is not
             an int.
         RuntimeError: another rank failed (``sync``).
+
+    Warns:
+        UserWarning: x has fewer distinct rows than codes. With ``iters=0`` only if there are so
+            few rows that all of them were looked at.
 
     References: Lloyd 1982; Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful
     Seeding"; weighted draws: Efraimidis and Spirakis 2006.
@@ -100,7 +122,7 @@ def kmeans(
         backend=backend,
     )
     if not found.has_rows:
-        what = f"has shape {tuple(x.shape)} and" if isinstance(x, Tensor) else "has"
+        what = f"has shape {tuple(x.shape)} and" if isinstance(x, Vectors) else "has"
         raise ValueError(f"x {what} no finite row to start from")
     return found.codebook
 
@@ -114,13 +136,16 @@ class Rows:
 
     Attributes:
         dim: D, once a batch was seen; 0 before.
-        device: of the blocks; the CPU before a batch was seen.
+        device: of the blocks; the CPU before a batch was seen, or where the wanted device has no
+            float64.
+        home: the wanted device, where the codebook goes.
     """
 
-    def __init__(self, x: Tensor | Batches, device: torch.device | str | None = None) -> None:
+    def __init__(self, x: Vectors | Batches, device: torch.device | str | None = None) -> None:
         self._x = x
         self.dim, self._dtype = 0, torch.float32
-        self.device, self._wanted = torch.device("cpu"), device
+        self.device = self.home = torch.device("cpu")
+        self._wanted = device
         self._num_rows: int | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -133,17 +158,15 @@ class Rows:
         """
         if self._wanted is not None:
             try:
-                self.device = torch.device(self._wanted)
+                self._settle(torch.device(self._wanted))
             except (RuntimeError, TypeError) as error:
                 raise ValueError(f"device is {self._wanted!r:.80}: {error}") from None
         held: list[Tensor] = []
         num_held = num_rows = 0
         for place, batch in enumerate(self._open()):
-            rows = self._check(place, batch)
+            vectors = self._check(place, batch)
             block = max(1, BLOCK_ELEMENTS // self.dim)
-            for piece in rows.split(block):
-                # a copy, as a loader may use the memory of a batch for the next
-                piece = piece.to(self.device, copy=batch is not self._x)
+            for piece in self._pieces(vectors, block):
                 # as codes are float32, what is not finite in float32 is not
                 keep = finite_rows(piece.float() if piece.dtype == torch.float64 else piece)
                 # in one layout: sums over a row may have other last bits in another
@@ -164,51 +187,120 @@ class Rows:
             )
         self._num_rows = num_rows
 
-    def _open(self) -> Iterable[Tensor]:
+    def _settle(self, device: torch.device) -> None:
+        self.home = device
+        self.device = device if has_float64(device) else torch.device("cpu")
+
+    def _pieces(self, vectors: Vectors, block: int) -> Iterator[Tensor]:
+        """[n, D], n at most ``block``, on the device; in memory that nobody uses again."""
+        if isinstance(vectors, Tensor):
+            for piece in vectors.detach().reshape(-1, self.dim).split(block):
+                # a copy, as a loader may use the memory of a batch for the next
+                yield piece.to(self.device, copy=vectors is not self._x)
+        elif vectors.ndim > 2 and not vectors.flags.c_contiguous:
+            # to reshape all of it would be to read all of it into memory
+            for part in vectors:
+                yield from self._pieces(part, block)
+        else:
+            rows = vectors.reshape(-1, self.dim)
+            native = rows.dtype.newbyteorder("=")
+            for start in range(0, len(rows), block):
+                # a copy: of memory that may not be written, torch warns
+                copied = np.array(rows[start : start + block], dtype=native, order="C")
+                yield torch.from_numpy(copied).to(self.device)
+
+    def _open(self) -> Iterable[Any]:
         # not before rows are asked for, where the error of one rank is told to the others
         x = self._x
-        if isinstance(x, Tensor):
+        if isinstance(x, Vectors):
             return (x,)
+        if isinstance(x, Mapping | str | bytes):
+            raise TypeError(f"x is a {type(x).__name__}; {WANTED}")
         if isinstance(x, Iterator):
             raise TypeError(
                 f"x is a {type(x).__name__}, which can be read only once; k-means reads it again "
                 "and again: give a list, a DataLoader, or a function that returns an iterator"
             )
         batches = x() if callable(x) and not isinstance(x, Iterable) else x
+        if isinstance(batches, Vectors):
+            return (batches,)
         if not isinstance(batches, Iterable):
             what = f"x is a {type(x).__name__}"
             if batches is not x:
                 what = f"x returned a {type(batches).__name__}"
-            raise TypeError(
-                f"{what}; it must be a tensor, an iterable of tensors, or a function that returns "
-                "an iterator of them"
-            )
+            raise TypeError(f"{what}; {WANTED}")
         return batches
 
-    def _check(self, place: int, batch: Tensor) -> Tensor:
+    def _check(self, place: int, batch: Any) -> Vectors:
+        """The vectors of a batch: itself, or the one thing in it."""
         try:
-            check_x(batch)
+            vectors = unwrapped(batch)
+            dtype = checked_dtype(vectors)
         except (TypeError, ValueError) as error:
             where = "" if batch is self._x else f"batch {place} of x: "
             raise type(error)(f"{where}{error}") from None
         if not self.dim:
-            self.dim, self._dtype = batch.shape[-1], batch.dtype
+            self.dim, self._dtype = vectors.shape[-1], dtype
             if self._wanted is None:
-                self.device = batch.device
-        if batch.shape[-1] != self.dim or batch.dtype != self._dtype:
+                is_tensor = isinstance(vectors, Tensor)
+                self._settle(vectors.device if is_tensor else torch.device("cpu"))
+        if vectors.shape[-1] != self.dim or dtype != self._dtype:
             raise ValueError(
-                f"batch {place} of x has shape {tuple(batch.shape)} and {batch.dtype}; the first "
+                f"batch {place} of x has shape {tuple(vectors.shape)} and {dtype}; the first "
                 f"had D = {self.dim} and {self._dtype}"
             )
-        return batch.detach().reshape(-1, self.dim)
+        return vectors
+
+
+def unwrapped(batch: Any) -> Any:
+    """The tensor or array that a batch is, or that is alone in it.
+
+    Raises:
+        TypeError: there are several, or it is a batch of another kind.
+    """
+    what = f"x is a {type(batch).__name__}"
+    remedy = "give a function that yields the vectors alone, for example lambda: "
+    if isinstance(batch, Mapping):
+        raise TypeError(f'{what}; {remedy}(batch["x"] for batch in loader)')
+    if isinstance(batch, tuple | list) and any(isinstance(item, Vectors) for item in batch):
+        if len(batch) > 1:
+            raise TypeError(f"{what} of {len(batch)}; {remedy}(x for x, *_ in loader)")
+        return batch[0]
+    if not isinstance(batch, Vectors):
+        raise TypeError(f"{what}; it must be a floating-point tensor or numpy array")
+    return batch
+
+
+def checked_dtype(vectors: Vectors) -> torch.dtype:
+    """As what torch takes the vectors.
+
+    Raises:
+        TypeError: they are no floats of a kind that torch and numpy share, or a masked array.
+        ValueError: they are not [..., D] with D >= 1.
+    """
+    if isinstance(vectors, Tensor):
+        check_x(vectors)
+        return vectors.dtype
+    if isinstance(vectors, np.ma.MaskedArray):
+        raise TypeError(
+            "x is a masked array; give x.filled(numpy.nan), of which rows with a NaN are left out"
+        )
+    dtype = NUMPY_DTYPES.get(vectors.dtype.newbyteorder("="))
+    if dtype is None:
+        raise TypeError(
+            f"x is a numpy array of {vectors.dtype}; it must be of float16, float32 or float64"
+        )
+    if vectors.ndim == 0 or vectors.shape[-1] == 0:
+        raise ValueError(f"x has shape {vectors.shape}; it must be [..., D] with D >= 1")
+    return dtype
 
 
 class Clusters(NamedTuple):
     """What `lloyd` returns."""
 
-    # [K, D] float32; zeros without rows
+    # [K, D] float32, at the home of the rows; zeros without rows
     codebook: Tensor
-    # [K] float64, rows of each code in the last assignment
+    # [K] float64, rows of each code in the last assignment; where they were counted
     counts: Tensor
     # on any rank
     has_rows: bool
@@ -232,22 +324,26 @@ def lloyd(
     drawn = Reservoir(places, source)
     with distributed.together(sync=sync) as agreement:
         for block in rows:
-            drawn.add(block, torch.ones(len(block), device=block.device))
+            drawn.add(block, torch.ones(len(block), dtype=torch.float32, device=block.device))
     dim = agreement.settle(rows.dim, rows.device)
     if not dim:
-        nothing = torch.zeros(codebook_size, device=rows.device)
-        return Clusters(nothing[:, None], nothing, False)
+        nothing = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
+        return Clusters(nothing[:, None].float().to(rows.home), nothing, False)
 
     samples, is_filled = distributed.draw(*drawn.take(dim, rows.device), places, sync=sync)
     everywhere = torch.ones(codebook_size, dtype=torch.bool, device=rows.device)
     codebook, _ = distributed.take_filled(samples, is_filled, everywhere)
     counts = torch.zeros(codebook_size, dtype=torch.float64, device=rows.device)
     if not is_filled.any():
-        return Clusters(codebook, counts, False)
+        return Clusters(codebook.to(rows.home), counts, False)
     if init == "k-means++":
         codebook = plus_plus(samples[is_filled], codebook_size, source)
         if sync:
             distributed.broadcast_([codebook])
+    # codes without a row of their own, as far as one can tell
+    num_spare: Tensor | int = 0
+    if iters == 0 and not is_filled.all():
+        num_spare = codebook_size - samples[is_filled].unique(dim=0).shape[0]
 
     called = distributed.Agreement(sync)
     for iteration in range(iters):
@@ -260,10 +356,17 @@ def lloyd(
             called.raise_own()
             for block in rows:
                 sq_error, indices = assign(block, codebook, backend)
-                of_block, of_codes = code_sums(block, indices, codebook_size, backend=backend)
+                # not rounded before they are divided: the mean of equal rows is that row
+                of_block, of_codes = ops.code_sums(
+                    block, indices, codebook_size, backend, deterministic=True, double=True
+                )
                 sums += of_block
                 counts += of_codes
                 inertia += sq_error.sum()
+                if block.dtype == torch.float64:
+                    # codes are float32: from a row that is one when rounded, no other can start
+                    is_code = (block.float() == codebook[indices]).all(1)
+                    sq_error = sq_error.masked_fill(is_code, 0)
                 far.add(block, sq_error)
         sums, counts, inertia, failed = distributed.all_reduce(
             (sums, counts, inertia, agreement.failed(rows.device)), sync=sync, dtype=torch.float64
@@ -275,10 +378,13 @@ def lloyd(
         is_mean = ~is_empty[:, None] & means.isfinite()
         updated = torch.where(is_mean, means, codebook)
         num_empty = int(is_empty.sum())
+        num_spare = 0
         if num_empty:
             fresh, is_filled = distributed.draw(
                 *far.take(dim, rows.device), codebook_size, sync=sync
             )
+            # rows that are no code yet; each code that is not empty has one row at most besides
+            num_spare = num_empty - is_filled.sum()
             fresh, is_fresh = distributed.take_filled(fresh, is_filled, is_empty)
             updated = torch.where(is_fresh[:, None], fresh, updated)
         with distributed.together(sync=sync) as called:
@@ -290,7 +396,15 @@ def lloyd(
             break
     (failed,) = distributed.all_reduce([called.failed(rows.device)], sync=sync)
     called.raise_if(failed)
-    return Clusters(codebook, counts, True)
+    # on every rank: where warnings are errors, none may go on alone
+    if num_spare > 0:
+        warnings.warn(
+            f"{int(num_spare)} of {codebook_size} codes are copies of others or unused: x has "
+            f"fewer distinct rows than codebook_size ({codebook_size})",
+            # whoever called `kmeans`
+            stacklevel=4,
+        )
+    return Clusters(codebook.to(rows.home), counts, True)
 
 
 def assign(rows: Tensor, codebook: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -346,7 +460,7 @@ class Reservoir:
         """[n] float64 keys, the largest first, and [n, D] float32, their rows."""
         if self._held is None:
             keys = torch.zeros(0, dtype=torch.float64, device=device)
-            return keys, torch.zeros(0, dim, device=device)
+            return keys, torch.zeros(0, dim, dtype=torch.float32, device=device)
         return self._held
 
 
@@ -365,7 +479,7 @@ def plus_plus(rows: Tensor, codebook_size: int, source: distributed.Source) -> T
         return distances.where(distances > least * scale, 0)
 
     trials = min(count, 2 + int(math.log(codebook_size)))
-    chosen = torch.arange(codebook_size, device=rows.device) % count
+    chosen = torch.arange(codebook_size, dtype=torch.int64, device=rows.device) % count
     closest = sq_distances(chosen[:1])[0]
     for place in range(1, codebook_size):
         keys, drawn = weighted_keys(closest, source).topk(trials)

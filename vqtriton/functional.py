@@ -227,7 +227,9 @@ def code_sums(
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic is {deterministic!r:.80}; it must be True or False")
     rows = x.reshape(-1, x.shape[-1])
-    return _CodeSums.apply(rows, indices.reshape(-1), codebook_size, backend, deterministic)
+    return _CodeSums.apply(
+        rows, indices.reshape(-1), codebook_size, backend, deterministic, False
+    )
 
 
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -265,9 +267,14 @@ class _CodeSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, indices: Tensor, codebook_size: int, backend: str, deterministic: bool
+        x: Tensor,
+        indices: Tensor,
+        codebook_size: int,
+        backend: str,
+        deterministic: bool,
+        double: bool,
     ) -> tuple[Tensor, Tensor]:
-        return ops.code_sums(x, indices, codebook_size, backend, deterministic)
+        return ops.code_sums(x, indices, codebook_size, backend, deterministic, double)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -280,7 +287,7 @@ class _CodeSums(torch.autograd.Function):
         x, indices = ctx.saved_tensors
         is_counted = (indices < ctx.codebook_size) & finite_rows(x)
         grad_x = gather(grad_sums, indices.where(is_counted, -1)).to(x.dtype)
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -382,7 +389,7 @@ class _GradCodebook(torch.autograd.Function):
         pull = ctx.weight * (gather(codebook, indices).to(grad.dtype) - x)
         of_loss = (gather(grad, indices) * pull).sum(1).masked_fill(is_left_out, 0)
         rows = grad_loss.masked_fill(is_left_out, 0)[:, None]
-        total, _ = _CodeSums.apply(rows, indices, codebook.shape[0], ctx.backend, True)
+        total, _ = _CodeSums.apply(rows, indices, codebook.shape[0], ctx.backend, True, False)
         return of_loss, None, (ctx.weight * grad * total).to(codebook.dtype), None, None, None
 
 

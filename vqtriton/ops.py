@@ -51,7 +51,7 @@ _library.define(
 )
 _library.define(
     "code_sums(Tensor x, Tensor indices, SymInt codebook_size, str backend, "
-    "bool deterministic=True) -> (Tensor, Tensor)"
+    "bool deterministic=True, bool double=False) -> (Tensor, Tensor)"
 )
 _library.define(
     "grad_x(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices, "
@@ -217,21 +217,29 @@ def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePl
 
 
 def _code_sums(
-    x: Tensor, indices: Tensor, codebook_size: int, backend: str, deterministic: bool = True
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    backend: str,
+    deterministic: bool = True,
+    double: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """``double``: the sums in float64, for who divides them before they are rounded."""
     if resolve_backend(backend, x.device) == "torch":
         trace.record("code_sums", x, codebook_size)
-        return blocked.code_sums(x, indices, codebook_size)
+        return blocked.code_sums(x, indices, codebook_size, double)
     if not (deterministic or torch.are_deterministic_algorithms_enabled()):
         from vqtriton.kernels.atomic_sums import atomic_sums
 
-        sums, counts = atomic_sums(x[None], indices[None], codebook_size)
+        sums, counts = atomic_sums(x[None], indices[None], codebook_size, double=double)
         return sums[0], counts[0]
     from vqtriton.kernels import code_sums as kernel
 
     trace.record("code_sums", x, codebook_size)
     tiles = _tiles("code_sums", x, codebook_size)
-    sums, counts = kernel.code_sums(x[None], indices[None], codebook_size, config=tiles)
+    sums, counts = kernel.code_sums(
+        x[None], indices[None], codebook_size, double=double, config=tiles
+    )
     return sums[0], counts[0]
 
 
@@ -332,9 +340,14 @@ def _vector_quantize_fake(
 
 
 def _code_sums_fake(
-    x: Tensor, indices: Tensor, codebook_size: int, backend: str, deterministic: bool = True
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    backend: str,
+    deterministic: bool = True,
+    double: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if double or x.dtype == torch.float64 else torch.float32
     sums = x.new_empty(codebook_size, x.shape[1], dtype=dtype)
     return sums, x.new_empty(codebook_size, dtype=torch.int64)
 
