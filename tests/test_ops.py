@@ -24,11 +24,14 @@ def test_opcheck(backend: Backend) -> None:
         (ops.nearest_code, (x.half(), codebook.T.contiguous().T, "fast", backend.name)),
         (ops.nearest_code_prepared, (x, codebook, prepared, "exact", backend.name)),
         (ops.prepare_codebook_op, (codebook, backend.name)),
-        (ops.vector_quantize, (x, codebook, None, (), 0.25, 1.0, "exact", backend.name)),
-        (ops.vector_quantize, (x, codebook, None, prepared, 0.25, 0.0, "exact", backend.name)),
+        (ops.vector_quantize, (x, codebook, None, 0.25, 1.0, "exact", backend.name)),
+        (
+            ops.vector_quantize_prepared,
+            (x, codebook, None, 0.25, 0.0, "exact", backend.name, prepared),
+        ),
         (
             ops.vector_quantize,
-            (x.T.contiguous().T.bfloat16(), codebook, indices < 0, (), 0, 1, "fast", backend.name),
+            (x.T.contiguous().T.bfloat16(), codebook, indices < 0, 0, 1, "fast", backend.name),
         ),
         (ops.code_sums, (x, indices, 4, backend.name)),
         (ops.code_sums, (x, indices, 4, backend.name, False)),

@@ -241,20 +241,18 @@ class Codebook(nn.Module):
 
     # --- what forward calls ---
 
-    def _is_held(self) -> bool:
-        """Whether the codes stay as they are even in training mode."""
-        is_gradient = self.codebook_update == "gradient"
-        return self.frozen or (
-            is_gradient and not any(parameter.requires_grad for parameter in self.parameters())
-        )
-
-    def _changes_in_forward(self) -> bool:
-        return self.codebook_update == "ema" or self._revives
+    def _is_trainable(self) -> bool:
+        """Whether forward may write codes: not those that are frozen as parameters are."""
+        return self.codebook_update == "ema" or any(p.requires_grad for p in self.parameters())
 
     def _start(self, vectors: Tensor, mask: Tensor | None) -> None:
         """Before a step: the same codebook on every rank, from data if asked for."""
         if not torch.compiler.is_compiling():
             self._heed_answer()
+        for tensor in (self.codebook, self.cluster_size):
+            # as `load_state_dict` and `setattr` see to, but not an assignment to ``.data``
+            if tensor.dtype != torch.float32 and tensor.is_leaf:
+                tensor.data = tensor.data.float()
         must_broadcast = (
             self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
         )
@@ -273,6 +271,7 @@ class Codebook(nn.Module):
             self._is_broadcast, self._seen = True, None
         if not self._has_codes():
             self._start_from_data(vectors.detach(), mask)
+            self._has_codes()
 
     def _look(self) -> None:
         """Before an inference: warns once if there are only zeros that wait for a start."""
@@ -281,12 +280,9 @@ class Codebook(nn.Module):
         if not torch.compiler.is_compiling():
             self._heed_answer()
         if not self._has_codes():
-            self._has_warned = True
-            warnings.warn(
-                "VectorQuantize(kmeans_init=True) has no codes yet, only zeros: train a step, "
-                "load a state or call set_codebook first",
-                stacklevel=3,
-            )
+            if not torch.compiler.is_compiling():
+                self._has_warned = True
+            warn_of_zeros()
 
     @torch.no_grad()
     def _update(self, rows: Tensor, indices: Tensor) -> None:
@@ -349,8 +345,10 @@ class Codebook(nn.Module):
         """
         if not self.kmeans_init:
             return True
-        is_own = self._owns_codebook()
-        stored = self.codebook if is_own else next(self._originals())
+        stored = self.codebook
+        if is_parametrized(self, "codebook"):
+            parametrization = self.parametrizations.codebook
+            stored = next(chain(parametrization.parameters(), parametrization.buffers()))
         if self._seen is not None and self._seen[0] is stored:
             return True
         if torch.compiler.is_compiling():
@@ -381,12 +379,6 @@ class Codebook(nn.Module):
 
     def _owns_codebook(self) -> bool:
         return "codebook" in self._buffers or "codebook" in self._parameters
-
-    def _originals(self) -> Iterator[Tensor]:
-        """The tensors that a parametrization makes the codebook of."""
-        self._check_writable()
-        parametrization = self.parametrizations.codebook
-        return chain(parametrization.parameters(), parametrization.buffers())
 
     def _check_writable(self) -> None:
         """
@@ -495,7 +487,7 @@ class Codebook(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # 0.1.0 had averages and a flag beside the codes
+        # earlier versions had averages and a flag beside the codes
         state_dict.pop(f"{prefix}embed_sum", None)
         was_started = state_dict.pop(f"{prefix}is_initialized", None)
         for name in ("codebook", "cluster_size"):
@@ -512,12 +504,23 @@ class Codebook(nn.Module):
         return {**self.__dict__, "_prepared": None, "_answer": None}
 
 
+# so that a compiler, which would leave out a warning, calls it as it compiles
+@torch.compiler.assume_constant_result
+def warn_of_zeros() -> None:
+    warnings.warn(
+        "VectorQuantize(kmeans_init=True) has no codes yet, only zeros: train a step, load a state "
+        "or call set_codebook first",
+        # who called the module
+        stacklevel=6,
+    )
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its values are there and will be: not traced, transformed or captured."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or type(tensor) not in (Tensor, nn.Parameter)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or tensor.is_meta
         or tensor.is_inference()
         # what is prepared in a graph has the memory of the graph

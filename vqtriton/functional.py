@@ -160,11 +160,11 @@ def vector_quantize(
         x.reshape(-1, x.shape[-1]),
         codes,
         None if mask is None else mask.reshape(-1),
-        prepared,
         float(commitment_weight),
         float(codebook_weight),
         precision,
         backend,
+        prepared,
     )
     indices = indices.reshape(x.shape[:-1])
     if reduction == "none":
@@ -303,18 +303,23 @@ class _VectorQuantize(torch.autograd.Function):
         x: Tensor,
         codebook: Tensor,
         mask: Tensor | None,
-        prepared: tuple[Tensor, ...],
         commitment_weight: float,
         codebook_weight: float,
         precision: str,
         backend: str,
+        prepared: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = commitment_weight, codebook_weight
-        return ops.vector_quantize(x, codebook, mask, prepared, *weights, precision, backend)
+        arguments = x, codebook, mask, commitment_weight, codebook_weight, precision, backend
+        if prepared:
+            return ops.vector_quantize_prepared(*arguments, prepared)
+        # torch.vmap takes no op that has a list of tensors
+        return ops.vector_quantize(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, _, _, ctx.commitment_weight, ctx.codebook_weight, _, ctx.backend = inputs
+        x, codebook, _, ctx.commitment_weight, ctx.codebook_weight, _, ctx.backend, *_ = inputs
+        # the op has one less
+        ctx.num_others = len(inputs) - 2
         ctx.save_for_backward(x, codebook, output[2])
         ctx.mark_non_differentiable(output[2])
 
@@ -332,7 +337,7 @@ class _VectorQuantize(torch.autograd.Function):
             grad_codebook = _GradCodebook.apply(
                 grad_loss, x.detach(), codebook, indices, weight, ctx.backend
             ).to(codebook.dtype)
-        return grad_x, grad_codebook, None, None, None, None, None, None
+        return grad_x, grad_codebook, *[None] * ctx.num_others
 
 
 class _GradX(torch.autograd.Function):

@@ -9,12 +9,13 @@ it is opaque to `torch.compile`, which sees the fake kernels.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from vqtriton import blocked
 from vqtriton.planes import (
@@ -24,7 +25,7 @@ from vqtriton.planes import (
     prepare_planes_with_kernels,
     screen_bound,
 )
-from vqtriton.screening import error_bound, prepare_codebook, screen_dtype
+from vqtriton.screening import error_bound, has_float64, prepare_codebook, screen_dtype
 from vqtriton.tuning import tables, trace
 
 if TYPE_CHECKING:
@@ -45,8 +46,12 @@ _library.define(
 )
 _library.define("prepare_codebook(Tensor codebook, str backend) -> Tensor[]")
 _library.define(
-    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, Tensor[] prepared, "
-    "float commitment_weight, float codebook_weight, str precision, str backend) "
+    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, float commitment_weight, "
+    "float codebook_weight, str precision, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "vector_quantize.prepared(Tensor x, Tensor codebook, Tensor? mask, float commitment_weight, "
+    "float codebook_weight, str precision, str backend, Tensor[] prepared) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -130,11 +135,11 @@ def _vector_quantize(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
-    prepared: Sequence[Tensor],
     commitment_weight: float,
     codebook_weight: float,
     precision: str,
     backend: str,
+    prepared: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes; the loss of each row; indices, -1 where ``mask`` [N] is false.
 
@@ -325,11 +330,11 @@ def _vector_quantize_fake(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
-    prepared: Sequence[Tensor],
     commitment_weight: float,
     codebook_weight: float,
     precision: str,
     backend: str,
+    prepared: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         # not new_empty, which would keep the order of x's strides
@@ -370,18 +375,41 @@ def _grad_codebook_fake(
     return torch.empty(codebook.shape, dtype=grad_loss.dtype, device=x.device)
 
 
+def _where_float64_is(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation, which takes a detour by way of the CPU for devices without float64."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.vqtriton, packet), overload or "default")
+    is_changed = [argument.is_write for argument in op._schema.arguments]
+
+    def run(*args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if has_float64(device):
+            return implementation(*args)
+        on_cpu = _pytree.tree_map_only(Tensor, Tensor.cpu, args)
+        results = implementation(*on_cpu)
+        for arg, moved, changed in zip(args, on_cpu, is_changed, strict=False):
+            if changed:
+                arg.copy_(moved)
+        return _pytree.tree_map_only(Tensor, lambda result: result.to(device), results)
+
+    return run
+
+
 for _name, _implementation, _fake in (
     ("nearest_code", _nearest_code, _nearest_code_fake),
     ("nearest_code.prepared", _nearest_code_prepared, _nearest_code_prepared_fake),
     ("prepare_codebook", _prepare_codebook, _prepare_codebook_fake),
     ("vector_quantize", _vector_quantize, _vector_quantize_fake),
+    ("vector_quantize.prepared", _vector_quantize, _vector_quantize_fake),
     ("code_sums", _code_sums, _code_sums_fake),
     ("grad_x", _grad_x, _grad_x_fake),
     ("grad_codebook", _grad_codebook, _grad_codebook_fake),
     ("ema_update_", _ema_update_, _ema_update_fake),
     ("snapshot", _snapshot, _snapshot_fake),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(
+        _name, _where_float64_is(_name, _implementation), "CompositeExplicitAutograd"
+    )
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
 
 
@@ -399,6 +427,7 @@ nearest_code = torch.ops.vqtriton.nearest_code.default
 nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared
 prepare_codebook_op = torch.ops.vqtriton.prepare_codebook.default
 vector_quantize = torch.ops.vqtriton.vector_quantize.default
+vector_quantize_prepared = torch.ops.vqtriton.vector_quantize.prepared
 code_sums = torch.ops.vqtriton.code_sums.default
 grad_x = torch.ops.vqtriton.grad_x.default
 grad_codebook = torch.ops.vqtriton.grad_codebook.default

@@ -16,8 +16,10 @@ from vqtriton.functional import REDUCTIONS, gather, snapshot, vector_quantize
 from vqtriton.reference import Quantized
 
 CODEBOOK_UPDATES = ("ema", "gradient")
-# arguments of version 0.1.0 that are no more
+# arguments of earlier versions that are no more
 RETIRED = ("eps",)
+# where torch keeps the tensors of a module
+TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 INTEGERS = (
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -90,8 +92,9 @@ class VectorQuantize(Codebook):
             half precision. The next step goes on from the codes that it finds here, whoever wrote
             them.
         cluster_size: [K] float32, moving average of the rows per code and step.
-        frozen: True keeps codebook and statistics as they are, in training mode as well. So does
-            ``requires_grad_(False)`` on a "gradient" codebook.
+        frozen: True keeps codebook and statistics as they are, in training mode as well. Nor is a
+            "gradient" codebook written to, by a start or a revival, after
+            ``requires_grad_(False)``.
         is_initialized: [] bool, whether there are codes. ``is_initialized.fill_(False)`` starts
             anew.
 
@@ -151,6 +154,11 @@ class VectorQuantize(Codebook):
         """
         return cls(**{name: value for name, value in config.items() if name not in RETIRED})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_rates" not in state:
+            state = _of_an_earlier_version(state)
+        super().__setstate__(state)
+
     @property
     def config(self) -> dict[str, Any]:
         """The keyword arguments that build this module."""
@@ -188,11 +196,14 @@ class VectorQuantize(Codebook):
         vectors = self._channels_last(x)
         if lens is not None:
             mask = mask_of_lengths(lens, vectors, mask)
-        is_held = freeze_codebook or self._is_held()
-        learns = self.training and not is_held
-        changes = learns and self._changes_in_forward()
+        is_gradient = self.codebook_update == "gradient"
+        is_held = freeze_codebook or self.frozen
+        learns = self.training and not is_held and self._is_trainable()
+        changes = learns and (self._revives or not is_gradient)
         if changes and not torch.compiler.is_compiling():
             refuse_in_backward()
+        if changes:
+            self._check_writable()
         if learns:
             self._start(vectors, mask)
         else:
@@ -201,7 +212,6 @@ class VectorQuantize(Codebook):
         if changes:
             # backward needs the codes that were chosen from, not what the update makes of them
             codebook = snapshot(codebook)
-        is_gradient = self.codebook_update == "gradient"
         quantized, indices, loss = vector_quantize(
             vectors,
             codebook if learns or codebook.requires_grad else self._kept(codebook),
@@ -265,6 +275,17 @@ class VectorQuantize(Codebook):
 
 
 PARAMETERS = tuple(inspect.signature(VectorQuantize).parameters)
+
+
+def _of_an_earlier_version(state: dict[str, Any]) -> dict[str, Any]:
+    """What a module that an earlier version pickled is today."""
+    vq = VectorQuantize(**{name: state[name] for name in PARAMETERS if name in state})
+    tensors = {**state["_parameters"], **state["_buffers"]}
+    vq.load_state_dict(tensors)
+    vq.to(tensors["codebook"].device)
+    retired = {"decay", "threshold_ema_dead_code", "eps", "_known_initialized"}
+    kept = {name: value for name, value in state.items() if name not in retired}
+    return kept | {n: v for n, v in vars(vq).items() if n not in kept or n in TENSORS}
 
 
 def mask_of_lengths(lens: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
