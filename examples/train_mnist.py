@@ -70,7 +70,7 @@ class Trainer:
         self.curve: list[dict[str, float]] = []
         # of the epoch so far: loss terms, and how often each code was chosen
         self.sums = torch.zeros(3, dtype=torch.float64, device=args.device)
-        self.counts = torch.zeros(args.codebook_size, dtype=torch.int64, device=args.device)
+        self.counts = torch.zeros(args.codebook_size, dtype=torch.float64, device=args.device)
 
     def save(self) -> None:
         optimizer = self.optimizer.state_dict()
@@ -152,7 +152,7 @@ class Trainer:
         self.schedule.step()
         self.step += 1
 
-        counts = indices.flatten().bincount(minlength=vq.codebook_size)
+        counts = vqtriton.metrics.counts(indices, vq.codebook_size)
         self.counts += counts
         self.sums += torch.stack([loss, reconstruction, vq_loss]).detach() * len(target)
         if self.step % LOOK_EVERY > 0 and self.step < self.total_steps:
@@ -283,7 +283,7 @@ def evaluate(
         rows = [t.movedim(1, -1).flatten(0, -2) for t in (x, quantized)]
         parts.append((*rows, indices.flatten()))
     x, quantized, indices = map(torch.cat, zip(*parts, strict=True))
-    counts = indices.bincount(minlength=model.vq.codebook_size)
+    counts = vqtriton.metrics.counts(indices, model.vq.codebook_size)
     mse, nats, floor = (sums / len(images)).tolist()
     metrics = {"test_mse": mse}
     if model.reconstruction == "bce":

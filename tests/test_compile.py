@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 compiling = importlib.import_module("vqtriton.tuning.compiling")
 machines = importlib.import_module("vqtriton.tuning.machines")
 sass_kernels = importlib.import_module("bench.sass_kernels")
+code_sums = importlib.import_module("vqtriton.kernels.code_sums")
 launches_of, TARGETS = compiling.launches_of, compiling.TARGETS
 
 # D, dtype and layout of x: multiples of the tiles and not, each dtype, each layout
@@ -46,16 +47,21 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
         x = torch.zeros(48, dim, dtype=dtype)
         if layout == "strided":
             x = torch.zeros(dim, 47, dtype=dtype).T
+        no_code = torch.zeros(1, len(x), dtype=torch.int64)
         launches = [
             *sass_kernels.record_nearest_code(x, target),
             *sass_kernels.record_sums(x, target),
             *sass_kernels.record_ema_update(x, target),
+            *launches_of(code_sums, code_sums.code_sums, x[None], no_code, 3, double=True),
         ]
         for launch in launches:
             if launch.name in NAMES:
                 dtype_name = str(dtype).removeprefix("torch.")
                 flags = ("IS_GRAD", "IS_EMA", "REVIVES")
                 flag = "".join(f"-{name}" for name in flags if launch.values.get(name))
+                sums = launch.values.get("sums_ptr")
+                if launch.name in ("chunk_sums", "combine_chunks") and sums.dtype == torch.float64:
+                    flag += "-double"
                 cases[f"{launch.name}{flag}-{dim}-{dtype_name}-{layout}"] = launch
     return cases
 

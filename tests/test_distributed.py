@@ -11,7 +11,7 @@ import ranks
 import torch
 from torch import Tensor
 
-from vqtriton import VectorQuantize, kmeans, nearest_code
+from vqtriton import VectorQuantize, kmeans, metrics, nearest_code
 
 DIM, SIZE = 5, 16
 
@@ -464,3 +464,38 @@ def sharded_in_vain(rank: int, world_size: int, meeting_point: str) -> dict[str,
 
 def test_what_sharding_would_lose_is_refused(tmp_path: Path) -> None:
     ranks.run(sharded_in_vain, tmp_path)
+
+
+def metered(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    # built before there is a process group
+    meter, idle = metrics.Meter(SIZE), metrics.Meter(SIZE)
+    ranks.join(rank, world_size, meeting_point)
+    for step in range(3):
+        meter.update(torch.randint(-1, SIZE // 2 * (rank + 1), (7, 5)))
+        if rank == 1:
+            idle.update(torch.full((step + 1,), 2, dtype=torch.int32))
+    alone = meter.compute(sync=False)
+    found = {f"all {name}": t for name, t in meter.compute()._asdict().items()}
+    for name, tensor in meter.compute()._asdict().items():
+        # what others counted is not kept
+        assert torch.equal(tensor, found[f"all {name}"])
+    assert torch.equal(meter.compute(sync=False).counts, alone.counts)
+    found["idle"] = idle.compute().counts
+    with pytest.MonkeyPatch.context() as patch:
+        # as on a GPU, where values are not looked at
+        patch.setattr(metrics, "_check_tally", lambda found: None)
+        idle.update(torch.tensor([SIZE] if rank == 0 else [0]))
+    with pytest.raises(IndexError, match="indices has 1 values outside"):
+        idle.compute()
+    return found | {"alone": alone.counts}
+
+
+def test_a_meter_adds_up_the_ranks(tmp_path: Path) -> None:
+    results = ranks.run(metered, tmp_path)
+    alone = [result.pop("alone") for result in results]
+    assert_equal(results)
+    found = results[0]
+    assert torch.equal(found["all counts"], alone[0] + alone[1])
+    assert torch.equal(found["all perplexity"], metrics.perplexity(alone[0] + alone[1]))
+    assert torch.equal(found["all usage"], metrics.usage(alone[0] + alone[1]))
+    assert found["idle"].tolist() == [0.0, 0.0, 6.0] + [0.0] * (SIZE - 3)

@@ -152,7 +152,7 @@ def _is_first(codebook: Tensor) -> Tensor:
     # of halves it fails under autocast to the other half (torch 2.13); widening changes no equality
     codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
     _, group = torch.unique(codebook, dim=0, return_inverse=True)
-    index = torch.arange(codebook.shape[0], device=codebook.device)
+    index = torch.arange(codebook.shape[0], dtype=torch.int64, device=codebook.device)
     first = torch.full_like(index, codebook.shape[0]).scatter_reduce_(0, group, index, "amin")
     return first[group] == index
 

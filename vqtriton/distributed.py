@@ -20,6 +20,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def meeting_device(device: torch.device) -> torch.device:
+    """Where a tensor must be to be summed over the ranks: NCCL meets on GPUs alone."""
+    if device.type == "cpu" and world_size() > 1 and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def all_reduce(
     tensors: Sequence[Tensor], *, sync: bool = True, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
@@ -67,9 +74,11 @@ def sample_rows(
     """
     rank, world = place_among(sync)
     share = min(len(range(rank, num_samples, world)), x.shape[0])
-    key, row = torch.rand(x.shape[0], device=x.device).masked_fill_(~keep, -1).topk(share)
-    samples = torch.zeros(num_samples, x.shape[1], device=x.device)
-    is_filled = torch.zeros(num_samples, device=x.device)
+    # of halves many keys would be equal, and of those the first rows would be drawn
+    keys = torch.rand(x.shape[0], dtype=torch.float32, device=x.device).masked_fill_(~keep, -1)
+    key, row = keys.topk(share)
+    samples = torch.zeros(num_samples, x.shape[1], dtype=torch.float32, device=x.device)
+    is_filled = torch.zeros(num_samples, dtype=torch.float32, device=x.device)
     places = slice(rank, rank + share * world, world)
     samples[places] = x[row].float().masked_fill((key < 0)[:, None], 0)
     is_filled[places] = (key >= 0).float()
@@ -90,7 +99,9 @@ class Source:
         rank, world = place_among(sync)
         if world > 1:
             device = "cpu" if generator is None else generator.device
-            drawn = torch.randint(1 << 62, (), generator=generator, device=device)
+            drawn = torch.randint(
+                1 << 62, (), generator=generator, dtype=torch.int64, device=device
+            )
             self._seed = (int(drawn) + rank * SEED_STEP) % (1 << 63)
 
     def on(self, device: torch.device) -> torch.Generator | None:
@@ -161,7 +172,7 @@ class Agreement:
 
     def failed(self, device: torch.device) -> Tensor:
         """[] float32, to be summed over the ranks."""
-        return torch.tensor(float(self.error is not None), device=device)
+        return torch.tensor(self.error is not None, dtype=torch.float32, device=device)
 
     def raise_own(self) -> None:
         """
@@ -188,15 +199,13 @@ class Agreement:
             Exception: see `raise_if`.
         """
         unknown = -torch.iinfo(torch.int64).max
-        found = torch.tensor([self.error is not None, dim, -dim or unknown])
+        found = torch.tensor([self.error is not None, dim, -dim or unknown], dtype=torch.int64)
         if self._sync and world_size() > 1:
-            # NCCL meets on GPUs alone, and a rank that failed may not know of its own
-            if device.type == "cpu" and dist.get_backend() == "nccl":
-                device = torch.device("cuda", torch.cuda.current_device())
-            found = found.to(device)
+            # a rank that failed may not know of a GPU of its own
+            found = found.to(meeting_device(device))
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         failed, largest, least = found.tolist()
-        self.raise_if(torch.tensor(failed))
+        self.raise_if(torch.tensor(failed, dtype=torch.int64))
         if largest and -least != largest:
             raise ValueError(f"x has vectors of size {-least} on one rank and {largest} on another")
         return largest

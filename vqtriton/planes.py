@@ -104,7 +104,7 @@ def column_order(size: int, group: int, lanes: int, vec: int) -> Tensor:
     An accumulator gives a thread ``vec`` columns of every ``vec·lanes``. This order gives it
     ``group`` codes that follow one another.
     """
-    code = torch.arange(size).view(-1, lanes, group // vec, vec)
+    code = torch.arange(size, dtype=torch.int64).view(-1, lanes, group // vec, vec)
     return code.transpose(1, 2).reshape(-1)
 
 

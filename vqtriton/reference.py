@@ -47,7 +47,7 @@ def nearest_code(
     distances = squared_distances(x.detach().reshape(-1, x.shape[-1]), codebook.detach())
     distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
     # `min` may return any of equal minima; the lowest index is the rule
-    columns = torch.arange(codebook.shape[0], device=x.device)
+    columns = torch.arange(codebook.shape[0], dtype=torch.int64, device=x.device)
     is_nearest = distances == distances.amin(1, keepdim=True)
     indices = torch.where(is_nearest, columns, codebook.shape[0]).amin(1)
     return indices.reshape(x.shape[:-1])

@@ -38,14 +38,15 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
     generator = torch.Generator(device).manual_seed(seed)
     n, k, d = problem.num_rows, problem.codebook_size, problem.dim
     x, codebook, grad = (
-        torch.randn(size, d, device=device, generator=generator) for size in (n, k, n)
+        torch.randn(size, d, dtype=torch.float32, device=device, generator=generator)
+        for size in (n, k, n)
     )
     hard = min(n, k, 16)
     x[:hard] = codebook[:hard]
     codebook[k // 2] = codebook[0]
     if n > 20:
         x[20, -1] = torch.nan
-    indices = torch.randint(k, (n,), device=device, generator=generator)
+    indices = torch.randint(k, (n,), dtype=torch.int64, device=device, generator=generator)
     indices[3::7] = -1
     dtype = DTYPES[problem.dtype]
     return Inputs(x.to(dtype), codebook, indices, grad.to(dtype))
@@ -139,7 +140,9 @@ def screen_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     """Every row beside the torch backend, some of them beside the reference."""
     (indices,) = results
     x, codebook, *_ = inputs
-    few = torch.linspace(0, len(x) - 1, min(len(x), REFERENCE_ROWS), device=x.device).long()
+    few = torch.linspace(
+        0, len(x) - 1, min(len(x), REFERENCE_ROWS), dtype=torch.float32, device=x.device
+    ).long()
     truth = reference.nearest_code(x[few], codebook)
     return torch.equal(indices[few], truth) and torch.equal(
         indices, blocked.nearest_code(x, codebook, "exact")
@@ -149,7 +152,8 @@ def screen_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
 def screen_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
     x = torch.zeros(1, 48, problem.dim, dtype=DTYPES[problem.dtype])
     # two tiles at least
-    codebook = torch.randn(512, problem.dim, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(512, problem.dim, dtype=torch.float32, generator=generator)
     planes = _planes(codebook, target)
     bound = screen_bound(planes, config.block_k)
     launched = launches_of(
@@ -211,7 +215,7 @@ def run_sums(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
     """Sums, and the codebook's gradient."""
     x, codebook, indices, _ = inputs
     sums, counts = code_sums.code_sums(x[None], indices[None], len(codebook), config=config)
-    grad_loss = torch.ones(1, len(x), device=x.device)
+    grad_loss = torch.ones(1, len(x), dtype=torch.float32, device=x.device)
     grads = (grad_loss, x[None], codebook[None], indices[None], 0.5)
     return sums[0], counts[0], vector_quantize_grad.grad_codebook(*grads, config=config)[0]
 
@@ -232,7 +236,8 @@ def sums_are_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
 def sums_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
     """Sums, and the codebook's gradient."""
     x, codebook, indices, _ = of_few_rows(problem)
-    grads = (torch.ones(1, len(x)), x[None], codebook[None], indices[None], 1.0)
+    grad_loss = torch.ones(1, len(x), dtype=torch.float32)
+    grads = (grad_loss, x[None], codebook[None], indices[None], 1.0)
     modules = (code_sums, vector_quantize_grad)
     launchers = (code_sums.code_sums, vector_quantize_grad.grad_codebook)
     arguments = ((x[None], indices[None], len(codebook)), grads)
@@ -252,14 +257,15 @@ def grad_x_candidates(dim: int) -> list[Any]:
 
 def run_grad_x(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
     x, codebook, indices, grad = inputs
-    grad_loss = torch.ones(1, len(x), device=x.device)
+    grad_loss = torch.ones(1, len(x), dtype=torch.float32, device=x.device)
     tensors = (grad[None], grad_loss, x[None], codebook[None], indices[None])
     return (vector_quantize_grad.grad_x(*tensors, 0.5, config=config)[0],)
 
 
 def grad_x_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
     x, codebook, indices, grad = of_few_rows(problem)
-    arguments = (grad[None], torch.ones(1, len(x)), x[None], codebook[None], indices[None], 1.0)
+    grad_loss = torch.ones(1, len(x), dtype=torch.float32)
+    arguments = (grad[None], grad_loss, x[None], codebook[None], indices[None], 1.0)
     return launches_of(vector_quantize_grad, vector_quantize_grad.grad_x, *arguments, config=config)
 
 
@@ -317,7 +323,8 @@ def ema_update_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
 def prepare_ema_update(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sizes and codes as they were; counts and sums of a batch."""
     codebook = inputs.codebook
-    counts = torch.arange(len(codebook), device=codebook.device).remainder(5).float()
+    counts = torch.arange(len(codebook), dtype=torch.int64, device=codebook.device)
+    counts = counts.remainder(5).float()
     sums = (codebook + 1) * counts[:, None]
     return torch.ones_like(counts), codebook.clone(), counts, sums
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -47,11 +48,15 @@ def warmup(
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
+        warnings.catch_warnings(),
     ):
+        # of a k-means start: the rows are random, and may be fewer than the codes
+        warnings.filterwarnings("ignore", ".*codes are copies of others or unused")
         trial = copy.deepcopy(module)
         trial.sync_codebook = False
         for shape in shapes:
-            x = torch.randn(tuple(shape), device=device).to(dtype).requires_grad_()
+            x = torch.randn(tuple(shape), dtype=torch.float32, device=device)
+            x = x.to(dtype).requires_grad_()
             # forward itself: hooks of the module are not for this. Training first, which may have to
             # start the codebook
             mask = None
