@@ -1,4 +1,4 @@
-"""Every Python block of README.md runs."""
+"""Every Python block of README.md and docs/export.md runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/export.md")
 # a fence may be indented, in a list
 FENCE = re.compile(r"^( *)```(.*)$")
 
@@ -33,19 +34,27 @@ def blocks(text: str) -> list[tuple[int, str]]:
     return found
 
 
-BLOCKS = blocks(README.read_text(encoding="utf-8")) if README.exists() else []
+BLOCKS = [
+    pytest.param(page, *block, id=f"{page}, line {block[0]}")
+    for page in PAGES
+    if (ROOT / page).exists()
+    for block in blocks((ROOT / page).read_text(encoding="utf-8"))
+]
 
 
-def test_there_are_blocks():
-    assert BLOCKS, f"{README.name} is missing or shows no Python"
+@pytest.mark.parametrize("page", PAGES)
+def test_there_are_blocks(page):
+    assert any(block.values[0] == page for block in BLOCKS), f"{page} is missing or has no Python"
 
 
-@pytest.mark.parametrize(("line", "code"), [pytest.param(*b, id=f"line {b[0]}") for b in BLOCKS])
-def test_block_runs(line, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "line", "code"), BLOCKS)
+# torch about torch, when it copies an exported program
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+def test_block_runs(page, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # so many empty lines that a traceback names the line of the file
     source = "\n" * (line - 1) + code
-    exec(compile(source, str(README), "exec"), {"__name__": "__main__"})
+    exec(compile(source, str(ROOT / page), "exec"), {"__name__": "__main__"})
 
 
 def test_finds_every_block():

@@ -10,11 +10,13 @@ from vqtriton.functional import (
     prepare_codebook,
     vector_quantize,
 )
+from vqtriton.plain import PlainQuantizer
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.serialization import load, save
 from vqtriton.tuning.warmup import warmup
 
 __all__ = [
+    "PlainQuantizer",
     "PreparedCodebook",
     "VectorQuantize",
     "__version__",

@@ -125,7 +125,7 @@ class Codebook(nn.Module):
         """[] bool, on the CPU: whether there are codes, and not only zeros that wait for
         ``kmeans_init``. False that is written into it, as by ``fill_``, starts anew."""
         self._heed_answer()
-        has_codes = bool(self.codebook.detach().any()) or not self.kmeans_init
+        has_codes = not self.kmeans_init or holds_codes(self.codebook)
         self._answer = torch.tensor(has_codes, dtype=torch.bool, device="cpu"), has_codes
         return self._answer[0]
 
@@ -211,10 +211,11 @@ class Codebook(nn.Module):
             rows = rows[finite_rows(rows.float())]
             if len(rows) == 0:
                 raise ValueError(f"x has shape {tuple(x.shape)} and no finite row to draw from")
-            order = torch.randperm(len(rows), device=rows.device)
-            turn = torch.arange(self.codebook_size, device=rows.device) % len(rows)
+            order = torch.randperm(len(rows), dtype=torch.int64, device=rows.device)
+            # with fewer rows than codes some are used again
+            order = order.repeat(-(-self.codebook_size // len(order)))
             fresh = torch.empty_like(codes)
-            fresh[which] = rows[order[turn[: int(which.sum())]]].float()
+            fresh[which] = rows[order[: int(which.sum())]].float()
         mean = self.cluster_size.mean()
         self._write(fresh.where(which[:, None], codes))
         self.cluster_size.copy_(mean.where(which, self.cluster_size))
@@ -353,7 +354,7 @@ class Codebook(nn.Module):
             return True
         if torch.compiler.is_compiling():
             return self._seen is not None
-        if stored.is_meta or not self.codebook.detach().any():
+        if stored.is_meta or not holds_codes(self.codebook):
             return False
         self._seen = (stored,)
         return True
@@ -498,10 +499,23 @@ class Codebook(nn.Module):
             state_dict[f"{prefix}codebook"] = torch.zeros_like(state_dict[f"{prefix}codebook"])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._forget()
+        self._has_codes()
+
+    def train(self, mode: bool = True) -> Codebook:
+        super().train(mode)
+        if not mode:
+            # an export, which cannot look for itself, mostly follows
+            self._has_codes()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # what can be made again is not copied or pickled
         return {**self.__dict__, "_prepared": None, "_answer": None}
+
+
+def holds_codes(codebook: Tensor) -> bool:
+    """Whether one is not zero. A parametrization may have made NaN of zeros."""
+    return bool(codebook.detach().nan_to_num(0).any())
 
 
 # so that a compiler, which would leave out a warning, calls it as it compiles

@@ -302,11 +302,12 @@ def ema_update_launches(problem: Problem, target: str, config: Any) -> list[Laun
     """With and without samples for dead codes."""
     statistics = prepare_ema_update(of_few_rows(problem))
     size, codebook, *_ = statistics
+    rates = torch.ones(2, dtype=torch.float32)
     return [
         launch
         for drawn in ((None, None), (codebook, size))
         for launch in launches_of(
-            ema_update, ema_update.ema_update_, *statistics, *drawn, torch.ones(2), config=config
+            ema_update, ema_update.ema_update_, *statistics, *drawn, rates, config=config
         )
     ]
 
