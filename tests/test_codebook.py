@@ -491,7 +491,7 @@ def test_a_schedule_is_one_graph(backend: Backend, update: str) -> None:
     compiled = copy.deepcopy(eager)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled, fullgraph=True, backend=counter)
-    for i in range(12):
+    for i in range(4 if INTERPRETED else 12):
         sizes = []
         for vq, run in ((eager, eager), (compiled, step)):
             vq.decay = i / 20
@@ -538,17 +538,19 @@ def test_checkpointing_a_module_that_learns_is_refused(update: str, reentrant: b
 
 
 @on_every_backend
-@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "default", [torch.float16, *(() if INTERPRETED else (torch.bfloat16, torch.float64))]
+)
 def test_the_default_dtype_changes_nothing(backend: Backend, default: torch.dtype) -> None:
     x = torch.tensor([[7e4], [8e4]], device=backend.device).repeat(10, 1)
-    near = 1 + 1e-3 * torch.arange(256.0, device=backend.device)[:, None]
+    near = 1 + 1e-3 * torch.arange(64.0 if INTERPRETED else 256.0, device=backend.device)[:, None]
     found = []
     for dtype in (torch.float32, default):
         torch.set_default_dtype(dtype)
         try:
             torch.manual_seed(0)
             results = []
-            for batch, size in ((x, 2), (near, 64)):
+            for batch, size in ((x, 2), (near, len(near) // 4)):
                 vq = VectorQuantize(
                     1, size, kmeans_init=True, threshold_ema_dead_code=5, backend=backend.name
                 ).to(backend.device)
@@ -587,9 +589,8 @@ def test_half_precision_that_arrives_becomes_float32(backend: Backend, update, w
     if way in ("assign", "load"):
         vq.load_state_dict(halves, assign=way == "assign")
     elif way == "setattr":
-        halves["codebook"] = nn.Parameter(halves["codebook"]) if update == "gradient" else (
-            halves["codebook"]
-        )
+        if update == "gradient":
+            halves["codebook"] = nn.Parameter(halves["codebook"])
         for name, value in halves.items():
             setattr(vq, name, value)
     else:
@@ -627,10 +628,10 @@ def test_inference_before_the_start_warns_once() -> None:
     vq = VectorQuantize(8, 16, kmeans_init=True).eval()
     x = torch.randn(5, 8)
     with pytest.warns(UserWarning, match="no codes yet, only zeros") as seen:
-        for _ in range(3):
-            vq(x)
-    assert len(seen) == 1
-    assert seen[0].filename == __file__
+        vq(x)
+    # and points at who called
+    assert [warning.filename for warning in seen] == [__file__]
+    vq(x)
     vq.train()(torch.randn(40, 8))
     vq.eval()(x)
     # without k-means there is nothing to wait for
@@ -930,19 +931,17 @@ def test_a_server_with_threads_prepares_as_it_likes() -> None:
     vq = VectorQuantize(8, 64).eval()
     x = torch.randn(200, 8)
     want = vqtriton.nearest_code(x, vq.codebook)
-    wrong = []
+    right = []
 
     def serve() -> None:
-        for _ in range(20):
-            if not torch.equal(vq(x).indices, want):
-                wrong.append(1)
+        right.extend(torch.equal(vq(x).indices, want) for _ in range(20))
 
     threads = [threading.Thread(target=serve) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert right == [True] * 80
 
 
 @once

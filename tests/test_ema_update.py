@@ -101,10 +101,12 @@ def test_a_code_that_no_row_chose_stays_bit_for_bit(backend: Backend) -> None:
 def test_codes_that_are_the_means_stay_bit_for_bit(backend: Backend, decay: float) -> None:
     (size, codebook), (counts, *_) = example(40, 7, backend.device)
     # powers of two, so that the sums are exact
-    counts = (2 ** counts).where(counts > 1, 0)
+    counts = (2**counts).where(counts > 1, 0)
     before = codebook.clone()
     step = rates(decay, 0, size.device)
-    ops.ema_update_(size, codebook, counts, codebook * counts[:, None], None, None, step, backend.name)
+    ops.ema_update_(
+        size, codebook, counts, codebook * counts[:, None], None, None, step, backend.name
+    )
     assert torch.equal(codebook, before)
 
 

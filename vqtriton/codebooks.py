@@ -31,14 +31,17 @@ from vqtriton.screening import finite_rows
 JITTER = 0.01
 
 
-def check_number(name: str, value: Any, kind: type, least: float, most: float | None = None) -> None:
+def check_number(
+    name: str, value: Any, kind: type, least: float, most: float | None = None
+) -> None:
     """
     Raises:
         TypeError: the argument is not of its type.
         ValueError: it is out of its range.
     """
+    kinds = (int, float) if kind is float else (kind,)
     # True is an int to Python, 1 a float to everybody
-    if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
+    if not any(isinstance(value, kind) for kind in kinds) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
     # float32, as the statistics and the loss that it is for
     if not least <= value <= (torch.finfo(torch.float32).max if most is None else most):
@@ -260,9 +263,7 @@ class Codebook(nn.Module):
         if not must_broadcast and self._has_codes():
             return
         # before anything changes or other ranks are waited for
-        check_arguments(
-            vectors, self.codebook, mask, precision="exact", backend=self.backend
-        )
+        check_arguments(vectors, self.codebook, mask, precision="exact", backend=self.backend)
         self._check_writable()
         if must_broadcast:
             with torch.no_grad():
@@ -301,7 +302,7 @@ class Codebook(nn.Module):
                 rows, self.codebook_size, keep=keep, sync=self.sync_codebook
             )
         counts, *others = distributed.all_reduce(local, sync=self.sync_codebook)
-        sums = others.pop(0) if self.codebook_update == "ema" else None
+        averaged = others.pop(0) if self.codebook_update == "ema" else None
         if self._rates.device != self.cluster_size.device:
             self._rates = self._rates_on(self.cluster_size.device)
         is_own = self._owns_codebook()
@@ -310,7 +311,7 @@ class Codebook(nn.Module):
             self.cluster_size,
             codebook,
             counts,
-            sums,
+            averaged,
             *(others or (None, None)),
             self._rates,
             self.backend,
@@ -348,7 +349,7 @@ class Codebook(nn.Module):
             return True
         stored = self.codebook
         if is_parametrized(self, "codebook"):
-            parametrization = self.parametrizations.codebook
+            parametrization = self.get_submodule("parametrizations.codebook")
             stored = next(chain(parametrization.parameters(), parametrization.buffers()))
         if self._seen is not None and self._seen[0] is stored:
             return True
@@ -393,7 +394,7 @@ class Codebook(nn.Module):
                 "codebook is made anew in each forward, as by torch.nn.utils.weight_norm, so what "
                 "is learned in forward would be lost; use torch.nn.utils.parametrizations"
             )
-        for parametrization in self.parametrizations.codebook:
+        for parametrization in self.get_submodule("parametrizations.codebook").children():
             if not hasattr(parametrization, "right_inverse"):
                 raise ValueError(
                     f"codebook has the parametrization {type(parametrization).__name__}, which "
@@ -411,7 +412,9 @@ class Codebook(nn.Module):
 
     def _mask_of_codes(self, which: Tensor) -> Tensor:
         """[K] bool of what `reset_codes` takes."""
-        which = torch.as_tensor(which, device=self.codebook.device)
+        if not isinstance(which, Tensor):
+            raise TypeError(f"which is a {type(which).__name__}; it must be a tensor")
+        which = which.to(self.codebook.device)
         is_mask = which.dtype == torch.bool
         if is_mask and which.shape != (self.codebook_size,):
             raise ValueError(

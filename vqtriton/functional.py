@@ -227,9 +227,7 @@ def code_sums(
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic is {deterministic!r:.80}; it must be True or False")
     rows = x.reshape(-1, x.shape[-1])
-    return _CodeSums.apply(
-        rows, indices.reshape(-1), codebook_size, backend, deterministic, False
-    )
+    return _CodeSums.apply(rows, indices.reshape(-1), codebook_size, backend, deterministic, False)
 
 
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The operators ``torch.ops.vqtriton.*``: schema, choice of backend, fake kernels.
 
 They take [N, D] tensors that `vqtriton.functional` has checked. The derivatives are its
-`torch.autograd.Function`\\ s around them, which `torch.func` takes as well; those of the ops that an
-exported program calls are given to the ops too. One implementation serves every device;
-it is opaque to `torch.compile`, which sees the fake kernels.
+`torch.autograd.Function`\\ s around them, which `torch.func` takes as well; ops that an exported
+program calls are given theirs too. One implementation serves every device; it is opaque to
+`torch.compile`, which sees the fake kernels.
 """
 
 from __future__ import annotations
@@ -149,9 +149,7 @@ def _vector_quantize(
     is_triton = resolve_backend(backend, x.device) == "triton"
     if x.shape[0] > 0 and is_triton:
         trace.record("nearest_code", x, codebook.shape[0])
-        out = run_kernels(
-            x, codebook, prepared, exact=precision == "exact", mask=mask, gather=True
-        )
+        out = run_kernels(x, codebook, prepared, exact=precision == "exact", mask=mask, gather=True)
         assert out.quantized is not None
         assert out.sq_error is not None
         indices, quantized, sq_error = out.indices[0], out.quantized[0], out.sq_error[0]
@@ -407,9 +405,7 @@ for _name, _implementation, _fake in (
     ("ema_update_", _ema_update_, _ema_update_fake),
     ("snapshot", _snapshot, _snapshot_fake),
 ):
-    _library.impl(
-        _name, _where_float64_is(_name, _implementation), "CompositeExplicitAutograd"
-    )
+    _library.impl(_name, _where_float64_is(_name, _implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
 
 

@@ -57,8 +57,8 @@ def warmup(
         for shape in shapes:
             x = torch.randn(tuple(shape), dtype=torch.float32, device=device)
             x = x.to(dtype).requires_grad_()
-            # forward itself: hooks of the module are not for this. Training first, which may have to
-            # start the codebook
+            # forward itself: hooks of the module are not for this; training first, which may have
+            # to start the codebook
             mask = None
             for _ in range(1 + has_mask):
                 with torch.enable_grad():
