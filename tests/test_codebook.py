@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import vqtriton
-from vqtriton import VectorQuantize, codebooks
+from vqtriton import VectorQuantize, codebooks, screening
 
 pytestmark = pytest.mark.kernel
 once = pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
@@ -1003,18 +1003,38 @@ def test_a_state_of_before_inside_a_model() -> None:
 # --- devices without float64 ---
 
 
-def test_a_device_without_float64(monkeypatch) -> None:
-    """Every op takes its detour, and what it changes in place comes back."""
-    x, codebook = torch.randn(30, 4), torch.randn(7, 4)
-    want = vqtriton.vector_quantize(x, codebook)
-    seen = []
+@once
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_device_without_float64(update: str, monkeypatch) -> None:
+    """All of a step, and of k-means, is what it is on a CPU."""
+    from no_float64 import DEVICE, Elsewhere, NoFloat64
 
-    class Elsewhere(Tensor):
-        """On a CPU, but says that it is not."""
+    monkeypatch.setattr(screening, "NO_FLOAT64", (DEVICE.type,))
 
-        @property
-        def device(self) -> torch.device:
-            return torch.device("mps")
-
-    del Elsewhere, seen
-    assert want.indices.shape == (30,)
+    options = {"codebook_update": update, "threshold_ema_dead_code": 1e-9, "kmeans_init": True}
+    here = VectorQuantize(3, 6, **options)
+    # `topk` of random keys, which the device draws by itself, is not to decide
+    codes, x = torch.randn(6, 3), torch.randn(40, 3)
+    found = {}
+    with NoFloat64():
+        with pytest.raises(TypeError, match="no float64"):
+            Elsewhere(x).double()
+        there = copy.deepcopy(here)
+        for name, tensor in (*there.named_parameters(), *there.named_buffers()):
+            moved = Elsewhere(tensor.detach().clone())
+            if isinstance(tensor, nn.Parameter):
+                there._parameters[name] = nn.Parameter(moved)
+            else:
+                there._buffers[name] = moved
+        for name, vq, rows in (("here", here, x), ("there", there, Elsewhere(x))):
+            vq.set_codebook(codes)
+            leaf = rows.detach().requires_grad_()
+            quantized, indices, loss = vq(leaf)
+            (grad,) = torch.autograd.grad(quantized.sum() + loss, leaf)
+            centres = vqtriton.kmeans(rows, 4, 3, torch.Generator().manual_seed(1))
+            counts = vqtriton.metrics.counts(indices, 6)
+            results = [quantized, indices, loss, grad, centres, counts, *state(vq).values()]
+            found[name] = [t.detach().cpu() for t in results]
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.equal(one, other) if not one.is_floating_point() else True
+        torch.testing.assert_close(one, other)

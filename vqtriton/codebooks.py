@@ -432,7 +432,7 @@ class Codebook(nn.Module):
 
     def _rates_on(self, device: torch.device) -> Tensor:
         rates = [1 - self.decay, self.threshold_ema_dead_code]
-        return torch.tensor(rates, dtype=torch.float32, device=device)
+        return torch.tensor(rates, dtype=torch.float32, device="cpu").to(device)
 
     def _heed_answer(self) -> None:
         """Starts anew if somebody wrote False into what `is_initialized` gave."""

@@ -393,6 +393,7 @@ def _where_float64_is(name: str, implementation: Callable[..., Any]) -> Callable
     return run
 
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 for _name, _implementation, _fake in (
     ("nearest_code", _nearest_code, _nearest_code_fake),
     ("nearest_code.prepared", _nearest_code_prepared, _nearest_code_prepared_fake),
@@ -405,7 +406,8 @@ for _name, _implementation, _fake in (
     ("ema_update_", _ema_update_, _ema_update_fake),
     ("snapshot", _snapshot, _snapshot_fake),
 ):
-    _library.impl(_name, _where_float64_is(_name, _implementation), "CompositeExplicitAutograd")
+    IMPLEMENTATIONS[_name] = _where_float64_is(_name, _implementation)
+    _library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Devices whose tensors cannot be float64: Apple's GPUs.
+NO_FLOAT64 = ("mps",)
 # Unit roundoff of the canonical distance.
 U64 = 2.0**-53
 # Factor over the first-order bound: second-order terms and the rounding of the bound itself.
@@ -98,5 +100,5 @@ def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> Bo
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether tensors on the device can be float64; those of Apple's GPUs cannot."""
-    return device.type != "mps"
+    """Whether tensors on the device can be float64."""
+    return device.type not in NO_FLOAT64
