@@ -147,8 +147,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"argument --limit: {args.limit}; it must be at least the {ranks} ranks")
     check_places(parser, args)
     try:
-        vq = vqtriton.VectorQuantize(**args.quantizer).to(args.device).eval()
-        # whether its backend works on this device
+        # whether its backend works on this device, and there is nothing to start from yet
+        arguments = args.quantizer | {"kmeans_init": False}
+        vq = vqtriton.VectorQuantize(**arguments).to(args.device).eval()
         vq(torch.zeros(1, args.dim, 1, 1, device=args.device))
     except (TypeError, ValueError, RuntimeError) as error:
         parser.error(f"quantizer: {str(error).splitlines()[0]}")

@@ -643,6 +643,8 @@ def test_saving_and_exporting_before_the_start_warn(tmp_path: Path) -> None:
     vq = VectorQuantize(8, 16, kmeans_init=True)
     with pytest.warns(UserWarning, match="no codes yet"):
         vqtriton.save(vq, tmp_path / "vq")
+    with pytest.warns(UserWarning, match="no codes yet"):
+        vqtriton.PlainQuantizer(vq)
     x = torch.randn(5, 8)
     for strict in (False, True):
         fresh = VectorQuantize(8, 16, kmeans_init=True).eval()

@@ -534,7 +534,7 @@ def test_signals_are_given_back(few_images, tmp_path):
 
 def test_a_full_disk_is_a_line(tmp_path):
     flags = ("--limit=100", "--channels=8", f"--out={tmp_path}")
-    done = finish(["bash", "-c", 'ulimit -f 300; exec "$@"', "bash", *run(*flags)])
+    done = finish(["bash", "-c", 'ulimit -f 150; exec "$@"', "bash", *run(*flags)])
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "train_mnist.py: [Errno 27] File too large" in done.stderr

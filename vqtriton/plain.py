@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -66,6 +67,8 @@ class PlainQuantizer(nn.Module):
         super().__init__()
         if not isinstance(vq, VectorQuantize):
             raise TypeError(f"vq is a {type(vq).__name__}; it must be a VectorQuantize")
+        if not vq.is_initialized:
+            warnings.warn("vq has no codes yet: it waits for its k-means start", stacklevel=2)
         self.dim = vq.dim
         self.codebook_size = vq.codebook_size
         self.channel_last = vq.channel_last
