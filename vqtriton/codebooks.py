@@ -521,8 +521,6 @@ def holds_codes(codebook: Tensor) -> bool:
     return bool(codebook.detach().nan_to_num(0).any())
 
 
-# so that a compiler, which would leave out a warning, calls it as it compiles
-@torch.compiler.assume_constant_result
 def warn_of_zeros() -> None:
     warnings.warn(
         "VectorQuantize(kmeans_init=True) has no codes yet, only zeros: train a step, load a state "
@@ -530,6 +528,11 @@ def warn_of_zeros() -> None:
         # who called the module
         stacklevel=6,
     )
+
+
+# a compiler would leave out the warning, but calls this as it compiles. It is what
+# torch.compiler.assume_constant_result does, which imports all of the compiler, and Triton
+vars(warn_of_zeros)["_dynamo_marked_constant"] = True
 
 
 def _is_plain(tensor: Tensor) -> bool:
