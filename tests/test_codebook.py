@@ -238,6 +238,11 @@ def test_a_flag_that_is_cleared_starts_anew() -> None:
         assert (vq.codebook - before).abs().max() > (90 if kmeans_init else 0.1)
         vq.is_initialized.copy_(torch.tensor(False))
         assert bool(vq.is_initialized) is not kmeans_init
+        vq(torch.randn(40, 2))
+        vq.is_initialized = torch.tensor(True)
+        assert vq.is_initialized
+        vq.is_initialized = False
+        assert bool(vq.is_initialized) is not kmeans_init
 
 
 @once
@@ -863,6 +868,45 @@ def test_inference_prepares_once(backend: Backend, preparations: list[Tensor]) -
     assert len(preparations) == 1
     # it is no part of copies and files
     assert len(pickle.dumps(vq)) < 1.1 * len(pickle.dumps(trained(backend)))
+
+
+@on_every_backend
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_what_one_mode_prepares_another_can_use(backend, update, preparations) -> None:
+    vq = trained(backend, codebook_update=update).eval()
+    vq.frozen = True
+    x = torch.randn(30, 2, device=backend.device)
+    with torch.inference_mode():
+        want = vq(x)
+    with torch.no_grad():
+        assert torch.equal(vq(x).indices, want.indices)
+    leaf = x.clone().requires_grad_()
+    out = vq(leaf)
+    (out.quantized.sum() + out.loss).backward()
+    assert leaf.grad.isfinite().all()
+    assert torch.equal(out.indices, want.indices)
+    assert len(preparations) == 1
+    vq.frozen = False
+    # a codebook that gets a gradient is no copy
+    assert vq(leaf).loss.requires_grad
+    if update == "gradient":
+        vq(leaf).loss.backward()
+        assert vq.codebook.grad.abs().sum() > 0
+
+
+@once
+def test_accumulation_compiles() -> None:
+    eager = VectorQuantize(3, 6)
+    compiled = copy.deepcopy(eager)
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(20, 3)
+        for vq, run in ((eager, eager), (compiled, step)):
+            with vq.accumulate():
+                run(x)
+                run(x + 1)
+            run(x + 2)
+    torch.testing.assert_close(state(compiled), state(eager))
 
 
 def in_place(vq: VectorQuantize, codes: Tensor) -> None:

@@ -449,6 +449,34 @@ def test_fully_sharded_data_parallel(tmp_path: Path, update: str) -> None:
                 torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
 
 
+def sharded_in_halves(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    ranks.join(rank, world_size, meeting_point)
+    torch.manual_seed(0)
+    vq = VectorQuantize(DIM, SIZE, codebook_update="gradient")
+    model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), vq)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)), mp_policy=policy)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = vq.codebook.full_tensor().detach().clone()
+    for i in range(3):
+        out = model(batch(i).chunk(world_size)[rank].bfloat16())
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    codebook = vq.codebook.full_tensor().detach()
+    assert codebook.dtype == torch.float32
+    assert not torch.equal(codebook, before)
+    return {"codebook": codebook}
+
+
+def test_sharded_with_mixed_precision(tmp_path: Path) -> None:
+    """There forward sees a copy in half precision, which is not to be made float32."""
+    assert_equal(ranks.run(sharded_in_halves, tmp_path))
+
+
 def sharded_in_vain(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -87,7 +87,7 @@ class Codebook(nn.Module):
         self._seen: tuple[Tensor] | None = None
         # a tensor that `is_initialized` gave, and what it said
         self._answer: tuple[Tensor, bool] | None = None
-        self._has_warned = self._is_broadcast = self._accumulates = False
+        self._has_warned = self._is_broadcast = self._is_sharded = self._accumulates = False
         # sums and counts of steps that were not applied yet
         self._pending: list[Tensor] | None = None
         self._prepared: tuple[Any, PreparedCodebook] | None = None
@@ -131,6 +131,11 @@ class Codebook(nn.Module):
         has_codes = not self.kmeans_init or holds_codes(self.codebook)
         self._answer = torch.tensor(has_codes, dtype=torch.bool, device="cpu"), has_codes
         return self._answer[0]
+
+    @is_initialized.setter
+    def is_initialized(self, value: Tensor | bool) -> None:
+        if not value:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -255,7 +260,7 @@ class Codebook(nn.Module):
             self._heed_answer()
         for tensor in (self.codebook, self.cluster_size):
             # as `load_state_dict` and `setattr` see to, but not an assignment to ``.data``
-            if tensor.dtype != torch.float32 and tensor.is_leaf:
+            if tensor.dtype != torch.float32 and tensor.is_leaf and not self._is_sharded:
                 tensor.data = tensor.data.float()
         must_broadcast = (
             self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
@@ -333,7 +338,9 @@ class Codebook(nn.Module):
             of, prepared = self._prepared
             if torch.equal(prepared.codebook, codebook) if is_cpu else of == mark:
                 return prepared
-        prepared = prepare_codebook(codebook, backend=self.backend)
+        # a later inference may want gradients, for which this one's tensors could not be saved
+        with torch.inference_mode(False), torch.no_grad():
+            prepared = prepare_codebook(codebook, backend=self.backend)
         self._prepared = mark, prepared
         return prepared
 
@@ -469,6 +476,7 @@ class Codebook(nn.Module):
                         "parameter cannot be sharded; pass ignored_params={vq.codebook} to "
                         'fully_shard, or use codebook_update="ema"'
                     )
+            self._is_sharded = True
             return value
         shape = (self.codebook_size, self.dim)[: 2 if name == "codebook" else 1]
         if tuple(value.shape) != shape:

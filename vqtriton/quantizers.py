@@ -211,9 +211,10 @@ class VectorQuantize(Codebook):
         if changes:
             # backward needs the codes that were chosen from, not what the update makes of them
             codebook = snapshot(codebook)
+        needs_grad = codebook.requires_grad and torch.is_grad_enabled()
         quantized, indices, loss = vector_quantize(
             vectors,
-            codebook if learns or codebook.requires_grad else self._kept(codebook),
+            codebook if learns or needs_grad else self._kept(codebook),
             commitment_weight=self.commitment_weight,
             codebook_weight=self.codebook_weight if is_gradient and not is_held else 0.0,
             reduction=self.reduction,
