@@ -157,6 +157,9 @@ WAYS = (
     *(codes_alone, codes_loaded_alone, loaded, assigned, from_meta, emptied, averaged),
     *(deep_copied, pickled, saved_whole, set_as_codebook),
 )
+# how a tensor arrives has nothing to do with kernels
+if INTERPRETED:
+    WAYS = WAYS[::4]
 
 
 @on_every_backend
@@ -587,7 +590,7 @@ def test_revival_draws_from_all_rows_whatever_the_default_dtype(backend: Backend
 
 @on_every_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
-@pytest.mark.parametrize("way", ["assign", "load", "setattr", "data"])
+@pytest.mark.parametrize("way", ["data"] if INTERPRETED else ["assign", "load", "setattr", "data"])
 def test_half_precision_that_arrives_becomes_float32(backend: Backend, update, way) -> None:
     vq = trained(backend, codebook_update=update)
     halves = {name: value.bfloat16() for name, value in state(vq).items()}
@@ -608,7 +611,7 @@ def test_half_precision_that_arrives_becomes_float32(backend: Backend, update, w
     assert vq.codebook.requires_grad == (update == "gradient")
 
 
-@on_every_backend
+@once
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -616,9 +619,9 @@ def test_half_precision_that_arrives_becomes_float32(backend: Backend, update, w
         *(torch.int8, torch.int16, torch.int32, torch.int64),
     ],
 )
-def test_every_integer_dtype_decodes(backend: Backend, dtype: torch.dtype) -> None:
-    vq = VectorQuantize(3, 100, backend=backend.name).to(backend.device)
-    indices = torch.arange(100, device=backend.device).flip(0)
+def test_every_integer_dtype_decodes(dtype: torch.dtype) -> None:
+    vq = VectorQuantize(3, 100)
+    indices = torch.arange(100).flip(0)
     assert torch.equal(vq.get_codes_from_indices(indices.to(dtype)), vq.codebook.flip(0))
     for bad in (torch.bool, torch.float32):
         with pytest.raises(TypeError, match=r"indices is torch\..*; it must be a tensor of int"):
@@ -953,7 +956,7 @@ TRACELESS = {
 
 
 @on_every_backend
-@pytest.mark.parametrize("write", [*WRITES, *TRACELESS])
+@pytest.mark.parametrize("write", ["set", "data"] if INTERPRETED else [*WRITES, *TRACELESS])
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_no_write_is_missed(backend: Backend, write: str, is_frozen: bool) -> None:
     if write in TRACELESS and is_frozen and backend.device != "cpu":

@@ -109,8 +109,9 @@ class Codebook(nn.Module):
     @decay.setter
     def decay(self, value: float) -> None:
         check_number("decay", value, float, 0, 1)
-        self._decay = value
-        self._rates[0] = 1 - value
+        if value != vars(self).get("_decay"):
+            self._decay = value
+            self._rates[0] = 1 - value
 
     @property
     def threshold_ema_dead_code(self) -> float:
@@ -119,9 +120,11 @@ class Codebook(nn.Module):
     @threshold_ema_dead_code.setter
     def threshold_ema_dead_code(self, value: float) -> None:
         check_number("threshold_ema_dead_code", value, float, 0)
-        self._threshold = value
-        self._rates[1] = value
-        self._revives = value > 0
+        # a trainer may set it in each step, and a write is a launch
+        if value != vars(self).get("_threshold"):
+            self._threshold = value
+            self._rates[1] = value
+            self._revives = value > 0
 
     @property
     def is_initialized(self) -> Tensor:
