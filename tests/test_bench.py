@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqtriton import codebooks
+from vqtriton import learning
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 ROOT = Path(__file__).parents[1]
@@ -474,7 +474,7 @@ def test_a_subject_that_raises_costs_no_other_its_row(monkeypatch):
 
 def test_a_last_bit_of_the_sums_is_not_hidden_by_their_average(monkeypatch):
     turn = 0
-    honest = codebooks.code_sums
+    honest = learning.code_sums
 
     def restless(x, indices, codebook_size, **options):
         nonlocal turn
@@ -484,7 +484,7 @@ def test_a_last_bit_of_the_sums_is_not_hidden_by_their_average(monkeypatch):
             sums = sums.nextafter(torch.tensor(torch.inf))
         return sums, counts
 
-    monkeypatch.setattr(codebooks, "code_sums", restless)
+    monkeypatch.setattr(learning, "code_sums", restless)
     inputs = subjects.make_inputs(TINY)
     run = subjects.Run(subjects.SUBJECTS[OURS], "training", inputs)
     with pytest.raises(checks.Refused, match=r"codebook of a step that is repeated"):

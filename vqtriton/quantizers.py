@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from vqtriton import ops
-from vqtriton.codebooks import Codebook, check_number
 from vqtriton.functional import REDUCTIONS, gather, snapshot, vector_quantize
+from vqtriton.learning import LearnedCodebook, check_number
 from vqtriton.reference import Quantized
 
 CODEBOOK_UPDATES = ("ema", "gradient")
@@ -53,7 +53,7 @@ def check_config(config: dict[str, Any]) -> None:
             )
 
 
-class VectorQuantize(Codebook):
+class VectorQuantize(LearnedCodebook):
     """Replaces vectors by the nearest of K learned codes.
 
     Defaults are those of the VQ-VAE paper. Where vector-quantize-pytorch's differ it is said below.

@@ -1,0 +1,292 @@
+"""How a codebook learns: its start, moving averages, revival of dead codes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqtriton import clustering, distributed, ops
+from vqtriton.codebooks import Codebook
+from vqtriton.functional import check_arguments, code_sums
+from vqtriton.screening import finite_rows
+
+# what `reset_codes` puts between a code and its copy, in standard deviations of the codes
+JITTER = 0.01
+
+
+def check_number(
+    name: str, value: Any, kind: type, least: float, most: float | None = None
+) -> None:
+    """
+    Raises:
+        TypeError: the argument is not of its type.
+        ValueError: it is out of its range.
+    """
+    kinds = (int, float) if kind is float else (kind,)
+    # True is an int to Python, 1 a float to everybody
+    if not any(isinstance(value, kind) for kind in kinds) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
+    # float32, as the statistics and the loss that it is for
+    if not least <= value <= (torch.finfo(torch.float32).max if most is None else most):
+        wanted = f"finite and at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} is {value!r:.80}; it must be {wanted}")
+
+
+class LearnedCodebook(Codebook):
+    """A codebook that learns in forward. Arguments are those of `vqtriton.VectorQuantize`."""
+
+    # counts and sums of steps that were not applied yet
+    _pending: list[Tensor] | None
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        codebook_update: str,
+        decay: float,
+        kmeans_init: bool,
+        kmeans_iters: int,
+        threshold_ema_dead_code: float,
+        sync_codebook: bool,
+        backend: str,
+    ) -> None:
+        super().__init__(
+            dim,
+            codebook_size,
+            codebook_update=codebook_update,
+            kmeans_init=kmeans_init,
+            backend=backend,
+        )
+        self.kmeans_iters = kmeans_iters
+        self.sync_codebook = sync_codebook
+        # [2] float32, 1 - decay and the threshold: on the device, so that a schedule of theirs is
+        # no constant of a graph. Made anew from the two numbers when the codebook is elsewhere.
+        self._rates = torch.empty(2, dtype=torch.float32)
+        self.decay = decay
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self._is_broadcast = self._accumulates = False
+
+    @property
+    def decay(self) -> float:
+        return self._decay
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        check_number("decay", value, float, 0, 1)
+        if value != vars(self).get("_decay"):
+            self._decay = value
+            self._rates[0] = 1 - value
+
+    @property
+    def threshold_ema_dead_code(self) -> float:
+        return self._threshold
+
+    @threshold_ema_dead_code.setter
+    def threshold_ema_dead_code(self, value: float) -> None:
+        check_number("threshold_ema_dead_code", value, float, 0)
+        # a trainer may set it in each step, and a write is a launch
+        if value != vars(self).get("_threshold"):
+            self._threshold = value
+            self._rates[1] = value
+            self._revives = value > 0
+
+    @torch.no_grad()
+    def reset_codes(self, which: Tensor, x: Tensor | None = None) -> None:
+        """Starts some codes anew, such as those that nobody chooses.
+
+        Args:
+            which: [K] bool, or the indices of the codes, int.
+            x: [..., D]: they become random rows of it. Without it each is put beside one of the
+                codes that stay, drawn in proportion to the cluster sizes.
+
+        Raises:
+            TypeError, ValueError: ``which`` or ``x`` does not fit, or no code would stay.
+
+        Example:
+            >>> counts = vqtriton.metrics.counts(indices, vq.codebook_size)
+            >>> vq.reset_codes(counts == 0, x)
+        """
+        which = self._mask_of_codes(which)
+        codes, stay = self.codebook.detach(), ~which
+        if x is None:
+            if not stay.any():
+                raise ValueError("which is every code; give the rows x to draw from as well")
+            # all sizes may be zero
+            weights = self.cluster_size.where(stay, 0) + 1e-20 * stay
+            drawn = torch.multinomial(weights, self.codebook_size, replacement=True)
+            spread = JITTER * codes[stay].std(0, correction=0)
+            fresh = codes[drawn] + spread * torch.randn_like(codes)
+        else:
+            check_arguments(x, codes, precision="exact", backend=self.backend)
+            rows = x.detach().reshape(-1, self.dim)
+            rows = rows[finite_rows(rows.float())]
+            if len(rows) == 0:
+                raise ValueError(f"x has shape {tuple(x.shape)} and no finite row to draw from")
+            order = torch.randperm(len(rows), dtype=torch.int64, device=rows.device)
+            # with fewer rows than codes some are used again
+            order = order.repeat(-(-self.codebook_size // len(order)))
+            fresh = torch.empty_like(codes)
+            fresh[which] = rows[order[: int(which.sum())]].float()
+        mean = self.cluster_size.mean()
+        self._write(fresh.where(which[:, None], codes))
+        self.cluster_size.copy_(mean.where(which, self.cluster_size))
+        self._forget()
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Training steps inside only add up their statistics; the next one outside applies all.
+
+        For gradient accumulation, as DDP's ``no_sync``: the micro-batches but the last run inside,
+        so that all choose from the same codes, and a step of the codebook is one of the optimizer.
+        Dead codes are replaced by rows of the last micro-batch.
+
+        Example:
+            >>> with vq.accumulate():
+            ...     vq(first)
+            >>> vq(last)  # learns from both
+        """
+        before, self._accumulates = self._accumulates, True
+        try:
+            yield
+        finally:
+            self._accumulates = before
+
+    # --- what forward calls ---
+
+    def _is_trainable(self) -> bool:
+        """Whether forward may write codes: not those that are frozen as parameters are."""
+        return self.codebook_update == "ema" or any(p.requires_grad for p in self.parameters())
+
+    def _start(self, vectors: Tensor, mask: Tensor | None) -> None:
+        """Before a step: the same codebook on every rank, from data if asked for."""
+        if not torch.compiler.is_compiling():
+            self._heed_answer()
+        for tensor in (self.codebook, self.cluster_size):
+            # as `load_state_dict` and `setattr` see to, but not an assignment to ``.data``
+            if tensor.dtype != torch.float32 and tensor.is_leaf and not self._is_sharded:
+                tensor.data = tensor.data.float()
+        must_broadcast = (
+            self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
+        )
+        if not must_broadcast and self._has_codes():
+            return
+        # before anything changes or other ranks are waited for
+        check_arguments(vectors, self.codebook, mask, precision="exact", backend=self.backend)
+        if must_broadcast:
+            with torch.no_grad():
+                # not state_dict(): FSDP2 has hooks on it that put the shards back
+                distributed.broadcast_([*self.parameters(), *self.buffers()])
+            # a flag and no look at the tensors: all ranks must come to the same answer
+            self._is_broadcast, self._seen = True, None
+        if not self._has_codes():
+            self._start_from_data(vectors.detach(), mask)
+            self._has_codes()
+
+    @torch.no_grad()
+    def _update(self, rows: Tensor, indices: Tensor) -> None:
+        """One step of the statistics, and of what follows from them."""
+        sums, counts = code_sums(rows, indices, self.codebook_size, backend=self.backend)
+        local = [counts, sums] if self.codebook_update == "ema" else [counts]
+        if self._pending is not None:
+            local = [now + before for now, before in zip(local, self._pending, strict=True)]
+        self._pending = local if self._accumulates else None
+        if self._accumulates:
+            return
+        if self._revives:
+            keep = (indices >= 0) & finite_rows(rows)
+            local += distributed.sample_rows(
+                rows, self.codebook_size, keep=keep, sync=self.sync_codebook
+            )
+        counts, *others = distributed.all_reduce(local, sync=self.sync_codebook)
+        averaged = others.pop(0) if self.codebook_update == "ema" else None
+        if self._rates.device != self.cluster_size.device:
+            self._rates = self._rates_on(self.cluster_size.device)
+        is_own = self._owns_codebook()
+        codebook = self.codebook if is_own else self.codebook.detach().clone()
+        ops.ema_update_(
+            self.cluster_size,
+            codebook,
+            counts,
+            averaged,
+            *(others or (None, None)),
+            self._rates,
+            self.backend,
+        )
+        if not is_own:
+            self._write(codebook)
+
+    @torch.no_grad()
+    def _start_from_data(self, vectors: Tensor, mask: Tensor | None) -> None:
+        # before k-means takes its time
+        self._check_writable()
+        rows = vectors.reshape(-1, self.dim) if mask is None else vectors[mask]
+        codebook, counts, has_rows = clustering.lloyd(
+            clustering.Rows(rows),
+            self.codebook_size,
+            self.kmeans_iters,
+            sync=self.sync_codebook,
+            backend=self.backend,
+        )
+        # without a row on any rank: the next batch may have some
+        if has_rows:
+            self._write(codebook)
+            self.cluster_size.copy_(counts.clamp(min=1))
+
+    def _mask_of_codes(self, which: Tensor) -> Tensor:
+        """[K] bool of what `reset_codes` takes."""
+        if not isinstance(which, Tensor):
+            raise TypeError(f"which is a {type(which).__name__}; it must be a tensor")
+        which = which.to(self.codebook.device)
+        is_mask = which.dtype == torch.bool
+        if is_mask and which.shape != (self.codebook_size,):
+            raise ValueError(
+                f"which has shape {tuple(which.shape)}; a mask must be ({self.codebook_size},)"
+            )
+        if is_mask:
+            return which
+        if which.is_floating_point() or which.is_complex():
+            raise TypeError(f"which is a {which.dtype} tensor; it must be bool or integers")
+        if ((which < 0) | (which >= self.codebook_size)).any():
+            raise ValueError(f"which has indices outside [0, {self.codebook_size})")
+        mask = torch.zeros(self.codebook_size, dtype=torch.bool, device=which.device)
+        mask[which.long()] = True
+        return mask
+
+    def _rates_on(self, device: torch.device) -> Tensor:
+        rates = [1 - self.decay, self.threshold_ema_dead_code]
+        return torch.tensor(rates, dtype=torch.float32, device="cpu").to(device)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._pending = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "codebook" and hasattr(value, "device_mesh"):
+            self._take_shards()
+        super().__setattr__(name, value)
+
+    def _take_shards(self) -> None:
+        """FSDP2 sets a shard in place of the parameter. Forward then sees a copy, gathered from the
+        shards, and what it changes there is lost; the optimizer's steps are not.
+        """
+        for option, used in (
+            ("threshold_ema_dead_code", self._revives),
+            ("kmeans_init", not self._is_sharded and not self._has_codes()),
+        ):
+            if used:
+                raise ValueError(
+                    f"{option} changes the codebook in forward, so that one which is a "
+                    "parameter cannot be sharded; pass ignored_params={vq.codebook} to "
+                    'fully_shard, or use codebook_update="ema"'
+                )
+        self._is_sharded = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedCodebook:
+        super()._apply(fn, recurse)
+        self._rates = self._rates_on(self.cluster_size.device)
+        return self
