@@ -29,7 +29,7 @@ import torch
 import vqtriton, vqtriton.kernels
 print(json.dumps({
     "package": vqtriton.__file__,
-    "kernels": vqtriton.kernels.__file__,
+    "kernels": list(vqtriton.kernels.__path__),
     "version": vqtriton.__version__,
     "has_triton": any(name.split(".")[0] == "triton" for name in sys.modules),
     "touched_gpu": torch.cuda.is_initialized(),
@@ -170,7 +170,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, sources):
     kernels = {f"vqtriton/kernels/{file.name}" for file in (sources / "kernels").glob("*.py")}
     folder = sources / "vqtriton" / "tuning"
     tuning = {f"vqtriton/tuning/{file.name}" for file in folder.glob("*.py")}
-    assert "vqtriton/kernels/__init__.py" in kernels
+    assert "vqtriton/kernels/nearest_code.py" in kernels
     assert {name for name in names if not name.startswith(f"{info}/")} == (
         package | kernels | tuning | {"vqtriton/py.typed"}
     )
@@ -203,24 +203,25 @@ def test_works_without_triton(python, tmp_path):
 
 
 def check_import(python: Path | str, cwd: Path) -> tuple[Path, Path]:
-    """Importing touches neither Triton nor a GPU -> files of vqtriton and of vqtriton.kernels."""
+    """Importing touches neither Triton nor a GPU -> file of vqtriton, folder of its kernels."""
     found = run_json(python, IMPORT, cwd)
     assert not found["has_triton"]
     assert not found["touched_gpu"]
     assert found["version"] == __version__
-    return Path(found["package"]), Path(found["kernels"])
+    (kernels,) = found["kernels"]
+    return Path(found["package"]), Path(kernels)
 
 
 def test_import_of_wheel(wheel_python, tmp_path):
     package, kernels = check_import(wheel_python, tmp_path)
     assert package.is_relative_to(wheel_python.parents[1])
-    assert kernels == package.parent / "kernels" / "__init__.py"
+    assert kernels == package.parent / "kernels"
 
 
 def test_import_of_editable_install_is_the_checkout(editable_python, sources, tmp_path):
     package, kernels = check_import(editable_python, tmp_path)
     assert package == sources / "vqtriton" / "__init__.py"
-    assert kernels == sources / "kernels" / "__init__.py"
+    assert kernels == sources / "kernels"
 
 
 def test_import_where_there_is_triton(tmp_path):
@@ -238,11 +239,59 @@ def test_env_command(python, tmp_path):
     assert ["backend on cpu", "torch (auto); no kernels"] in lines
 
 
-def test_kernels_is_no_package_of_its_own(python, sources, tmp_path):
-    elsewhere = run(python, "-c", "import kernels", cwd=tmp_path)
-    assert "ModuleNotFoundError: No module named 'kernels'" in elsewhere.stderr
-    # in the checkout there is a folder of that name
-    at_home = run(python, "-c", "import kernels", cwd=sources)
-    assert at_home.returncode == 1
-    assert "ImportError: the kernels folder was imported as 'kernels'" in at_home.stderr
-    assert "'vqtriton.kernels'" in at_home.stderr
+PROBE = """
+import importlib.util, json
+spec = importlib.util.find_spec("kernels")
+import kernels
+print(json.dumps({"origin": spec.origin, "file": kernels.__file__}))
+"""
+
+
+@pytest.mark.parametrize("which", ["wheel", "editable", "bare"])
+def test_whoever_probes_for_kernels_is_not_disturbed(which, sources, request, tmp_path):
+    """Other libraries look for a package of that name, and in the checkout there is a folder.
+
+    Without an __init__.py it is no package to them, and gives way to one that is installed.
+    """
+    python = request.getfixturevalue(f"{which}_python")
+    assert run_json(python, PROBE, sources) == {"origin": None, "file": None}
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    script = f"import sys; sys.path.append({str(tmp_path)!r})" + PROBE
+    file = str(tmp_path / "kernels" / "__init__.py")
+    assert run_json(python, script, sources) == {"origin": file, "file": file}
+
+
+@pytest.fixture(scope="module")
+def bare_python(installed_here, tmp_path_factory) -> Path:
+    """Without vqtriton."""
+    return make_environment(tmp_path_factory.mktemp("bare") / "venv", installed_here)
+
+
+@pytest.mark.parametrize("which", ["wheel", "editable", "bare"])
+def test_in_a_checkout_its_own_files_are_used(which, sources, request):
+    """Wherever else it is installed, and if it is not: with the kernels."""
+    python = request.getfixturevalue(f"{which}_python")
+    assert check_import(python, sources) == (
+        sources / "vqtriton" / "__init__.py",
+        sources / "kernels",
+    )
+    done = run(python, "-m", "vqtriton", "env", cwd=sources)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_copy_of_both_folders_works(bare_python, sources, tmp_path):
+    for name in ("vqtriton", "kernels"):
+        shutil.copytree(sources / name, tmp_path / "copy" / name)
+    package, kernels = check_import(bare_python, tmp_path / "copy")
+    assert package == tmp_path / "copy" / "vqtriton" / "__init__.py"
+    assert kernels == tmp_path / "copy" / "kernels"
+
+
+@pytest.mark.parametrize("which", ["wheel", "editable"])
+def test_a_folder_of_the_same_name_is_not_taken_for_it(which, sources, request, tmp_path):
+    """A script beside a clone, whose folder has the package's name."""
+    python = request.getfixturevalue(f"{which}_python")
+    (tmp_path / "vqtriton").mkdir()
+    package, _ = check_import(python, tmp_path)
+    assert not package.is_relative_to(tmp_path)

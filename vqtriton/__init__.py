@@ -1,5 +1,11 @@
 """Exact, deterministic vector quantization on GPUs."""
 
+from pathlib import Path
+
+# in a checkout the kernels are beside this folder; where they are installed, they are in it
+if (Path(__file__).parents[1] / "kernels" / "nearest_code.py").is_file():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from vqtriton import metrics, reference
 from vqtriton._version import __version__
 from vqtriton.clustering import kmeans
