@@ -137,11 +137,13 @@ class Run:
         return {n: t.detach().clone() for n, t in zip(STATE, self._state(), strict=False)}
 
     def _state(self) -> tuple[Tensor, ...]:
-        """Codebook, cluster sizes and, of a peer that has them, sums."""
+        """Codebook, cluster sizes and, where there are any, averaged sums."""
         if hasattr(self._module, "_codebook"):
             peer = self._module._codebook
             return peer.embed[0], peer.cluster_size[0], peer.embed_avg[0]
-        return self._module.codebook, self._module.cluster_size
+        state = self._module.codebook, self._module.cluster_size
+        # earlier versions of ours had the sums
+        return (*state, self._module.embed_sum) if hasattr(self._module, "embed_sum") else state
 
 
 class Plain(nn.Module):
