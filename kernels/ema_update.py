@@ -73,7 +73,7 @@ def ema_update_kernel(
     weight = tl.where(tl.max(most, 0) > 0, tl.load(rates_ptr), 0.0)
 
     if REVIVES:
-        threshold = tl.load(rates_ptr + 1)
+        threshold = tl.load(rates_ptr + tl.full((), 1, tl.int64))
         totals = tl.zeros((BLOCK_SCAN,), tl.float64)
         dead_before = tl.zeros((BLOCK_SCAN,), tl.int32)
         for first in range(0, K, BLOCK_SCAN):
