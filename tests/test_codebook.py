@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import Backend, on_every_backend
+from backends import BACKENDS, Backend, on_every_backend
 from conftest import INTERPRETED
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -189,6 +189,67 @@ def test_learning_goes_on_from_the_codes_that_are_there(backend: Backend, update
         assert torch.equal(target.codebook, codes)
 
 
+@once
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_compiled_step_finds_them_as_well(way, backend: str) -> None:
+    """Also where it is compiled from the first step, with the graph breaks of a start."""
+    source = trained(BACKENDS[0])
+    target = way(source, VectorQuantize(**source.config)).train()
+    codes = target.codebook.clone()
+    x = torch.randn(30, 2) + 100
+    out = torch.compile(target, backend=backend)(x)
+    assert torch.equal(out.indices, vqtriton.nearest_code(x, codes))
+    unused = torch.ones(4, dtype=torch.bool)
+    unused[out.indices] = False
+    assert torch.equal(target.codebook[unused], codes[unused])
+
+
+@once
+def test_a_start_inside_a_compiled_step_is_one_start() -> None:
+    eager = VectorQuantize(2, 4, kmeans_init=True)
+    compiled = copy.deepcopy(eager)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(compiled, backend=counter)
+    for i in range(5):
+        x = torch.randn(40, 2) + 10 * i
+        for vq, run in ((eager, eager), (compiled, step)):
+            torch.manual_seed(i)
+            if i == 3:
+                vq.set_codebook(torch.arange(8.0).view(4, 2))
+            run(x)
+        torch.testing.assert_close(state(compiled), state(eager))
+    # a frame before the start, one after it
+    assert counter.frame_count <= 4
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="marked as skipped"):
+        torch.compile(VectorQuantize(2, 4, kmeans_init=True), fullgraph=True)(x)
+
+
+@once
+def test_what_is_set_is_what_was_given() -> None:
+    """Loaders make notes on tensors, by which they know later which they have loaded."""
+    for update in ("ema", "gradient"):
+        vq = VectorQuantize(1, 2, codebook_update=update)
+        for dtype in (torch.float32, torch.float16):
+            codes = CODES.to(dtype)
+            codes = nn.Parameter(codes) if update == "gradient" else codes.clone()
+            codes._is_loaded = True
+            vq.codebook = codes
+            assert vq.codebook._is_loaded
+            assert (vq.codebook is codes) == (dtype == torch.float32)
+            assert vq.codebook.dtype == torch.float32
+
+
+@once
+def test_expanded_tensors_become_tensors_of_their_own() -> None:
+    vq = VectorQuantize(1, 2)
+    vq.cluster_size = torch.ones(1).expand(2)
+    vq.codebook = torch.ones(1, 1).expand(2, 1)
+    vq.codebook[0] = 5
+    vq(CODES)
+    assert vq.codebook.unique().numel() == 2
+
+
 @on_every_backend
 @pytest.mark.parametrize("kmeans_init", [False, True])
 @pytest.mark.parametrize("way", ["copy_", "data", "setattr", "load", "set_codebook", "numpy"])
@@ -246,6 +307,32 @@ def test_a_flag_that_is_cleared_starts_anew() -> None:
         assert vq.is_initialized
         vq.is_initialized = False
         assert bool(vq.is_initialized) is not kmeans_init
+
+
+@once
+def test_a_cleared_flag_is_heeded_at_once() -> None:
+    def started() -> VectorQuantize:
+        vq = VectorQuantize(1, 2, kmeans_init=True)
+        vq.set_codebook(CODES)
+        return vq
+
+    vq = started()
+    flag = vq.is_initialized
+    vq(CODES)
+    # however long it was held, and by a copy or a state as well
+    assert flag.any()
+    flag.zero_()
+    assert not copy.deepcopy(vq).codebook.any()
+    assert not vq.state_dict()["codebook"].any()
+    # and codes that are written after it stay
+    vq.codebook.copy_(CODES)
+    vq(CODES)
+    assert torch.equal(vq.codebook, CODES)
+    # others do not write
+    for harmless in (lambda f: f.fill_(True), lambda f: f & False, lambda f: f.clone().zero_()):
+        vq = started()
+        harmless(vq.is_initialized)
+        assert torch.equal(vq.codebook, CODES)
 
 
 @once
@@ -532,6 +619,17 @@ def test_checkpointing_a_module_that_learns_is_refused(update: str, reentrant: b
     vq = VectorQuantize(2, 4, codebook_update=update, threshold_ema_dead_code=1)
     with pytest.raises(RuntimeError, match="activation checkpointing runs forward again"):
         step(vq)
+    # nor by way of a compiler
+    for compiled in (
+        lambda vq, x: checkpoint(
+            torch.compile(vq, backend="aot_eager"), x, use_reentrant=reentrant
+        ),
+        torch.compile(lambda vq, x: checkpoint(vq, x, use_reentrant=False), backend="aot_eager"),
+    ):
+        vq = VectorQuantize(2, 4, codebook_update=update, threshold_ema_dead_code=1)
+        quantized, _, loss = compiled(vq, torch.randn(12, 2, requires_grad=True))
+        with pytest.raises(RuntimeError, match="activation checkpointing runs forward again"):
+            (quantized.square().sum() + loss).backward()
     # where nothing is learned in forward it is as without
     for change in ({"frozen": True}, {"training": False}):
         vq = VectorQuantize(2, 4, codebook_update=update, threshold_ema_dead_code=1)
@@ -658,6 +756,10 @@ def test_saving_and_exporting_before_the_start_warn(tmp_path: Path) -> None:
         fresh = VectorQuantize(8, 16, kmeans_init=True).eval()
         with pytest.warns(UserWarning, match="no codes yet"):
             torch.export.export(fresh, (x,), strict=strict)
+    # nor after what the warning tells to do
+    fresh = VectorQuantize(8, 16, kmeans_init=True).eval()
+    fresh.set_codebook(torch.randn(16, 8))
+    torch.export.export(fresh, (x,))
     # a state that was loaded is known, without a step
     vq(torch.randn(40, 8))
     vqtriton.save(vq, tmp_path / "vq")
@@ -690,6 +792,9 @@ def test_set_codebook(backend: Backend, update: str) -> None:
             vq.set_codebook(bad)
     with pytest.raises(TypeError, match="codes is a list"):
         vq.set_codebook([[1.0, 2.0]] * 4)
+    for size in ("big", None):
+        with pytest.raises(TypeError, match="cluster_size is a"):
+            vq.set_codebook(codes, size)
     for size in (-1.0, torch.ones(3), float("nan")):
         with pytest.raises(ValueError, match="cluster_size is"):
             vq.set_codebook(codes, size)
@@ -739,6 +844,8 @@ def test_reset_codes(update: str) -> None:
         with pytest.raises(error, match=message):
             vq.reset_codes(bad, rows)
     assert same(state(vq), before)
+    with pytest.raises(ValueError, match="codebook has no codes yet"):
+        VectorQuantize(2, 5, kmeans_init=True).reset_codes(which, x)
 
 
 @once
@@ -780,6 +887,10 @@ def test_micro_batches_are_one_step(backend: Backend, update: str) -> None:
         assert torch.equal(torch.cat(indices), want)
         torch.testing.assert_close(state(parts), state(whole))
     # what was collected for a codebook that is no more is forgotten with it
+    with parts.accumulate():
+        parts(x + 100)
+    parts.codebook = copy.deepcopy(parts.codebook)
+    assert parts._pending is None
     with parts.accumulate():
         parts(x + 100)
     parts.load_state_dict(whole.state_dict())
@@ -895,6 +1006,21 @@ def test_what_one_mode_prepares_another_can_use(backend, update, preparations) -
     if update == "gradient":
         vq(leaf).loss.backward()
         assert vq.codebook.grad.abs().sum() > 0
+
+
+@once
+def test_inference_mode_leaves_a_module_that_can_learn(tmp_path: Path) -> None:
+    vq = VectorQuantize(3, 6)
+    vqtriton.save(vq, tmp_path / "vq")
+    with torch.inference_mode():
+        vq.to("cpu")
+        vq.float()
+    vq.decay = 0.5
+    vq.threshold_ema_dead_code = 0.1
+    vq(torch.randn(20, 3))
+    with torch.device("meta"):
+        loaded = vqtriton.load(tmp_path / "vq")
+    assert not loaded.codebook.is_meta
 
 
 @once
@@ -1034,6 +1160,24 @@ def test_modules_of_before_unpickle() -> None:
         vq(torch.randn(40, 3))
         assert vq.is_initialized
         assert set(vars(vq)) == set(vars(want))
+
+
+def test_modules_of_before_keep_what_the_user_added() -> None:
+    frozen, counting = torch.load(FILES / "changed.pt", weights_only=False)
+    assert not frozen.codebook.requires_grad
+    assert torch.equal(counting.usage, torch.arange(5.0))
+    assert "usage" in counting.state_dict()
+    assert not counting.training
+    assert counting(torch.randn(4, 3)).indices.shape == (4,)
+
+
+def test_a_flag_of_before_alone() -> None:
+    vq = VectorQuantize(1, 2, kmeans_init=True)
+    vq.set_codebook(CODES)
+    vq.load_state_dict({"is_initialized": torch.tensor(True)}, strict=False)
+    assert torch.equal(vq.codebook, CODES)
+    vq.load_state_dict({"is_initialized": torch.tensor(False)}, strict=False)
+    assert not vq.is_initialized
 
 
 def test_a_state_of_before_inside_a_model() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import ranks
 import torch
 from torch import Tensor
 
+import vqtriton
 from vqtriton import VectorQuantize, kmeans, metrics, nearest_code
 
 DIM, SIZE = 5, 16
@@ -485,9 +487,82 @@ def sharded_in_vain(rank: int, world_size: int, meeting_point: str) -> dict[str,
     mesh = init_device_mesh("cpu", (world_size,))
     for options in ({"kmeans_init": True}, {"threshold_ema_dead_code": 1.0}):
         vq = VectorQuantize(DIM, SIZE, codebook_update="gradient", **options)
-        with pytest.raises(ValueError, match=f"{next(iter(options))}.* cannot be sharded"):
+        with pytest.raises(ValueError, match=f"codebook is sharded.* {next(iter(options))}"):
             fully_shard(torch.nn.Sequential(vq), mesh=mesh)
+    # without values, codes may be loaded later; and if they are not, the step says so
+    with torch.device("meta"):
+        vq = VectorQuantize(DIM, SIZE, codebook_update="gradient", kmeans_init=True)
+    model = torch.nn.Sequential(vq)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    vq.reset_parameters()
+    with pytest.raises(ValueError, match="codebook is sharded"):
+        model(batch(0))
+    with pytest.raises(ValueError, match="codebook is sharded"):
+        vq.set_codebook(torch.randn(SIZE, DIM))
+    with pytest.raises(ValueError, match=r"vq\.codebook is sharded"):
+        vqtriton.save(_plain(vq), "nowhere")
     return {}
+
+
+def _plain(vq: VectorQuantize) -> VectorQuantize:
+    """FSDP2 gives a module a class of its own."""
+    vq.__class__ = VectorQuantize
+    return vq
+
+
+def told_apart(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    found = {}
+    x = batch(rank) + rank
+    for update in ("ema", "gradient"):
+        for name, tell in {
+            "set": lambda vq, x=x: vq.set_codebook(kmeans(x, SIZE, 2)),
+            "reset some": lambda vq, x=x: vq.reset_codes(torch.arange(4), x),
+            "reset": lambda vq: vq.reset_parameters(),
+            "flag": lambda vq: vq.is_initialized.fill_(False),
+        }.items():
+            torch.manual_seed(rank)
+            vq = VectorQuantize(DIM, SIZE, codebook_update=update)
+            vq(x)
+            tell(vq)
+            vq(x)
+            found |= {f"{update}, {name}: {key}": value for key, value in state(vq).items()}
+    return found
+
+
+def test_what_ranks_are_told_apart_they_share_with_the_next_step(tmp_path: Path) -> None:
+    assert_equal(ranks.run(told_apart, tmp_path))
+
+
+def sharded_flat(rank: int, world_size: int, meeting_point: str, update: str) -> dict[str, Tensor]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    ranks.join(rank, world_size, meeting_point)
+    torch.manual_seed(0)
+    vq = VectorQuantize(DIM, SIZE, codebook_update=update)
+    model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), vq)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded = FullyShardedDataParallel(
+            model, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
+        losses = []
+        for i in range(3):
+            out = sharded(batch(i))
+            optimizer.zero_grad()
+            (out.loss + out.quantized.square().mean()).backward()
+            optimizer.step()
+            losses.append(out.loss.detach())
+    return {"losses": torch.stack(losses)}
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_sharded_by_the_first_fsdp(tmp_path: Path, update: str) -> None:
+    results = ranks.run(functools.partial(sharded_flat, update=update), tmp_path)
+    assert_equal(results)
+    assert results[0]["losses"].isfinite().all()
 
 
 def test_what_sharding_would_lose_is_refused(tmp_path: Path) -> None:

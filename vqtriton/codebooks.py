@@ -18,6 +18,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from vqtriton.functional import PreparedCodebook, check_x, prepare_codebook
 
+SHARDED = (
+    "codebook is sharded, and forward sees a copy of it, so what is written to it would be lost: "
+    "kmeans_init, threshold_ema_dead_code and set_codebook cannot be used with it; pass "
+    'ignored_params={vq.codebook} to fully_shard, or use codebook_update="ema"'
+)
+
 
 class Codebook(nn.Module):
     """The codes and their cluster sizes: set, reset, loaded, copied, prepared for inference.
@@ -47,8 +53,6 @@ class Codebook(nn.Module):
         self.frozen = False
         # the tensor that was seen to hold codes, so that steps need not wait for the device
         self._seen: tuple[Tensor] | None = None
-        # a tensor that `is_initialized` gave, and what it said
-        self._answer: tuple[Tensor, bool] | None = None
         self._has_warned = self._is_sharded = False
         # what it was prepared of: its marks, and the tensor
         self._prepared: tuple[tuple[Any, ...], Tensor, PreparedCodebook] | None = None
@@ -65,10 +69,10 @@ class Codebook(nn.Module):
     def is_initialized(self) -> Tensor:
         """[] bool, on the CPU: whether there are codes, and not only zeros that wait for
         ``kmeans_init``. False that is written into it, as by ``fill_``, starts anew."""
-        self._heed_answer()
         has_codes = not self.kmeans_init or holds_codes(self.codebook)
-        self._answer = torch.tensor(has_codes, dtype=torch.bool, device="cpu"), has_codes
-        return self._answer[0]
+        answer = torch.tensor(has_codes, dtype=torch.bool, device="cpu").as_subclass(Answer)
+        answer.asked = self
+        return answer
 
     @is_initialized.setter
     def is_initialized(self, value: Tensor | bool) -> None:
@@ -77,16 +81,20 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Codes and statistics of a new module, whatever was there: after ``to_empty``, too."""
-        if not self._owns_codebook():
-            self._write(self.codebook.detach().clone().copy_(self._first_codes()))
-        elif self.kmeans_init:
-            self.codebook.zero_()
+        """Codes and statistics of a new module, whatever was there: after ``to_empty``, too.
+
+        With several ranks call it on all of them, as `set_codebook` and `reset_codes`; the codes
+        of rank 0 reach the others with the next step.
+        """
+        # by functions of nn.init, which loaders replace for tensors that they have loaded
+        largest = 0.0 if self.kmeans_init else 1 / self.codebook_size
+        if self._owns_codebook():
+            nn.init.uniform_(self.codebook, -largest, largest)
         else:
-            self.codebook.uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
+            self._write(torch.empty_like(self.codebook).uniform_(-largest, largest))
         # one row each: the codes move with the first rows that choose them
-        self.cluster_size.fill_(1)
-        self._forget()
+        nn.init.ones_(self.cluster_size)
+        self._renew()
 
     @torch.no_grad()
     def set_codebook(self, codes: Tensor, cluster_size: Tensor | float = 1.0) -> None:
@@ -98,7 +106,7 @@ class Codebook(nn.Module):
                 slower it moves with the next steps ("ema").
 
         Raises:
-            TypeError, ValueError: it does not fit, or the codebook cannot be written to.
+            TypeError, ValueError: an argument does not fit, or the codebook cannot be written to.
 
         Example:
             >>> vq = vqtriton.VectorQuantize(64, 512)
@@ -113,6 +121,9 @@ class Codebook(nn.Module):
         codes = codes.detach().to(self.codebook.device, torch.float32)
         if not codes.isfinite().all():
             raise ValueError("codes holds NaN or infinity, or what is infinite in float32")
+        if not isinstance(cluster_size, Tensor | int | float):
+            kind = type(cluster_size).__name__
+            raise TypeError(f"cluster_size is a {kind}; it must be a tensor or a number")
         size = torch.as_tensor(cluster_size, dtype=torch.float32)
         if size.shape not in ((), (self.codebook_size,)) or not (
             (size >= 0).all() and size.isfinite().all()
@@ -123,7 +134,7 @@ class Codebook(nn.Module):
             )
         self._write(codes)
         self.cluster_size.copy_(size)
-        self._forget()
+        self._renew()
 
     # --- what holds the codes ---
 
@@ -131,7 +142,7 @@ class Codebook(nn.Module):
         """Whether the codebook is more than zeros that wait for ``kmeans_init``.
 
         Waits for the device until it has seen codes. A stale yes, after zeros were written by hand,
-        does no harm; a no is always an answer of the codes themselves.
+        loses nothing; a no is always an answer of the codes themselves.
         """
         if not self.kmeans_init:
             return True
@@ -152,16 +163,10 @@ class Codebook(nn.Module):
         """Before an inference: warns once if there are only zeros that wait for a start."""
         if self._has_warned or not self.kmeans_init:
             return
-        if not torch.compiler.is_compiling():
-            self._heed_answer()
         if not self._has_codes():
             if not torch.compiler.is_compiling():
                 self._has_warned = True
             warn_of_zeros()
-
-    def _first_codes(self) -> Tensor:
-        codes = torch.zeros(self.codebook_size, self.dim, dtype=torch.float32)
-        return codes if self.kmeans_init else codes.uniform_(-1 / len(codes), 1 / len(codes))
 
     def _owns_codebook(self) -> bool:
         return "codebook" in self._buffers or "codebook" in self._parameters
@@ -171,6 +176,8 @@ class Codebook(nn.Module):
         Raises:
             ValueError: what is written to the codebook would be lost.
         """
+        if self._is_sharded:
+            raise ValueError(SHARDED)
         if self._owns_codebook():
             return
         if not is_parametrized(self, "codebook"):
@@ -217,17 +224,15 @@ class Codebook(nn.Module):
         self._prepared = mark, codebook, prepared
         return prepared
 
-    def _heed_answer(self) -> None:
-        """Starts anew if somebody wrote False into what `is_initialized` gave."""
-        if self._answer is not None:
-            (answer, said), self._answer = self._answer, None
-            if said and not answer:
-                self.reset_parameters()
-
     def _forget(self) -> None:
         """What is known of codes that are no more."""
-        self._seen = self._answer = self._prepared = None
+        self._seen = self._prepared = None
         self._has_warned = False
+
+    def _renew(self) -> None:
+        """After the user has written codes."""
+        self._forget()
+        self._has_codes()
 
     # --- how they arrive ---
 
@@ -238,17 +243,24 @@ class Codebook(nn.Module):
 
     def _fitting(self, name: str, value: Tensor) -> Tensor:
         """What is set as codebook or cluster size, in float32."""
-        if self._is_sharded or hasattr(value, "device_mesh"):
-            # FSDP2, which sets a shard, and in forward a copy that it gathered, as it likes
+        if self._is_sharded:
+            # FSDP sets a shard, and in forward a copy that it gathered, as it likes
             return value
         shape = (self.codebook_size, self.dim)[: 2 if name == "codebook" else 1]
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+        fitting = value
+        if 0 in value.stride() and value.numel() > 1:
+            # an expanded tensor, whose elements are one
+            fitting = fitting.detach().clone(memory_format=torch.contiguous_format)
         if self.codebook_update == "ema" or name == "cluster_size":
-            return value.detach().float()
-        if isinstance(value, nn.Parameter) and value.dtype != torch.float32:
-            return nn.Parameter(value.detach().float(), value.requires_grad)
-        return value
+            fitting = fitting.detach().float() if value.requires_grad else fitting.float()
+        elif isinstance(value, nn.Parameter) and value.dtype != torch.float32:
+            fitting = nn.Parameter(fitting.detach().float(), value.requires_grad)
+        if fitting is not value:
+            # a loader may have made a note on it
+            vars(fitting).update(vars(value))
+        return fitting
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -268,11 +280,13 @@ class Codebook(nn.Module):
             value = state_dict.get(f"{prefix}{name}")
             if isinstance(value, Tensor) and value.dtype != torch.float32:
                 state_dict[f"{prefix}{name}"] = value.float()
+        codebook = state_dict.get(f"{prefix}codebook")
         if self.kmeans_init and was_started is not None and not was_started:
-            state_dict[f"{prefix}codebook"] = torch.zeros_like(state_dict[f"{prefix}codebook"])
+            state_dict[f"{prefix}codebook"] = torch.zeros_like(
+                self.codebook if codebook is None else codebook
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._forget()
-        self._has_codes()
+        self._renew()
 
     def train(self, mode: bool = True) -> Codebook:
         super().train(mode)
@@ -283,7 +297,24 @@ class Codebook(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # what can be made again is not copied or pickled
-        return {**self.__dict__, "_prepared": None, "_answer": None}
+        return {**self.__dict__, "_prepared": None}
+
+
+class Answer(Tensor):
+    """What `Codebook.is_initialized` gives: a flag, into which False can be written."""
+
+    asked: Codebook
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            flags = [arg for arg in args if isinstance(arg, Answer)]
+            before = [bool(flag) for flag in flags]
+            result = func(*args, **(kwargs or {}))
+            for flag, said in zip(flags, before, strict=True):
+                if said and not flag:
+                    flag.asked.reset_parameters()
+        return result
 
 
 def holds_codes(codebook: Tensor) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from vqtriton import clustering, distributed, ops
-from vqtriton.codebooks import Codebook
+from vqtriton.codebooks import SHARDED, Codebook
 from vqtriton.functional import check_arguments, code_sums
 from vqtriton.screening import finite_rows
 
@@ -66,7 +67,8 @@ class LearnedCodebook(Codebook):
         self.sync_codebook = sync_codebook
         # [2] float32, 1 - decay and the threshold: on the device, so that a schedule of theirs is
         # no constant of a graph. Made anew from the two numbers when the codebook is elsewhere.
-        self._rates = torch.empty(2, dtype=torch.float32)
+        with torch.inference_mode(False):
+            self._rates = torch.empty(2, dtype=torch.float32)
         self.decay = decay
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self._is_broadcast = self._accumulates = False
@@ -101,17 +103,20 @@ class LearnedCodebook(Codebook):
 
         Args:
             which: [K] bool, or the indices of the codes, int.
-            x: [..., D]: they become random rows of it. Without it each is put beside one of the
-                codes that stay, drawn in proportion to the cluster sizes.
+            x: as forward takes it: they become random rows of it. Without it each is put beside
+                one of the codes that stay, drawn in proportion to the cluster sizes.
 
         Raises:
-            TypeError, ValueError: ``which`` or ``x`` does not fit, or no code would stay.
+            TypeError, ValueError: ``which`` or ``x`` does not fit, no code would stay, or there is
+                none yet.
 
         Example:
             >>> counts = vqtriton.metrics.counts(indices, vq.codebook_size)
             >>> vq.reset_codes(counts == 0, x)
         """
         which = self._mask_of_codes(which)
+        if not self._has_codes():
+            raise ValueError("codebook has no codes yet: it waits for its k-means start")
         codes, stay = self.codebook.detach(), ~which
         if x is None:
             if not stay.any():
@@ -135,7 +140,7 @@ class LearnedCodebook(Codebook):
         mean = self.cluster_size.mean()
         self._write(fresh.where(which[:, None], codes))
         self.cluster_size.copy_(mean.where(which, self.cluster_size))
-        self._forget()
+        self._renew()
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -164,12 +169,16 @@ class LearnedCodebook(Codebook):
 
     def _start(self, vectors: Tensor, mask: Tensor | None) -> None:
         """Before a step: the same codebook on every rank, from data if asked for."""
-        if not torch.compiler.is_compiling():
-            self._heed_answer()
         for tensor in (self.codebook, self.cluster_size):
             # as `load_state_dict` and `setattr` see to, but not an assignment to ``.data``
             if tensor.dtype != torch.float32 and tensor.is_leaf and not self._is_sharded:
                 tensor.data = tensor.data.float()
+        if torch.compiler.is_compiling() and self.kmeans_init and self._seen is None:
+            start_uncompiled(self, vectors, mask)
+        else:
+            self._start_once(vectors, mask)
+
+    def _start_once(self, vectors: Tensor, mask: Tensor | None) -> None:
         must_broadcast = (
             self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
         )
@@ -179,8 +188,10 @@ class LearnedCodebook(Codebook):
         check_arguments(vectors, self.codebook, mask, precision="exact", backend=self.backend)
         if must_broadcast:
             with torch.no_grad():
-                # not state_dict(): FSDP2 has hooks on it that put the shards back
-                distributed.broadcast_([*self.parameters(), *self.buffers()])
+                # not state_dict(): FSDP2 has hooks on it that put the shards back. Nor parameters
+                # that FSDP1 has made views of its own, which it takes care of
+                own = (p for p in self.parameters() if p._base is None)
+                distributed.broadcast_([*own, *self.buffers()])
             # a flag and no look at the tensors: all ranks must come to the same answer
             self._is_broadcast, self._seen = True, None
         if not self._has_codes():
@@ -259,34 +270,55 @@ class LearnedCodebook(Codebook):
 
     def _rates_on(self, device: torch.device) -> Tensor:
         rates = [1 - self.decay, self.threshold_ema_dead_code]
-        return torch.tensor(rates, dtype=torch.float32, device="cpu").to(device)
+        # to be written to later, whatever mode this is
+        with torch.inference_mode(False):
+            return torch.tensor(rates, dtype=torch.float32, device="cpu").to(device)
 
     def _forget(self) -> None:
         super()._forget()
         self._pending = None
 
+    def _renew(self) -> None:
+        super()._renew()
+        # each rank may have written other codes
+        self._is_broadcast = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        was_broadcast = self._is_broadcast
+        super()._load_from_state_dict(*args, **kwargs)
+        # it may be that one rank alone has loaded: then no other would meet it
+        self._is_broadcast = was_broadcast
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "codebook" and hasattr(value, "device_mesh"):
+        if name == "codebook" and is_shard(value):
             self._take_shards()
+        elif name == "codebook":
+            # of other codes
+            self._pending = None
         super().__setattr__(name, value)
 
     def _take_shards(self) -> None:
-        """FSDP2 sets a shard in place of the parameter. Forward then sees a copy, gathered from the
+        """FSDP sets a shard in place of the parameter. Forward then sees a copy, gathered from the
         shards, and what it changes there is lost; the optimizer's steps are not.
         """
-        for option, used in (
-            ("threshold_ema_dead_code", self._revives),
-            ("kmeans_init", not self._is_sharded and not self._has_codes()),
-        ):
-            if used:
-                raise ValueError(
-                    f"{option} changes the codebook in forward, so that one which is a "
-                    "parameter cannot be sharded; pass ignored_params={vq.codebook} to "
-                    'fully_shard, or use codebook_update="ema"'
-                )
+        # without values yet, codes may be loaded later
+        waits = not (self._is_sharded or self.codebook.is_meta or self._has_codes())
+        if self._revives or waits:
+            raise ValueError(SHARDED)
         self._is_sharded = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedCodebook:
         super()._apply(fn, recurse)
         self._rates = self._rates_on(self.cluster_size.device)
         return self
+
+
+def is_shard(value: Any) -> bool:
+    """Of a codebook: a DTensor of FSDP2, or what the first FSDP cuts out of its flat parameter."""
+    is_flat = isinstance(value, torch.nn.Parameter) and value.ndim == 1
+    return is_flat or hasattr(value, "device_mesh")
+
+
+# a start depends on data and happens once, so it is no part of a graph. Not by
+# torch.compiler.disable, which imports all of the compiler
+start_uncompiled = _disable_dynamo(LearnedCodebook._start_once)

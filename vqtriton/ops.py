@@ -301,6 +301,14 @@ def _ema_update_fake(*args: object) -> None:
 
 
 def _snapshot(tensor: Tensor) -> Tensor:
+    """Of the codes that a step learns from. Here, where a compiler has no way around it, that step
+    is refused inside a backward."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "VectorQuantize learns in forward, and activation checkpointing runs forward again in "
+            "backward, where it would choose from other codes and learn twice: leave it out of "
+            "the checkpointed part, or freeze it (vq.frozen = True)"
+        )
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

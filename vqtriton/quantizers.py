@@ -199,8 +199,6 @@ class VectorQuantize(LearnedCodebook):
         is_held = freeze_codebook or self.frozen
         learns = self.training and not is_held and self._is_trainable()
         changes = learns and (self._revives or not is_gradient)
-        if changes and not torch.compiler.is_compiling():
-            refuse_in_backward()
         if changes:
             self._check_writable()
         if learns:
@@ -281,8 +279,13 @@ def _of_an_earlier_version(state: dict[str, Any]) -> dict[str, Any]:
     """What a module that an earlier version pickled is today."""
     vq = VectorQuantize(**{name: state[name] for name in PARAMETERS if name in state})
     tensors = {**state["_parameters"], **state["_buffers"]}
-    vq.load_state_dict(tensors)
+    own = ("codebook", "cluster_size", "embed_sum", "is_initialized")
+    vq.load_state_dict({name: tensors[name] for name in own if name in tensors})
     vq.to(tensors["codebook"].device)
+    vq.codebook.requires_grad_(tensors["codebook"].requires_grad)
+    for place in ("_parameters", "_buffers"):
+        # the user's own
+        vars(vq)[place].update({n: t for n, t in state[place].items() if n not in own})
     retired = {"decay", "threshold_ema_dead_code", "eps", "_known_initialized"}
     kept = {name: value for name, value in state.items() if name not in retired}
     return kept | {n: v for n, v in vars(vq).items() if n not in kept or n in TENSORS}
@@ -309,16 +312,3 @@ def mask_of_lengths(lens: Tensor, vectors: Tensor, mask: Tensor | None) -> Tenso
             )
     places = torch.arange(vectors.shape[1], dtype=torch.int64, device=vectors.device)
     return places < lens[:, None]
-
-
-def refuse_in_backward() -> None:
-    """
-    Raises:
-        RuntimeError: this is called by a backward.
-    """
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "VectorQuantize learns in forward, and activation checkpointing runs forward again in "
-            "backward, where it would choose from other codes and learn twice: leave it out of "
-            "the checkpointed part, or freeze it (vq.frozen = True)"
-        )

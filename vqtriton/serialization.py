@@ -30,6 +30,8 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
     # not a subclass either: `load` could not build it
     if type(vq) is not VectorQuantize:
         raise TypeError(f"vq is a {type(vq).__name__}; it must be a VectorQuantize")
+    if vq._is_sharded:
+        raise ValueError("vq.codebook is sharded; save a module that has gathered it")
     tensors = {name: t.detach().cpu().contiguous() for name, t in vq.state_dict().items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -120,5 +122,5 @@ def _build(path: Path, config: str, tensors: dict[str, torch.Tensor]) -> VectorQ
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
     # its random codes are overwritten: they must not cost the caller random numbers
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return VectorQuantize.from_config(arguments)
