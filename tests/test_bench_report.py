@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import os
 import subprocess
 import sys
@@ -178,9 +179,7 @@ def test_commits_are_compared_in_one_run(tmp_path, monkeypatch, capsys):
     """A library that sleeps is slower, one that is wrong is refused; this bench measures both."""
     repository = tmp_path / "repository"
     for folder in ("vqtriton", "kernels"):
-        (repository / folder).mkdir(parents=True)
-        for file in (ROOT / folder).glob("*.py"):
-            (repository / folder / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(ROOT / folder, repository / folder)
     (repository / "bench").symlink_to(ROOT / "bench")
     git("init", "-q", cwd=repository)
     main = repository / "vqtriton" / "__init__.py"

@@ -53,7 +53,8 @@ def test_nothing_is_as_large_as_n_times_k(backend: Backend) -> None:
     assert limit < n * k / 10
     # the implementations, since the ops that call them are one operation each
     assert largest(ops._nearest_code, x, codebook, "exact", backend.name) <= limit
-    assert largest(ops._vector_quantize, x, codebook, None, "exact", backend.name) <= limit
+    layer = (x, codebook, None, 0.25, 1.0, "exact", backend.name)
+    assert largest(ops._vector_quantize, *layer) <= limit
     assert largest(ops._code_sums, x, indices, k, backend.name) <= limit
 
 
