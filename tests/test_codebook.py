@@ -838,12 +838,18 @@ def test_reset_codes(update: str) -> None:
         (torch.tensor([5]), None, ValueError, "outside"),
         (torch.tensor([0.5]), None, TypeError, "which is a torch.float32 tensor"),
         (torch.ones(5, dtype=torch.bool), None, ValueError, "which is every code"),
-        (which, torch.randn(4, 3), ValueError, "codebook has 2 columns but x has 3"),
+        (which, torch.randn(4, 3), ValueError, r"x has shape \(4, 3\); it must be"),
         (which, torch.full((4, 2), torch.nan), ValueError, "no finite row"),
     ):
         with pytest.raises(error, match=message):
             vq.reset_codes(bad, rows)
     assert same(state(vq), before)
+    # rows are along the dim where forward has them
+    maps = torch.randn(3, 2, 4, 2)
+    vq = VectorQuantize(2, 5, accept_image_fmap=True, codebook_update=update)
+    vq.reset_codes(which, maps)
+    rows = maps.movedim(1, -1).reshape(-1, 2)
+    assert (vq.codebook[which][:, None] == rows).all(-1).any(1).all()
     with pytest.raises(ValueError, match="codebook has no codes yet"):
         VectorQuantize(2, 5, kmeans_init=True).reset_codes(which, x)
 

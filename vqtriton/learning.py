@@ -75,6 +75,7 @@ class LearnedCodebook(Codebook):
 
     @property
     def decay(self) -> float:
+        """Of the moving averages, in [0, 1]; may be set at any time."""
         return self._decay
 
     @decay.setter
@@ -86,6 +87,7 @@ class LearnedCodebook(Codebook):
 
     @property
     def threshold_ema_dead_code(self) -> float:
+        """Cluster size, in rows a step, below which a code is revived; may be set at any time."""
         return self._threshold
 
     @threshold_ema_dead_code.setter
@@ -98,22 +100,8 @@ class LearnedCodebook(Codebook):
             self._revives = value > 0
 
     @torch.no_grad()
-    def reset_codes(self, which: Tensor, x: Tensor | None = None) -> None:
-        """Starts some codes anew, such as those that nobody chooses.
-
-        Args:
-            which: [K] bool, or the indices of the codes, int.
-            x: as forward takes it: they become random rows of it. Without it each is put beside
-                one of the codes that stay, drawn in proportion to the cluster sizes.
-
-        Raises:
-            TypeError, ValueError: ``which`` or ``x`` does not fit, no code would stay, or there is
-                none yet.
-
-        Example:
-            >>> counts = vqtriton.metrics.counts(indices, vq.codebook_size)
-            >>> vq.reset_codes(counts == 0, x)
-        """
+    def _restart(self, which: Tensor, x: Tensor | None) -> None:
+        """See `vqtriton.VectorQuantize.reset_codes`; x is [..., D]."""
         which = self._mask_of_codes(which)
         if not self._has_codes():
             raise ValueError("codebook has no codes yet: it waits for its k-means start")

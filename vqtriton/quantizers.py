@@ -224,6 +224,24 @@ class VectorQuantize(LearnedCodebook):
             self._update(vectors.detach().reshape(-1, self.dim), indices.reshape(-1))
         return Quantized(self._channels_back(quantized), indices, loss)
 
+    def reset_codes(self, which: Tensor, x: Tensor | None = None) -> None:
+        """Starts some codes anew, such as those that nobody chooses.
+
+        Args:
+            which: [K] bool, or the indices of the codes, int.
+            x: as `forward` takes it: they become random rows of it. Without it each is put beside
+                one of the codes that stay, drawn in proportion to the cluster sizes.
+
+        Raises:
+            TypeError, ValueError: ``which`` or ``x`` does not fit, no code would stay, or there is
+                none yet.
+
+        Example:
+            >>> counts = vqtriton.metrics.counts(indices, vq.codebook_size)
+            >>> vq.reset_codes(counts == 0, x)
+        """
+        self._restart(which, None if x is None else self._channels_last(x))
+
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """[...] of any integer dtype -> [..., D] float32; zeros where the index is -1.
 
