@@ -97,6 +97,10 @@ def kmeans(
         UserWarning: x has fewer distinct rows than codes. With ``iters=0`` only if there are so
             few rows that all of them were looked at.
 
+    Example:
+        >>> codebook = vqtriton.kmeans(x, 512, 20, init="k-means++")  # x [..., D]
+        >>> indices = vqtriton.nearest_code(x, codebook)
+
     References: Lloyd 1982; Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful
     Seeding"; weighted draws: Efraimidis and Spirakis 2006.
     """

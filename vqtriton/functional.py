@@ -21,9 +21,9 @@ class PreparedCodebook(NamedTuple):
     Later changes of the codebook that it was made from do not reach it.
     """
 
-    codebook: Tensor  # [K, D]
-    tensors: tuple[Tensor, ...]
-    backend: str
+    codebook: Tensor  # [K, D], a copy
+    tensors: tuple[Tensor, ...]  # what the backend makes of it, about 2 to 8 bytes an element
+    backend: str  # "triton" or "torch"
 
 
 def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCodebook:
@@ -36,6 +36,11 @@ def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCode
     Raises:
         ValueError: K == 0, D == 0, or an unknown backend.
         TypeError: not a tensor, or a dtype that is not a float.
+
+    Example:
+        >>> prepared = vqtriton.prepare_codebook(codebook)
+        >>> for x in loader:
+        ...     indices = vqtriton.nearest_code(x, prepared)
     """
     _check_codebook(codebook, codebook)
     _check_options("exact", backend, codebook)
@@ -75,6 +80,11 @@ def nearest_code(
         ValueError: the last dim of ``x`` is not D, K == 0, D == 0, an unknown option, or a
             codebook that was prepared for another backend.
         TypeError: not a tensor, or a dtype that is not a float.
+
+    Example:
+        >>> x, codebook = torch.randn(8, 49, 64), torch.randn(512, 64)
+        >>> vqtriton.nearest_code(x, codebook).shape
+        torch.Size([8, 49])
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 1.
     """
@@ -144,6 +154,11 @@ def vector_quantize(
         ValueError: shapes, devices or options that do not fit.
         TypeError: not a tensor, or a dtype that is not a float.
 
+    Example:
+        >>> codebook = torch.nn.Parameter(torch.randn(512, 64))
+        >>> quantized, indices, loss = vqtriton.vector_quantize(x, codebook)  # x [..., 64]
+        >>> (decoder(quantized).square().mean() + loss).backward()
+
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 3.
     """
     codes, prepared, backend = _parts(codebook, backend)
@@ -208,6 +223,10 @@ def code_sums(
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: not a tensor, ``x`` is not a float, ``indices`` is not int64.
+
+    Example:
+        >>> sums, counts = vqtriton.code_sums(x, indices, 512)
+        >>> means = sums / counts.clamp(min=1)[:, None]
     """
     check_x(x)
     _check_options("exact", backend, x)

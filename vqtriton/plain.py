@@ -55,6 +55,11 @@ class PlainQuantizer(nn.Module):
 
     Raises:
         TypeError: ``vq`` is not a `VectorQuantize`.
+
+    Example:
+        >>> plain = vqtriton.PlainQuantizer(vq)
+        >>> quantized, indices = plain(x)
+        >>> codes = plain.decode(indices)
     """
 
     codebook: Tensor

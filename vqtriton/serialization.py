@@ -26,6 +26,9 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
         TypeError: ``vq`` is not a `VectorQuantize`.
         ValueError: a tensor holds NaN or infinity, or an argument is not of its type: `load`
             would refuse it.
+
+    Example:
+        >>> vqtriton.save(vq, "codebook.safetensors")
     """
     # not a subclass either: `load` could not build it
     if type(vq) is not VectorQuantize:
@@ -70,6 +73,10 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ve
         FileNotFoundError: no such file.
         ValueError: not such a file, truncated, tensors that do not fit its configuration, or
             values that are not finite. The message says which.
+
+    Example:
+        >>> vq = vqtriton.load("codebook.safetensors", device="cuda")
+        >>> indices = vq(x).indices
     """
     path = Path(path)
     if path.is_dir():

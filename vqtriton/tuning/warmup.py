@@ -32,6 +32,9 @@ def warmup(
     Raises:
         TypeError: ``module`` is no quantizer, ``dtype`` no float.
         ValueError: see `VectorQuantize.forward`; no shape is given, or one is no shape.
+
+    Example:
+        >>> vqtriton.warmup(vq, (32, 49, 64), dtype=torch.bfloat16)
     """
     from vqtriton.quantizers import VectorQuantize
 
