@@ -86,12 +86,15 @@ class Codebook(nn.Module):
         With several ranks call it on all of them, as `set_codebook` and `reset_codes`; the codes
         of rank 0 reach the others with the next step.
         """
+        is_own = self._owns_codebook()
+        codebook = self.codebook if is_own else torch.empty_like(self.codebook)
         # by functions of nn.init, which loaders replace for tensors that they have loaded
-        largest = 0.0 if self.kmeans_init else 1 / self.codebook_size
-        if self._owns_codebook():
-            nn.init.uniform_(self.codebook, -largest, largest)
+        if self.kmeans_init:
+            nn.init.zeros_(codebook)
         else:
-            self._write(torch.empty_like(self.codebook).uniform_(-largest, largest))
+            nn.init.uniform_(codebook, -1 / self.codebook_size, 1 / self.codebook_size)
+        if not is_own:
+            self._write(codebook)
         # one row each: the codes move with the first rows that choose them
         nn.init.ones_(self.cluster_size)
         self._renew()

@@ -22,7 +22,7 @@ class PreparedCodebook(NamedTuple):
     """
 
     codebook: Tensor  # [K, D], a copy
-    tensors: tuple[Tensor, ...]  # what the backend makes of it, about 2 to 8 bytes an element
+    tensors: tuple[Tensor, ...]  # what the backend makes of it
     backend: str  # "triton" or "torch"
 
 
