@@ -28,6 +28,8 @@ GROUP = 8
 BLOCK_GROUPS = 1 << 14
 # Elements of the vectors whose float64 distances are evaluated at a time: more leave the cache.
 BLOCK_PAIRS_ELEMENTS = 1 << 17
+# Elements of the codes that are averaged at a time.
+BLOCK_CODES_ELEMENTS = 1 << 18
 # Rows that are converted to another dtype at a time.
 BLOCK_ROWS = 1 << 14
 
@@ -259,21 +261,31 @@ def ema_update_(
     cluster_size.lerp_(counts, weight)
     if sums is not None:
         share = (weight * counts / cluster_size).nan_to_num_(0).clamp_(max=1)[:, None]
-        largest = torch.finfo(sums.dtype).max
-        means = sums.clamp(-largest, largest).div_(counts.clamp(min=1)[:, None])
-        step = (means - codebook).clamp_(-largest, largest)
-        # as lerp, but for what overflows: exact at both ends, and where they are equal
-        is_near = share < 0.5
-        start = codebook.where(is_near, means)
-        step.mul_(share.where(is_near, share - 1)).add_(start).clamp_(-largest, largest)
-        # a sum of several ranks may be inf - inf
-        codebook.copy_(step.where((share > 0) & ~sums.isnan(), codebook))
+        rows = counts.clamp(min=1)[:, None]
+        # some codes at a time, so that what is held beside them is small
+        block = max(1, BLOCK_CODES_ELEMENTS // codebook.shape[1])
+        for part in (slice(start, start + block) for start in range(0, len(codebook), block)):
+            _average_(codebook[part], sums[part], rows[part], share[part])
     if samples is not None and is_filled is not None:
         is_dead = cluster_size < rates[1]
         samples, is_dead = take_filled(samples, is_filled, is_dead)
         size = cluster_size.sum(dtype=torch.float64).div_(len(cluster_size)).float()
-        codebook.copy_(samples.where(is_dead[:, None], codebook))
+        torch.where(is_dead[:, None], samples, codebook, out=samples)
+        codebook.copy_(samples)
         cluster_size.copy_(size.maximum(rates[1]).where(is_dead, cluster_size))
+
+
+def _average_(codes: Tensor, sums: Tensor, rows: Tensor, share: Tensor) -> None:
+    """Moves codes [K, D] to the means of their new rows, by the share [K, 1] that these have."""
+    largest = torch.finfo(sums.dtype).max
+    means = sums.clamp(-largest, largest).div_(rows)
+    # a sum of several ranks may be inf - inf: it moves nothing
+    means = torch.where(means.isnan(), codes, means)
+    # exact at both ends, and where they are equal
+    average = codes.lerp(means, share)
+    # their difference may overflow
+    average = torch.where(average.isnan(), means, average)
+    codes.copy_(average.clamp_(-largest, largest))
 
 
 def _blocks(x: Tensor) -> list[slice]:
