@@ -279,13 +279,13 @@ def _average_(codes: Tensor, sums: Tensor, rows: Tensor, share: Tensor) -> None:
     """Moves codes [K, D] to the means of their new rows, by the share [K, 1] that these have."""
     largest = torch.finfo(sums.dtype).max
     means = sums.clamp(-largest, largest).div_(rows)
+    # as lerp, but for what overflows: exact at both ends, and where they are equal
+    step = (means - codes).clamp_(-largest, largest)
+    is_near = share < 0.5
+    start = codes.where(is_near, means)
+    step.mul_(share.where(is_near, share - 1)).add_(start).clamp_(-largest, largest)
     # a sum of several ranks may be inf - inf: it moves nothing
-    means = torch.where(means.isnan(), codes, means)
-    # exact at both ends, and where they are equal
-    average = codes.lerp(means, share)
-    # their difference may overflow
-    average = torch.where(average.isnan(), means, average)
-    codes.copy_(average.clamp_(-largest, largest))
+    codes.copy_(step.where((share > 0) & ~sums.isnan(), codes))
 
 
 def _blocks(x: Tensor) -> list[slice]:
