@@ -309,6 +309,9 @@ def test_steps_learn_and_reset_forgets(name):
     first = trajectory()
     assert not torch.equal(first[0], first[-1])
     assert torch.equal(first, trajectory())
+    if name == PEER:
+        # it begins with other averages: see `Run.reset`
+        return
     # whoever it is, the work is the same
     ours = subjects.Run(subjects.SUBJECTS[OURS], "training", run.inputs)
     ours.reset()
