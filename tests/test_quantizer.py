@@ -141,7 +141,7 @@ def test_an_unused_code_stays(backend: Backend, decay: float) -> None:
         assert (vq(x).indices == used).all()
     unused = torch.arange(10, device=backend.device) != used
     assert torch.equal(vq.codebook[unused], before[unused])
-    assert (vq.codebook[used] - x[0]).abs().max() < (3 if INTERPRETED else 1e-3)
+    assert (vq.codebook[used] - x[0]).abs().max() < (4.5 if INTERPRETED else 1e-3)
 
 
 @on_every_backend
