@@ -301,7 +301,7 @@ def test_a_memmap_is_read_block_by_block(tmp_path: Path, monkeypatch, shape, ord
 
 
 def test_a_device_without_float64_is_left_to_the_cpu() -> None:
-    """There is none here, so no tensor is moved to it."""
+    """No such device is at hand, so the test moves no tensor to one."""
     mps = torch.device("mps")
     assert not has_float64(mps)
     assert has_float64(torch.device("cpu"))

@@ -148,7 +148,7 @@ def test_sums_that_are_not_rounded(backend: Backend, deterministic: bool, dtype)
     assert torch.equal(counts, same_counts)
     if deterministic:
         assert torch.equal(sums.float(), rounded)
-    # of halves, so few rows leave nothing to round
+    # sums of a few half-precision rows are exact in float32
     assert dtype != torch.float32 or not torch.equal(rounded.double(), sums)
 
 

@@ -85,7 +85,7 @@ def test_kmeans_gives_the_same_bits(default_dtype, dtype) -> None:
 
 def test_the_ops_give_the_same_bits(default_dtype) -> None:
     x, codebook = torch.randn(300, 5), torch.randn(40, 5)
-    # of equal codes the first will do
+    # equal codes: the search must choose the lower index
     codebook[20:] = codebook[:20]
 
     def results() -> list[torch.Tensor]:

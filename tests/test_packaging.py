@@ -251,7 +251,7 @@ print(json.dumps({"origin": spec.origin, "file": kernels.__file__}))
 def test_whoever_probes_for_kernels_is_not_disturbed(which, sources, request, tmp_path):
     """Other libraries look for a package of that name, and in the checkout there is a folder.
 
-    Without an __init__.py it is no package to them, and gives way to one that is installed.
+    Without an __init__.py, they do not take it for a package, and an installed one is preferred.
     """
     python = request.getfixturevalue(f"{which}_python")
     assert run_json(python, PROBE, sources) == {"origin": None, "file": None}

@@ -29,7 +29,7 @@ class Paper:
         self.cluster_size = decay * self.cluster_size + (1 - decay) * one_hot.sum(0)
         self.embed_sum = decay * self.embed_sum + (1 - decay) * one_hot.T @ x
         codebook = self.embed_sum / self.cluster_size[:, None]
-        # of a code that was never chosen nothing is left with a decay of 0
+        # with a decay of 0, the paper has no average for a code that was not chosen
         codebook = codebook.where(self.cluster_size[:, None] > 0, self.vq.codebook.double().cpu())
         return {"cluster_size": self.cluster_size, "codebook": codebook}
 

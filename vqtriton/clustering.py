@@ -287,7 +287,7 @@ def checked_dtype(vectors: Vectors) -> torch.dtype:
         return vectors.dtype
     if isinstance(vectors, np.ma.MaskedArray):
         raise TypeError(
-            "x is a masked array; give x.filled(numpy.nan), of which rows with a NaN are left out"
+            "x is a masked array; give x.filled(numpy.nan): rows with a NaN are left out"
         )
     dtype = NUMPY_DTYPES.get(vectors.dtype.newbyteorder("="))
     if dtype is None:
