@@ -61,4 +61,7 @@ class NoFloat64(TorchDispatchMode):
         if func._schema.is_mutable:
             # in place: what was given comes back
             return flat[0]
+        if device is not None:
+            # from one device to another nothing is shared
+            results = _pytree.tree_map_only(Tensor, torch.clone, results)
         return _pytree.tree_map_only(Tensor, Elsewhere, results) if is_there else results
