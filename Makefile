@@ -11,7 +11,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 # OpenMP threads that spin while they wait starve one another on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv train test test-compiled test-interpreted lint format bench sass gpu-check clean
+.PHONY: help venv train test test-compiled test-interpreted lint format api bench sass gpu-check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ lint: $(READY) ## ruff and mypy
 format: $(READY) ## what ruff can mend by itself
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+api: $(READY) ## docs/api.md from the docstrings
+	$(PYTHON) docs/api.py
 
 bench: $(BENCH_READY) ## time and memory beside peers: minutes; FLAGS='--case all' and the like
 	$(PYTHON) -m bench $(FLAGS)

@@ -14,10 +14,21 @@ from vqtriton.tuning import tables
 
 
 def describe(shapes: Sequence[tuple[int, int, int, str]] = ()) -> str:
-    """Versions, devices, backends and tables in use, a line each.
+    """Versions, devices, backends and tables of tiles in use, a line each, for a bug report.
+
+    ``python -m vqtriton env`` prints it.
 
     Args:
-        shapes: N, K, D and dtype of searches, of which the tiles are told as well.
+        shapes: ``(N, K, D, dtype)`` of searches, dtype as a string. For each, the tiles that the
+            kernels use are added.
+
+    Returns:
+        The lines, joined.
+
+    Example:
+        >>> from vqtriton.environment import describe
+        >>> print(describe())  # doctest: +ELLIPSIS
+        vqtriton ...
     """
     lines = [("vqtriton", __version__), ("python", platform.python_version())]
     lines.append(("platform", platform.platform()))
