@@ -68,7 +68,7 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
         for folder in tables.folders()
         for name in tables.device_names(device)
     ]
-    found = [f"{path}, {len(tables.rows_of(path))} rows" for path in paths if path.exists()]
+    found = [f"{path}, {len(tables.rows_of(path))} shapes" for path in paths if path.exists()]
     lines = [("tables", path) for path in found or ["none: the defaults in vqtriton.kernels"]]
     if shapes:
         from vqtriton.kernels.screen_codes import architecture
@@ -83,7 +83,7 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
                 except ValueError as error:
                     lines.append((f"{problem}", f"not for the kernels: {error}"))
                     continue
-                config = row[1] if row else default
+                config = (row and row[1]) or default
                 origin = f"{row[0]['source']}, {row[2].name}" if row else "default"
                 lines.append((f"{problem}", f"{config} ({origin})"))
     return lines
