@@ -169,7 +169,8 @@ def prose(name: str, text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         said = match[1].removeprefix("vqtriton.")
-        parent = name
+        # a name that begins with the package is meant as it is
+        parent = "." if match[1] != said else name
         while parent:
             parent = parent.rpartition(".")[0]
             if (full := f"{parent}.{said}".lstrip(".")) in NAMES and full != name:

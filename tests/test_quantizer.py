@@ -273,7 +273,7 @@ def test_dead_codes_come_back(backend: Backend, update: str) -> None:
 @on_every_backend
 def test_a_threshold_that_is_not_below_the_even_share_is_said(backend: Backend) -> None:
     x = torch.randn(25, 6, device=backend.device)
-    warned = r"threshold_ema_dead_code is 5, .* only 2.5 rows per code .* is 0.25 to 1.2"
+    warned = r"threshold_ema_dead_code is 5, .* only 2.5 rows per code .* is 0.25 to 1"
 
     def quantizer(threshold: float) -> VectorQuantize:
         vq = VectorQuantize(6, 10, threshold_ema_dead_code=threshold, backend=backend.name)

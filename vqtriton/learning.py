@@ -209,8 +209,8 @@ class LearnedCodebook(Codebook):
             warnings.warn(
                 f"threshold_ema_dead_code is {threshold:g}, but this step has only {share:g} rows "
                 f"per code ({num_rows} rows, {self.codebook_size} codes): most codes will be "
-                f"replaced again and again. Choose 0.1 to 0.5 of the rows per code, which is "
-                f"{0.1 * share:.2g} to {0.5 * share:.2g}",
+                f"replaced again and again. Choose 0.1 to 0.4 of the rows per code, which is "
+                f"{0.1 * share:.2g} to {0.4 * share:.2g}",
                 # who called the module
                 stacklevel=7,
             )

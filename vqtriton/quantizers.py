@@ -76,11 +76,11 @@ class VectorQuantize(LearnedCodebook):
             ``torch.compile(fullgraph=True)``, take the first step uncompiled.
         kmeans_iters: iterations of that k-means.
         threshold_ema_dead_code: replace a code by a random vector of the batch when the moving
-            average of the rows that choose it falls below this many rows per step; 0 is never. Rows
-            are those of all ranks. **Choose 0.1 to 0.5 of the even share, which is the rows of a
-            step divided by K.** At the even share or above, most codes are replaced again and
-            again, and the first training step warns. A replaced code gets the mean cluster size.
-            docs/codebook.md has the measurements.
+            average of the rows that choose it falls below this number of rows per step (of all
+            ranks); 0 is never. **Choose 0.1 to 0.4 of the rows per code**, which are the rows of a
+            step divided by K: with 4096 rows and K = 512, 0.8 to 3.2. At the rows per code or
+            above, most codes are replaced again and again, and the first training step warns
+            (unless it is compiled). docs/codebook.md has the measurements.
         channel_last: vectors along the last dim, [..., D]; else along the second, [B, D, ...].
         accept_image_fmap: ``x`` is [B, D, H, W], the indices [B, H, W].
         sync_codebook: add up the statistics of all ranks when `torch.distributed` is in use.
@@ -218,7 +218,7 @@ class VectorQuantize(LearnedCodebook):
             RuntimeError: activation checkpointing runs it again while the codebook learns.
 
         Warns:
-            UserWarning: ``threshold_ema_dead_code`` is not below the even share, or there are no
+            UserWarning: ``threshold_ema_dead_code`` is not below the rows per code, or there are no
                 codes yet in eval mode, as it waits for its k-means start.
 
         Example:
