@@ -524,13 +524,16 @@ def test_it_says_what_it_will_do(folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     shapes = ("--shape", "9,9,8", "--shape", "8,9,8", "--shape", "9,9,16")
     count = sum(len(tunables.candidates_of(PROBLEM._replace(dim=d), "sm_90")) for d in (8, 16))
-    for budget, words in (("1000", f"roughly {count / 2:.0f} s\n"), ("2", "roughly 2 s and the")):
+    for budget, words in (
+        ("1000", f"roughly {count / 2:.0f} s\n"),
+        ("2", "no shape starts after 2 s (--budget)"),
+    ):
         arguments = ["vqtriton", "tune", "--static", *shapes, "--budget", budget]
         monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit, match="0"):
             main()
         first = capsys.readouterr().err.splitlines(keepends=True)[0]
-        assert f"3 cases, each an op at a shape; {count} candidates to compile on 4 cores" in first
+        assert f"3 to tune, each an op at a shape: {count} candidates to compile on 4" in first
         assert words in first
     assert "to check and time" in tune.plan([PROBLEM], "sm_80", "measured", math.inf, False)
     assert "interpreter" in tune.plan([PROBLEM], "sm_90", "measured", math.inf, True)

@@ -169,11 +169,15 @@ def vector_quantize(
         backend: see `nearest_code`.
 
     Returns:
-        `Quantized`, a named tuple ``(quantized, indices, loss)``. quantized: [..., D] in the dtype
-        of ``x``. indices: [...] int64. loss: [] float32 (float64 for float64), or [...] with
-        ``reduction="none"``; both terms, already weighted. A row that is not finite has index 0 and
-        a NaN loss, and adds nothing to the codebook's gradient. With every row masked the loss
-        is 0.
+        `Quantized`, a named tuple of three.
+
+        quantized: [..., D] in the dtype of ``x``; zeros where masked.
+        indices: [...] int64; -1 where masked.
+        loss: both terms, weighted and added: [] float32 (float64 for float64), or [...] with
+            ``reduction="none"``. With every row masked it is 0.
+
+        A row that is not finite has index 0 and a NaN loss, and adds nothing to the codebook's
+        gradient.
 
     Raises:
         ValueError: shapes, devices or options that do not fit.
@@ -244,7 +248,10 @@ def code_sums(
         backend: see `nearest_code`.
 
     Returns:
-        ``(sums, counts)``. sums: [K, D] float32 (float64 for float64). counts: [K] int64.
+        A tuple of two.
+
+        sums: [K, D] float32 (float64 for float64).
+        counts: [K] int64.
 
     Raises:
         ValueError: shapes, devices or options that do not fit.

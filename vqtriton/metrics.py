@@ -174,8 +174,12 @@ class Meter:
                 rank gets the same.
 
         Returns:
-            `Usage`, a named tuple ``(counts, perplexity, usage)``: [K], [] and [] float64, on the
-            device of the indices; zeros without a batch.
+            `Usage`, a named tuple of three float64 tensors on the device of the indices; zeros
+            without a batch.
+
+            counts: [K].
+            perplexity: [].
+            usage: [].
 
         Raises:
             IndexError: an index outside [-1, K) was counted, on any rank with ``sync``.

@@ -101,8 +101,10 @@ class PlainQuantizer(nn.Module):
                 from; float32, float16 or bfloat16.
 
         Returns:
-            ``(quantized, indices)``. quantized: the codes in the shape and dtype of ``x``. indices:
-            int64, [...], or [B, ...], or [B, H, W].
+            A tuple of two.
+
+            quantized: the codes in the shape and dtype of ``x``.
+            indices: int64, [...], or [B, ...], or [B, H, W].
 
         Raises:
             ValueError: a shape that does not fit.

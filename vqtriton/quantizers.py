@@ -206,12 +206,15 @@ class VectorQuantize(LearnedCodebook):
                 ``x`` is [B, N, D], or [B, D, N] with ``channel_last=False``.
 
         Returns:
-            `Quantized`, a named tuple ``(quantized, indices, loss)``. quantized: the shape and
-            dtype of ``x``. indices: int64, [...], or [B, ...], or [B, H, W]; -1 where masked. loss:
-            [] float32, ready to be added to the loss of the model. With "ema" it is
-            commitment_weight times the mean squared difference per element of the vectors that
-            count. With "gradient" the codebook term is added, with codebook_weight. ``reduction``
-            changes the mean, see `vqtriton.vector_quantize`.
+            `Quantized`, a named tuple of three.
+
+            quantized: the shape and dtype of ``x``.
+            indices: int64, [...], or [B, ...], or [B, H, W]; -1 where masked.
+            loss: [] float32, ready to be added to the loss of the model. With "ema" it is
+                commitment_weight times the mean of the squared differences between ``x`` and its
+                codes, over all elements of the vectors that count. With "gradient" the codebook
+                term is added: codebook_weight times the same mean. ``reduction`` can change the
+                mean, see `vqtriton.vector_quantize`.
 
         Raises:
             ValueError, TypeError: see `vqtriton.vector_quantize`.

@@ -194,23 +194,25 @@ def plan(
     """What will be done, and roughly how long it takes."""
     from vqtriton.tuning.tunables import candidates_of
 
+    if not problems:
+        return "nothing is left to tune: the table has all of these shapes"
+    text = f"{len(problems)} to tune, each an op at a shape"
+    if interpreted:
+        return f"{text}, in Triton's interpreter: seconds for tiny shapes, very long for others"
     candidates = {problem: len(candidates_of(problem, target)) for problem in problems}
     # N and K are not compiled for
-    compiled = {problem[:3]: count for problem, count in candidates.items()}
+    compiled = sum({problem[:3]: count for problem, count in candidates.items()}.values())
     cores = os.cpu_count() or 1
-    text = f"{len(problems)} cases, each an op at a shape"
-    if interpreted:
-        text += ", in Triton's interpreter: seconds for tiny shapes, very long for others"
-    elif problems:
-        expected = COMPILE_SECONDS * sum(compiled.values()) / cores
-        text += f"; {sum(compiled.values())} candidates to compile on {cores} cores"
-        if source == "measured":
-            expected += TIMING_SECONDS * sum(candidates.values())
-            text += f", {sum(candidates.values())} to check and time"
-        text += f"; roughly {duration(min(expected, budget))}"
-        if budget < expected:
-            text += f" and the shape that is then begun (--budget), of {duration(expected)} for all"
-    return text
+    expected = COMPILE_SECONDS * compiled / cores
+    text += f": {compiled} candidates to compile on {cores} cores"
+    if source == "measured":
+        timed = sum(candidates.values())
+        expected += TIMING_SECONDS * timed
+        text += f", {timed} to check and time"
+    if budget < expected:
+        text += f"; roughly {duration(expected)}, but no shape starts after {duration(budget)}"
+        return f"{text} (--budget)"
+    return f"{text}; roughly {duration(expected)}"
 
 
 def duration(seconds: float) -> str:
@@ -373,11 +375,12 @@ class Progress:
 def summary(outcomes: Iterable[Outcome], source: str) -> str:
     """A line for each problem."""
     word = "predicted" if source == "static" else "measured"
-    lines = [f"{word + ' ms':<56}{'default':>10}{'best':>10}{'gain':>8}  tried, left out"]
+    lines = [f"{word + ' ms':<56}{'default':>10}{'best':>10}{'gain':>9}  tried, left out"]
     for problem, default, best, row, tried, left_out in outcomes:
-        # of a default that cannot be used the gain is NaN, and counts
-        gain = "none fit" if row is None else f"{default / best - 1:.1%}"
-        if tables.keeps_default(row):
-            gain = "none"
-        lines.append(f"{problem!s:<56}{default:>10.4g}{best:>10.4g}{gain:>8}  {tried}, {left_out}")
+        times = "".join(f"{'-' if math.isnan(ms) else f'{ms:.4g}':>10}" for ms in (default, best))
+        # a default that cannot be used has no time
+        gain = "-" if math.isnan(default) else f"{default / best - 1:.1%}"
+        if row is None or tables.keeps_default(row):
+            gain = "none" if row else "none fit"
+        lines.append(f"{problem!s:<56}{times}{gain:>9}  {tried}, {left_out}")
     return "\n".join(lines)
