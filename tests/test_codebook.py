@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from backends import BACKENDS, Backend, on_every_backend
 from conftest import INTERPRETED
 from torch import Tensor, nn

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from backends import Backend, on_every_backend
 
 import vqtriton
