@@ -1,8 +1,10 @@
-"""Files of a run that are there as a whole or not at all, and checkpoints made of them."""
+"""The folder of a run: one run at a time, and files that are there as a whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import os
 import tempfile
@@ -15,6 +17,8 @@ from torch import Tensor
 
 # the one entry of the metadata: safetensors writes several in any order
 FORMAT = "vqtriton.examples.vqvae"
+# any of these in a folder means that a run has been there
+RESULTS = ("checkpoint.safetensors", "log.jsonl", "metrics.json")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -57,10 +61,60 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if not isinstance(info, dict) or not isinstance(info.get("arguments"), dict):
-        raise ValueError(f"{path} is not a checkpoint of train_mnist.py")
+        raise ValueError(f"{path} is not a checkpoint of these examples")
     return tensors, info
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The part of a checkpoint whose names begin with the prefix, without it."""
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def claim(folder: Path, resume: bool) -> int:
+    """Makes the folder, for this process alone. Unless it resumes, a run that is there is kept.
+
+    It is kept by another name: the whole folder becomes ``<folder>-1``, or the first number that
+    is free. A run that has not made a step is not kept.
+
+    Returns:
+        A file descriptor: while it is open, no other process can claim the folder.
+    Raises:
+        OSError: another process has claimed it, or the folder cannot be made or renamed.
+    """
+    # a path that stays the same when the working directory is renamed
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    checkpoint = folder / RESULTS[0]
+    if (resume and checkpoint.exists()) or not any((folder / name).exists() for name in RESULTS):
+        return lock
+    try:
+        _, info = load_checkpoint(checkpoint)
+        if info["step"] == 0:
+            return lock
+        what = f"a run of {len(info['log'])} of {info['arguments']['epochs']} epochs"
+    except (OSError, ValueError, LookupError, TypeError):
+        what = "an earlier run"
+    if Path.cwd().is_relative_to(folder):
+        raise OSError(f"{folder} holds {what}; say --resume, or another --out")
+    numbers = itertools.count(1)
+    kept = next(p for n in numbers if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
+    folder.rename(kept)
+    os.close(lock)
+    print(f"{folder} held {what}. It is kept: {kept}", flush=True)
+    folder.mkdir()
+    return _lock(folder)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor of the folder with a lock, which ends with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OSError(f"another process is training in {folder}") from None
+    except OSError:
+        # a file system without locks
+        pass
+    return descriptor
