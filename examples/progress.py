@@ -49,8 +49,8 @@ class Progress:
 
     def show(self, values: dict[str, float]) -> None:
         """Numbers that are shown from now on."""
-        self.numbers = "".join(f", {name} {value:.3g}" for name, value in values.items())
-        self.bar.postfix = self.numbers
+        self.bar.postfix = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        self.numbers = f", {self.bar.postfix}"
 
     def write(self, line: str) -> None:
         """A line that stays."""

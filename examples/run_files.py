@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,51 +71,57 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def claim(folder: Path, resume: bool) -> int:
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
     """Makes the folder, for this process alone. Unless it resumes, a run that is there is kept.
 
     It is kept by another name: the whole folder becomes ``<folder>-1``, or the first number that
     is free. A run that has not made a step is not kept.
 
-    Returns:
-        A file descriptor: while it is open, no other process can claim the folder.
     Raises:
         OSError: another process has claimed it, or the folder cannot be made or renamed.
     """
     # a path that stays the same when the working directory is renamed
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    with _locked(folder):
+        run = _what_is_in(folder, resume)
+        if not run:
+            yield
+            return
+        if Path.cwd().is_relative_to(folder):
+            raise OSError(f"{folder} holds {run}; say --resume, or another --out")
+        names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
+        kept = next(path for path in names if not path.exists())
+        folder.rename(kept)
+    print(f"{folder} held {run}. It is kept: {kept}", flush=True)
+    folder.mkdir()
+    with _locked(folder):
+        yield
+
+
+def _what_is_in(folder: Path, resume: bool) -> str:
+    """The run that is to be kept, in words; "" if there is none."""
     checkpoint = folder / RESULTS[0]
     if (resume and checkpoint.exists()) or not any((folder / name).exists() for name in RESULTS):
-        return lock
+        return ""
     try:
         _, info = load_checkpoint(checkpoint)
         if info["step"] == 0:
-            return lock
-        what = f"a run of {len(info['log'])} of {info['arguments']['epochs']} epochs"
+            return ""
+        return f"a run of {len(info['log'])} of {info['arguments']['epochs']} epochs"
     except (OSError, ValueError, LookupError, TypeError):
-        what = "an earlier run"
-    if Path.cwd().is_relative_to(folder):
-        raise OSError(f"{folder} holds {what}; say --resume, or another --out")
-    numbers = itertools.count(1)
-    kept = next(p for n in numbers if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
-    folder.rename(kept)
-    os.close(lock)
-    print(f"{folder} held {what}. It is kept: {kept}", flush=True)
-    folder.mkdir()
-    return _lock(folder)
+        return "an earlier run"
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor of the folder with a lock, which ends with the process, however it ends."""
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No other process can lock the folder. The lock ends with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
-        os.close(descriptor)
         raise OSError(f"another process is training in {folder}") from None
-    except OSError:
-        # a file system without locks
-        pass
-    return descriptor
+    finally:
+        os.close(descriptor)

@@ -14,7 +14,7 @@ SCRIPT = Path(sys.argv[0]).name
 # OpenMP's threads spin while they wait. Without an end to it they starve other processes, and one
 # another; threads that sleep at once are slow to wake.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # cuBLAS reads this when it starts; without it deterministic algorithms are refused
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

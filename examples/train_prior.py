@@ -38,7 +38,7 @@ from mnist_data import CLASS_NAMES, load
 from run_files import load_checkpoint, with_prefix, write_atomically
 from torch import Tensor, nn
 from train_args import Parser, check_places
-from trainer import Trainer, Values, end_if_complete, open_run, shuffled
+from trainer import Trainer, Values, end_if_complete, shuffled
 from vqvae import VQVAE
 
 SIDE = 7
@@ -142,6 +142,8 @@ def baselines(train: Tensor, test: Tensor, codebook_size: int) -> dict[str, floa
 
 class PriorTrainer(Trainer):
     """Trains on indices [N, 49] and labels [N]; ``test``: two such tensors."""
+
+    shown = ("bits a code",)
 
     def __init__(
         self, args: argparse.Namespace, prior: Prior, train: tuple[Tensor, Tensor], test: Any
@@ -313,9 +315,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{startup.SCRIPT}: {error}") from error
     model, limit = args.vqvae_model, args.limit
     train = encode(model, data.train_images[:limit], data.train_labels[:limit])
-    trainer = PriorTrainer(args, prior, train, encode(model, data.test_images, data.test_labels))
-    open_run(args)
-    trainer.run()
+    test = encode(model, data.test_images, data.test_labels)
+    PriorTrainer(args, prior, train, test).run()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from progress import Progress, minutes
-from run_files import claim, save_checkpoint, with_prefix, write_atomically
+from run_files import claimed, save_checkpoint, with_prefix, write_atomically
 from startup import SCRIPT
 from torch import Tensor, nn
 
@@ -30,6 +30,10 @@ LOOK_EVERY = 20
 
 Values = dict[str, float]
 Report = Callable[[Values, int], object]
+
+
+def no_report(values: Values, step: int) -> None:
+    pass
 
 
 class Trainer:
@@ -44,8 +48,9 @@ class Trainer:
         warmup: part of the steps in which the learning rate rises.
     """
 
-    # what an example is called
+    # what an example is called, and the values that a line has room for
     unit = "images"
+    shown: tuple[str, ...] = ("loss", "perplexity")
 
     def __init__(
         self,
@@ -110,36 +115,45 @@ class Trainer:
             self.optimizer, self.args.lr, total_steps=end - begin, pct_start=self.warmup
         )
 
-    def run(self, report: Report = lambda values, step: None) -> None:
+    def run(self, open_report: Callable[[], Report] = lambda: no_report) -> None:
         """The whole run. Ends the program with a line and a status where it does not get there.
 
         Args:
-            report: is called with values and the step that they are of.
+            open_report: makes what is called with values and the step that they are of.
         """
         args = self.args
+        if self.rank > 0:
+            self._run(no_report)
+            return
+        if args.resume and not args.checkpoint:
+            print(f"no checkpoint in {args.out}: starting from the beginning", file=sys.stderr)
+        with claimed(args.out, args.resume):
+            self._run(open_report())
+
+    def _run(self, report: Report) -> None:
+        args, is_first = self.args, self.rank == 0
         if args.checkpoint:
             try:
                 self.restore(*args.checkpoint)
             except (KeyError, TypeError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise SystemExit(f"{SCRIPT}: {args.out} cannot be resumed: {reason}") from error
-        if self.rank == 0:
-            if not args.checkpoint:
-                self.save()
+        elif is_first:
+            self.save()
+        if is_first:
             past = f", going on at step {self.step}" if self.step else ""
             print(
                 f"Epochs: {self.cycles[-1]} of {self.steps_per_epoch} steps, on {self.count} "
-                f"{self.unit}, on {args.device} with {torch.get_num_threads()} threads{past}. "
+                f"{self.unit}, on {args.device} with {torch.get_num_threads()} threads{past}.\n"
                 f"Results: {args.out}. Ctrl-C stops, --resume goes on.",
                 flush=True,
             )
         received = self._train(report)
-        if self.rank == 0:
-            if received:
-                self.save()
-                print(f"stopped at step {self.step}; --resume goes on from there", file=sys.stderr)
-            else:
-                print_end(args, self.describe(self.log[-1]))
+        if is_first and received:
+            self.save()
+            print(f"stopped at step {self.step}; --resume goes on from there", file=sys.stderr)
+        elif is_first:
+            print_end(args, self.describe(self.log[-1]))
         if self.world > 1:
             dist.destroy_process_group()
         if received:
@@ -171,7 +185,7 @@ class Trainer:
                     self.seconds = time.perf_counter() - start
                     if values:
                         self.curve.append({"step": self.step, **values})
-                        progress.show(values)
+                        progress.show({name: values[name] for name in self.shown})
                         report(values, self.step)
                     progress.advance(len(whole), title)
                 record = self._end_epoch(epoch + 1)
@@ -271,14 +285,6 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.args.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.args.device)
-
-
-def open_run(args: Namespace) -> None:
-    """Claims the folder of the run for as long as this process lives."""
-    if args.resume and not args.checkpoint:
-        print(f"no checkpoint in {args.out}: starting from the beginning", file=sys.stderr)
-    # kept open by the namespace
-    args.lock = claim(args.out, args.resume)
 
 
 def end_if_complete(args: Namespace, describe: Callable[[dict[str, Any]], str]) -> None:

@@ -16,7 +16,7 @@ from run_files import write_atomically
 from startup import SCRIPT
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from trainer import Report, Trainer, Values, end_if_complete, open_run
+from trainer import Report, Trainer, Values, end_if_complete, no_report
 from vqvae import VQVAE
 
 import vqtriton
@@ -196,7 +196,7 @@ def open_report(args: Namespace) -> Report:
         raise SystemExit(
             f"{SCRIPT}: --log-to {args.log_to}: {error}; pip install '.[logging]'"
         ) from error
-    return lambda values, step: None
+    return no_report
 
 
 def train(args: Namespace, load: Callable[[], Images], **config: int) -> None:
@@ -226,9 +226,4 @@ def train(args: Namespace, load: Callable[[], Images], **config: int) -> None:
         raise SystemExit(f"{SCRIPT}: {error}") from error
     vq = vqtriton.VectorQuantize(**args.quantizer)
     model = VQVAE(vq, args.channels, args.reconstruction, **config).to(args.device)
-    trainer = VQVAETrainer(args, model, images)
-    if trainer.rank > 0:
-        trainer.run()
-    else:
-        open_run(args)
-        trainer.run(open_report(args))
+    VQVAETrainer(args, model, images).run(lambda: open_report(args))
