@@ -82,6 +82,8 @@ def decode(model: VQVAE, path: Path) -> Tensor:
             header = json.loads((file.metadata() or {})[FORMAT])
             packed = file.get_tensor("packed")
         count = header["shape"][0]
+        if type(count) is not int or count < 0:
+            raise ValueError(f"shape is {header['shape']}")
         expected = describe(model, count)
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole file of codes, as encode writes it") from error

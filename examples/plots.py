@@ -30,11 +30,17 @@ def tile(images: Tensor, columns: int, scale: int = 3, gap: int = 2) -> Image.Im
 
 
 def sheet(images: Tensor) -> bytes:
-    """Images [N, H, W] or [N, C, H, W] uint8, about as many rows as columns."""
+    """Images [N, H, W] or [N, C, H, W] uint8, as a page about as wide as high.
+
+    Raises:
+        ValueError: no images.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to draw")
     columns = math.ceil(math.sqrt(len(images) * images.shape[-2] / images.shape[-1]))
     # not much wider than a screen
     scale = max(1, min(3, 1500 // (columns * images.shape[-1])))
-    return _png(tile(images, max(columns, 1), scale))
+    return _png(tile(images, columns, scale))
 
 
 def pairs(originals: Tensor, reconstructions: Tensor) -> bytes:
