@@ -8,9 +8,6 @@ BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 TRITONS := 3.6.0 3.7.1 3.9.0
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-# OpenMP threads that spin while they wait starve one another on a busy machine
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: help venv train test test-compiled test-interpreted lint format bench sass gpu-check clean
 
 help: ## what can be made
@@ -19,6 +16,7 @@ help: ## what can be made
 venv: $(VENV)/.ready ## virtual environment with the project and its tools
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Installing torch, this project and its tools into $(VENV): a minute or more, once."
 	python3 -m venv $(VENV)
 	# torch by itself and first: nothing that follows may choose another one
 	$(INSTALL) torch
@@ -29,8 +27,8 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
-train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/
-	$(PYTHON) examples/train_mnist.py --out runs/mnist
+train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/; FLAGS='--resume' and the like
+	$(PYTHON) examples/train_mnist.py --out runs/mnist $(FLAGS)
 
 test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter
 	$(MAKE) -j2 --output-sync=target test-compiled test-interpreted

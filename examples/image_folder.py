@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,11 +35,16 @@ class ImageFolder:
     """
 
     def __init__(
-        self, folder: Path, size: int, limit: int | None = None, workers: int = 0, seed: int = 0
+        self,
+        folder: str | Path,
+        size: int,
+        limit: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
     ) -> None:
         suffixes = Image.registered_extensions()
         readable = {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN}
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in readable)[
+        files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in readable)[
             :limit
         ]
         if len(files) < 2:
@@ -89,6 +94,11 @@ class Squares(Dataset[Tensor]):
         with Image.open(path) as image:
             # a JPEG is read at a fraction of its size where that is enough, which is much faster
             image.draft("RGB", (2 * self.size, 2 * self.size))
+            # cameras write how they were held
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
         short = min(image.size)
         side = short if rng is None else rng.uniform(min(self.size, short), short)
