@@ -93,7 +93,12 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             raise OSError(f"{folder} holds {run}; say --resume, or another --out")
         names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
         kept = next(path for path in names if not path.exists())
-        folder.rename(kept)
+        try:
+            folder.rename(kept)
+        except OSError as error:
+            # as where something is mounted
+            reason = f"it cannot be renamed ({error.strerror}); say --resume, or another --out"
+            raise OSError(f"{folder} holds {run}, and {reason}") from error
     print(f"{folder} held {run}. It is kept: {kept}", flush=True)
     folder.mkdir()
     with _locked(folder):

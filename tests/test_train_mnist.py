@@ -453,6 +453,17 @@ def test_the_folder_that_one_is_in_is_not_renamed(finished, few_images, monkeypa
     assert content_of(finished) == before
 
 
+def test_a_folder_that_cannot_be_renamed_is_left_alone(finished, few_images, monkeypatch):
+    def busy(*args):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    before = content_of(finished)
+    with pytest.raises(OSError, match="holds a run of 2 of 2 epochs, and it cannot be renamed"):
+        train(finished)
+    assert content_of(finished) == before
+
+
 def test_results_without_a_checkpoint_are_kept_too(few_images, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
