@@ -27,8 +27,8 @@ def run_line() -> str:
     files = ", ".join(f"`{path.name}`" for path in sorted(FILES.iterdir()))
     return (
         f"One {found['device']}, driver {found['driver']}, torch {found['torch']}, Triton "
-        f"{found['triton']}, Python {found['python']}, vqtriton at commit {found['commit']}. A copy "
-        f"reached {found['copy_bytes_per_s'] / 1e12:.2f} TB/s there, and a float16 matrix product "
+        f"{found['triton']}, Python {found['python']}, vqtriton at commit {found['commit']}. A "
+        f"copy reached {found['copy_bytes_per_s'] / 1e12:.2f} TB/s there, and a float16 matrix product "
         f"{found['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s. The files are in "
         f"[bench/results/h200](../bench/results/h200): {files}."
     )
@@ -120,7 +120,7 @@ def sums() -> str:
         ]
         for row in rows
         if row["case"].endswith(("uniform", "zipf"))
-    ]
+    ]  # fmt: skip
     return markdown("sums per code, ms | " + " | ".join(names), lines)
 
 
