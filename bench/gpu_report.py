@@ -28,7 +28,7 @@ def run_line() -> str:
     return (
         f"One {found['device']}, driver {found['driver']}, torch {found['torch']}, Triton "
         f"{found['triton']}, Python {found['python']}, vqtriton at commit {found['commit']}. A "
-        f"copy reached {found['copy_bytes_per_s'] / 1e12:.2f} TB/s there, and a float16 matrix product "
+        f"copy reached {found['copy_bytes_per_s'] / 1e12:.2f} TB/s there, a float16 matrix product "
         f"{found['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s. The files are in "
         f"[bench/results/h200](../bench/results/h200): {files}."
     )
