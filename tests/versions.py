@@ -42,10 +42,10 @@ ROWS = (
 )
 # no core tests: examples, benchmarks, the checkout itself, what compilers make of the kernels
 NOT_CORE = "train* mnist* bench* gpu_check readme packaging versions compile sass"
-# of each kind: what else is left out, as it takes minutes and the other kind has most of it
+# of each kind: what else is left out, as it takes minutes and depends least on versions
 KINDS = {
-    "core": ("not slow", "screen_codes prepare_planes rescue_rows", {}),
-    "kernels": ("kernel and not slow", "tuning", {"TRITON_INTERPRET": "1"}),
+    "core": ("not slow", "screen_codes prepare_planes rescue_rows memory adversarial", {}),
+    "kernels": ("kernel and not slow", "tuning codebook memory", {"TRITON_INTERPRET": "1"}),
 }
 BUILD = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
 HIDDEN = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "VIRTUAL_ENV")
