@@ -8,10 +8,10 @@ BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 TRITONS := 3.6.0 3.7.1 3.9.0
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help venv train test test-compiled test-interpreted lint format bench sass gpu-check clean
+.PHONY: help venv train test test-compiled test-interpreted test-versions lint format bench sass gpu-check clean
 
 help: ## what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 venv: $(VENV)/.ready ## virtual environment with the project and its tools
 
@@ -40,6 +40,9 @@ test-compiled: $(READY)
 test-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m kernel
 
+test-versions: $(READY) ## core tests on older and newer versions: 20 minutes a row; ROWS='floor newest', KEEP=1
+	$(PYTHON) tests/versions.py $(ROWS) $(if $(KEEP),--keep)
+
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -65,4 +68,4 @@ gpu-check: $(READY) ## all that needs a GPU, in 9 minutes: runs/gpu-check/ or OU
 		|| echo "Triton $* could not be installed"
 
 clean: ## remove the environment and what was built; runs/ stays
-	rm -rf $(VENV) .triton build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .triton .versions build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

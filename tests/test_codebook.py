@@ -14,6 +14,7 @@ import torch
 from backends import BACKENDS, Backend, on_every_backend
 from conftest import INTERPRETED
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
@@ -209,7 +210,7 @@ def test_a_compiled_step_finds_them_as_well(way, backend: str) -> None:
 def test_a_start_inside_a_compiled_step_is_one_start() -> None:
     eager = VectorQuantize(2, 4, kmeans_init=True)
     compiled = copy.deepcopy(eager)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled, backend=counter)
     for i in range(5):
         x = torch.randn(40, 2) + 10 * i
@@ -587,7 +588,7 @@ def test_a_schedule_is_one_graph(backend: Backend, update: str) -> None:
     # the first step starts the codebook, which no graph can hold
     eager(x)
     compiled = copy.deepcopy(eager)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled, fullgraph=True, backend=counter)
     for i in range(4 if INTERPRETED else 12):
         sizes = []

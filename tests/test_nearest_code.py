@@ -176,12 +176,21 @@ def test_exact_where_matmuls_round_their_inputs(monkeypatch: pytest.MonkeyPatch)
     want = oracle.nearest_code(x, codebook)
     monkeypatch.setattr(torch, "addmm", rounded)
     assert not torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    before = matmul.fp32_precision if matmul else torch.get_float32_matmul_precision()
+
+    def set_precision(value: str) -> None:
+        # torch 2.8 has the older setting alone; later ones do not let it be mixed with the newer
+        if matmul:
+            matmul.fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision(value)
+
     try:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        set_precision("bf16" if matmul else "medium")
         got = vqtriton.nearest_code(x, codebook, backend="torch")
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        set_precision(before)
     assert torch.equal(got, want)
 
 

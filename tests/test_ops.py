@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import Backend, on_every_backend
+from torch._dynamo.testing import CompileCounter
 
 import vqtriton
 from vqtriton import ops
@@ -78,7 +79,7 @@ def test_compiles_as_one_graph(backend: Backend, dynamic: bool) -> None:
 
 @on_every_backend
 def test_batch_sizes_do_not_recompile(backend: Backend) -> None:
-    count = torch._dynamo.testing.CompileCounter()
+    count = CompileCounter()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
     codebook = torch.randn(4, 5, device=backend.device)
     for n in range(2, 12):
