@@ -8,7 +8,14 @@ BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 TRITONS := 3.6.0 3.7.1 3.9.0
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help venv train test test-compiled test-interpreted test-versions lint format bench sass gpu-check clean
+<<<<<<< HEAD
+.PHONY: help venv train test test-compiled test-interpreted test-versions lint format api bench sass gpu-check clean
+=======
+# OpenMP threads that spin while they wait starve one another on a busy machine
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help venv train test test-compiled test-interpreted test-versions lint format api bench sass gpu-check clean
+>>>>>>> 3ee02552fdc4a7afcef7ecf7466adad98b7aaedf
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +58,9 @@ lint: $(READY) ## ruff and mypy
 format: $(READY) ## what ruff can mend by itself
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+api: $(READY) ## docs/api.md from the docstrings
+	$(PYTHON) docs/api.py
 
 bench: $(BENCH_READY) ## time and memory beside peers: minutes; FLAGS='--case all' and the like
 	$(PYTHON) -m bench $(FLAGS)

@@ -1,8 +1,8 @@
 """Full training runs of the examples: the figures of README.md and docs/training.md.
 
-    python -m bench.training_runs               # all cases and seeds: an hour or two on two cores
-    python -m bench.training_runs --case gradient ema --seeds 0
-    python -m bench.training_runs --docs        # only writes the docs anew from the result file
+    .venv/bin/python -m bench.training_runs         # all cases and seeds: an hour or two
+    .venv/bin/python -m bench.training_runs --case gradient ema --seeds 0
+    .venv/bin/python -m bench.training_runs --docs  # only writes the docs from the result file
 
 Each case is `examples/train_mnist.py` with some flags, run with --resume in a folder of its own
 below runs/training_runs: what was interrupted goes on, what is complete stays as it is. The

@@ -1,6 +1,6 @@
 """Every hard case in 1 to 1024 dimensions, beside the float64 oracle.
 
-    python tests/adversarial.py [--rows N] [--max-codes K] [--backend torch|triton]
+    .venv/bin/python tests/adversarial.py [--rows N] [--max-codes K] [--backend torch|triton]
 
 Prints, for each case, rows, indices that are wrong, and the rescue rate: what share was in doubt.
 The exit status is 1 if any index is wrong.

@@ -2,7 +2,7 @@
 
 The products of the planes are summed in float64; the error that a tensor core may add, whatever
 the sign, is put in by hand. So the certificate is tested against the worst hardware that the bound
-allows. ``python tests/emulation.py`` prints the doubtful rates that docs/exactness.md quotes.
+allows. ``.venv/bin/python tests/emulation.py`` prints the rates that docs/design.md quotes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Peak memory of the search on the CPU: ``python tests/peak_memory.py N K D CASE...``.
+"""Peak memory of the search on the CPU: ``.venv/bin/python tests/peak_memory.py N K D CASE...``.
 
 Prints, as JSON, the bytes that each case of `data.HARD` takes above its inputs, indices included,
 whoever allocated them: see `bench.devices`. Linux only. Needs a process of its own, where nothing

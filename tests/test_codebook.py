@@ -647,6 +647,7 @@ def test_checkpointing_a_module_that_learns_is_refused(update: str, reentrant: b
 # --- dtypes ---
 
 
+@pytest.mark.filterwarnings("ignore:threshold_ema_dead_code is")
 @on_every_backend
 @pytest.mark.parametrize(
     "default", [torch.float16, *(() if INTERPRETED else (torch.bfloat16, torch.float64))]
@@ -677,6 +678,7 @@ def test_the_default_dtype_changes_nothing(backend: Backend, default: torch.dtyp
         assert not one.is_floating_point() or one.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:threshold_ema_dead_code is")
 @on_every_backend
 def test_revival_draws_from_all_rows_whatever_the_default_dtype(backend: Backend) -> None:
     torch.set_default_dtype(torch.bfloat16)

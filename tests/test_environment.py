@@ -80,6 +80,6 @@ def test_says_whether_the_interpreter_is_on(value, tmp_path):
 def test_bad_command_is_a_usage_error(arguments, tmp_path):
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert "usage: vqtriton" in done.stderr
+    assert "usage: python -m vqtriton" in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout

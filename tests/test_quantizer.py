@@ -271,6 +271,37 @@ def test_dead_codes_come_back(backend: Backend, update: str) -> None:
 
 
 @on_every_backend
+def test_a_threshold_that_is_not_below_the_even_share_is_said(backend: Backend) -> None:
+    x = torch.randn(25, 6, device=backend.device)
+    warned = r"threshold_ema_dead_code is 5, .* only 2.5 rows per code .* is 0.25 to 1"
+
+    def quantizer(threshold: float) -> VectorQuantize:
+        vq = VectorQuantize(6, 10, threshold_ema_dead_code=threshold, backend=backend.name)
+        return vq.to(backend.device)
+
+    # below it, without learning, and where more rows are to come, nothing is said
+    quantizer(2.4)(x)
+    vq = quantizer(5)
+    vq.eval()(x)
+    vq.train()(x, freeze_codebook=True)
+    with vq.accumulate():
+        vq(x)
+    vq(x)
+    # once for a value
+    with pytest.warns(UserWarning, match=warned) as caught:
+        vq(x)
+    assert caught[0].filename == __file__
+    vq(x)
+    vq(x[:3])
+    vq.threshold_ema_dead_code = 2
+    vq(x)
+    vq.threshold_ema_dead_code = 5
+    with pytest.warns(UserWarning, match=warned):
+        vq(x)
+
+
+@pytest.mark.filterwarnings("ignore:threshold_ema_dead_code is")
+@on_every_backend
 def test_revived_codes_are_rows_of_the_batch(backend: Backend) -> None:
     vq = VectorQuantize(6, 8, decay=0.0, threshold_ema_dead_code=1, backend=backend.name)
     vq.to(backend.device)
@@ -322,6 +353,7 @@ def test_state_dict_round_trip(backend: Backend) -> None:
     torch.testing.assert_close(other.state_dict(), vq.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:threshold_ema_dead_code is")
 @on_every_backend
 @pytest.mark.parametrize("threshold", [0, 3])
 @pytest.mark.parametrize("update", ["ema", "gradient"])

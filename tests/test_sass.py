@@ -266,7 +266,7 @@ def test_makefile_installs_the_same_versions() -> None:
 
 
 def test_kernels_are_what_they_were() -> None:
-    """All is compiled again. A change that is meant: python -m bench.sass --store."""
+    """All is compiled again. A change that is meant: .venv/bin/python -m bench.sass --store."""
     rows = sass.rows_of(triton.__version__, "")
     assert sass.failures(rows) == []
     stored = [row for row in STORED if row["triton"] == triton.__version__]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -25,7 +26,7 @@ from conftest import INTERPRETED
 import vqtriton
 from vqtriton import blocked, environment
 from vqtriton.tuning import tables, trace, tune
-from vqtriton.tuning.outcomes import Outcome
+from vqtriton.tuning.outcomes import Found, Outcome, decide
 from vqtriton.tuning.tables import Problem
 
 pytest.importorskip("triton")
@@ -146,6 +147,28 @@ def test_the_users_folder_and_the_device_come_first(folder) -> None:
 
 
 @once
+def test_where_the_default_is_best_no_row_of_another_shape_is_chosen(folder) -> None:
+    """Nor are its tiles written: they may be others in another version."""
+    path, near = folder / "sm_90.json", PROBLEM._replace(num_rows=8192)
+    tables.merge(path, "sm_90", [row(near)])
+    assert choose() == choose(near) == OTHER
+    tables.merge(path, "sm_90", [row() | {"config": None}])
+    assert (choose(), choose(near)) == (None, OTHER)
+    written = json.loads(path.read_text())
+    assert [found["num_rows"] for found in written["rows"]] == [8192]
+    (default,) = written["default_is_best"]
+    assert default["num_rows"] == 4096
+    assert "config" not in default
+    lines = environment.describe([(4096, 1024, 8, "float32")]).splitlines()
+    (tiles,) = (line for line in lines if line.startswith("nearest_code"))
+    assert str(tunables.screen_default("sm_90", 8)) in tiles
+    # and back
+    tables.merge(path, "sm_90", [row(tiles=tunables.screen_candidates(8)[6])])
+    assert choose() == tunables.screen_candidates(8)[6]
+    assert "default_is_best" not in json.loads(path.read_text())
+
+
+@once
 def test_what_does_not_fit_is_not_chosen(folder, monkeypatch) -> None:
     write(folder / "sm_90.json", [row(shared=100_000), row(tiles=tunables.screen_candidates(8)[6])])
     monkeypatch.setattr(tables, "shared_limit", lambda device: 99_999)
@@ -194,7 +217,7 @@ def test_env_shows_what_is_chosen(folder) -> None:
     (tiles,) = (line for line in lines if line.startswith("nearest_code"))
     assert str(OTHER) in tiles
     assert "(static, sm_90.json)" in tiles
-    assert any("sm_90.json, 1 rows" in line for line in lines)
+    assert any("sm_90.json, 1 shapes" in line for line in lines)
     (tiles,) = (line for line in lines if line.startswith("grad_x"))
     assert tiles.endswith("(default)")
 
@@ -212,6 +235,7 @@ def spoil(path: Path, kind: str) -> None:
         "a number": "7",
         "no rows": json.dumps({"schema": 1}),
         "rows of no list": json.dumps({"schema": 1, "rows": {"a": 1}}),
+        "defaults of no list": json.dumps({"schema": 1, "rows": [], "default_is_best": 7}),
         "wrong schema": whole.replace('"schema": 1', '"schema": 99'),
         "no schema": whole.replace('"schema": 1, ', ""),
         "a true schema": whole.replace('"schema": 1', '"schema": true'),
@@ -242,7 +266,15 @@ def spoil(path: Path, kind: str) -> None:
     [
         *("empty", "truncated", "junk", "nested", "a number", "no rows", "rows of no list"),
         *("a true schema", "a broken schema"),
-        *("wrong schema", "no schema", "binary", "a directory", "a pipe", "a dangling link"),
+        *(
+            "defaults of no list",
+            "wrong schema",
+            "no schema",
+            "binary",
+            "a directory",
+            "a pipe",
+            "a dangling link",
+        ),
         *("a link to itself", "no permission"),
     ],
 )
@@ -450,8 +482,58 @@ def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monk
     monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
     outcome = predict.predict(PROBLEM, "sm_90")
     assert (outcome.tried, outcome.left_out) == (2, 1)
-    assert outcome.row["config"] == asdict(default)
+    assert tables.keeps_default(outcome.row)
     assert outcome.default_ms == outcome.best_ms > 0
+
+
+@once
+@pytest.mark.parametrize("target", tune.TARGETS)
+def test_every_target_is_predicted_or_keeps_a_default_that_can_be_used(monkeypatch, target) -> None:
+    assert set(tune.TARGETS) == set(tunables.screen_codes.ACCUMULATOR_ORDER)
+    _, *others = tunables.candidates_of(PROBLEM, target)
+    tunable = replace(tunables.TUNABLES["nearest_code"], candidates=lambda dim: others[:1])
+    monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    is_predicted = predict.predict(PROBLEM, target).default_ms > 0
+    assert is_predicted == (target in ("sm_80", "sm_90"))
+    if is_predicted:
+        return
+    assert tables.keeps_default(predict.predict(PROBLEM, target).row)
+    # one that cannot be used is replaced by what can
+    monkeypatch.setattr(predict, "usages", lambda *_: [None, predict.Usage(9, 0, 1, None, 0, 0)])
+    found = predict.predict(PROBLEM, target).row
+    assert found["config"] == asdict(others[0])
+    assert found["ms"] is None
+
+
+@once
+@pytest.mark.parametrize(("gain", "is_kept"), [(0.01, True), (0.029, True), (0.031, False)])
+def test_a_gain_that_may_be_noise_changes_nothing(gain, is_kept) -> None:
+    candidates = tunables.screen_candidates(8)[:2]
+    times = 1 - gain, 1.0
+    found = [Found(one, ms, {}) for one, ms in zip(reversed(candidates), times, strict=True)]
+    outcome = decide(PROBLEM, candidates, found)
+    assert tables.keeps_default(outcome.row) == is_kept
+    assert ("none" in tune.summary([outcome], "measured")) == is_kept
+
+
+@once
+def test_it_says_what_it_will_do(folder, monkeypatch, capsys) -> None:
+    from vqtriton.__main__ import main
+
+    monkeypatch.setattr(predict, "predict", lambda problem, *_: quick(problem))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    shapes = ("--shape", "9,9,8", "--shape", "8,9,8", "--shape", "9,9,16")
+    count = sum(len(tunables.candidates_of(PROBLEM._replace(dim=d), "sm_90")) for d in (8, 16))
+    for budget, words in (("1000", f"roughly {count / 2:.0f} s\n"), ("2", "roughly 2 s and the")):
+        arguments = ["vqtriton", "tune", "--static", *shapes, "--budget", budget]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        first = capsys.readouterr().err.splitlines(keepends=True)[0]
+        assert f"3 cases, each an op at a shape; {count} candidates to compile on 4 cores" in first
+        assert words in first
+    assert "to check and time" in tune.plan([PROBLEM], "sm_80", "measured", math.inf, False)
+    assert "interpreter" in tune.plan([PROBLEM], "sm_90", "measured", math.inf, True)
 
 
 @once
@@ -590,7 +672,7 @@ def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -
     monkeypatch.setattr(sys, "argv", ["vqtriton", "tune", "--check"])
     with pytest.warns(UserWarning, match="is left out"), pytest.raises(SystemExit, match="1"):
         main()
-    assert "2 rows, 1 of no use" in capsys.readouterr().out
+    assert "2 shapes, 1 of no use" in capsys.readouterr().out
 
 
 @once
@@ -658,6 +740,20 @@ def test_progress(monkeypatch, capsys, is_terminal) -> None:
     assert re.fullmatch(r"\[#####\.{15}\] 1/4 +\d+ s left  second", lines[2])
 
 
+@once
+def test_a_case_that_takes_long_shows_that_it_goes_on(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tune, "HEARTBEAT_SECONDS", 0.02)
+    progress = tune.Progress(4)
+    progress.show(1, "second")
+    with progress.beating():
+        time.sleep(0.2)
+    said = capsys.readouterr().err
+    time.sleep(0.1)
+    assert said.count("1/4") >= 3
+    assert "second, for 0 s" in said
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.kernel
 @pytest.mark.skipif(not BACKENDS or BACKENDS[0].name != "triton", reason="needs the kernels")
 @pytest.mark.parametrize("op", tunables.TUNABLES)
@@ -713,7 +809,7 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
         (["--preset", "mine"], "invalid choice"),
         (["--budget", "0", "--preset", "real-models"], "0 is not above 0"),
         (["--static", "--target", "sm_75"], "invalid choice"),
-        (["--static", "--device", "cuda", "--shape", "9,9,9"], "--static times none"),
+        (["--static", "--device", "cuda", "--shape", "9,9,9"], "--static does not measure"),
         (["--device", "cpu", "--shape", "9,9,9"], "only under TRITON_INTERPRET=1"),
         (["--device", "foo", "--shape", "9,9,9"], "--device is 'foo'"),
         (["--device", "meta", "--shape", "9,9,9"], "--device is meta"),
@@ -721,7 +817,7 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
         (["--shape", "9,9,5000"], "at most D = 4094"),
         (["--check", "--out", "nowhere"], "nowhere"),
         (["--preset", "real-models", "--dtype", "float64"], "invalid choice: 'float64'"),
-        (["--shape", "9,9,9", "--dtype", "float16"], "--dtype is of --preset"),
+        (["--shape", "9,9,9", "--dtype", "float16"], "--dtype only applies to --preset"),
     ],
 )
 def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message) -> None:

@@ -1,4 +1,4 @@
-"""``vqtriton env`` and ``vqtriton tune``; also as ``python -m vqtriton``."""
+"""``python -m vqtriton env`` and ``python -m vqtriton tune``; ``vqtriton`` is the same command."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from vqtriton.tuning import tune
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="vqtriton")
+    parser = argparse.ArgumentParser(prog="python -m vqtriton")
     commands = parser.add_subparsers(dest="command", required=True)
-    env = commands.add_parser("env", help="print versions, devices, backends and tables in use")
+    env = commands.add_parser("env", help="print what a bug report needs")
     env.add_argument(
         "--shape",
         type=tune.shape,
         action="append",
         default=[],
         metavar="N,K,D[,DTYPE]",
-        help="print the tiles that the kernels use for it",
+        help="also print the tiles that the kernels use for this shape",
     )
     tuning = commands.add_parser("tune", help="find the fastest tiles; see docs/tuning.md")
     tune.add_arguments(tuning)

@@ -51,35 +51,37 @@ def kmeans(
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Lloyd's k-means; of a tensor, or of batches that need not fit in memory.
+    """Lloyd's k-means, of a tensor or of batches that need not fit in memory together.
 
-    The same codebook for a seed, bit for bit, however the rows are divided into batches. It ends
-    before ``iters`` where an iteration changes nothing. A code that no row chose starts anew from
-    a row, drawn with a probability in proportion to its squared distance to its code. Where every
-    row is a code already, it stays where it is, and a warning says so at the end.
+    It returns the codebook alone; `nearest_code` then gives the indices. The same seed gives the
+    same codebook, bit for bit, however the rows are divided into batches. It ends before ``iters``
+    if an iteration changes nothing. A code that no row chose moves to a row, drawn with a
+    probability in proportion to its squared distance to its code. If every row already is a code,
+    the code stays where it is, and a warning at the end says so.
 
     Args:
         x: vectors, [..., D], a tensor or a numpy array of floats; a ``numpy.memmap`` is read block
             by block. Or batches of them: an iterable that can be read again (a list, a
             ``DataLoader``), or a function that returns an iterator. A batch may be a tuple or list
-            of one tensor, as those of a ``TensorDataset`` are. It is read ``iters + 1`` times and
-            must give the same rows each time, in the same order. Rows that are not finite are
-            left out. Squared distances are float32: what is less than 1e-19 apart is not, and
-            what is more than 1e19 apart is infinitely far.
+            of one tensor, as those of a ``TensorDataset`` are. Batches are read ``iters + 1`` times
+            and must give the same rows each time, in the same order. Rows that are not finite are
+            left out. Squared distances are float32: rows less than 1e-19 apart count as equal, and
+            rows more than 1e19 apart as infinitely far.
         codebook_size: K >= 1. With fewer distinct rows than codes, some codes are copies of others
             or are chosen by no row.
         iters: Lloyd iterations, >= 0.
         generator: source of all draws, on the device of the computation; torch's own by default.
-            There is no float64 on MPS, so for ``x`` there it is one of the CPU.
-            Ranks may have equal seeds: each draws numbers of its own.
-        init: "random": start from rows drawn uniformly. "k-means++": from rows that are far from
-            each other, each the best of 2 + ln K that are drawn; chosen among 128·K rows drawn
-            uniformly, in K steps that take 128·K²·(2 + ln K)·D multiplications in float64.
-        sync: over all ranks of `torch.distributed`, each with rows of its own or none (then say
-            on which ``device``). Every rank gets the same bits; an error on one is one on all.
+            For ``x`` on MPS, which has no float64, it must be a generator of the CPU. Ranks may
+            have equal seeds: each draws numbers of its own.
+        init: "random" starts from rows drawn uniformly. "k-means++" starts from rows that are far
+            from each other, each the best of 2 + ln K draws. It looks for them among 128·K rows
+            drawn uniformly, in K steps that take 128·K²·(2 + ln K)·D multiplications in float64.
+        sync: use the rows of all ranks of `torch.distributed`. A rank may have no rows, but must
+            then say on which ``device`` to compute. Every rank gets the same bits, and an error on
+            one rank raises on all.
         callback: called on every rank after each iteration with its number from 0, the inertia
-            (sum of squared distances, of all rows to the codes that the iteration began with),
-            and the number of codes that no row chose. What it raises ends k-means.
+            (sum of squared distances of all rows to the codes that the iteration began with), and
+            the number of codes that no row chose. An exception from it ends k-means.
         device: where to compute; that of the (first) batch by default. For a device without
             float64 (MPS) the CPU computes, and the codebook is moved to the device at the end.
         backend: see `nearest_code`.
@@ -94,12 +96,13 @@ def kmeans(
         RuntimeError: another rank failed (``sync``).
 
     Warns:
-        UserWarning: x has fewer distinct rows than codes. With ``iters=0`` only if there are so
-            few rows that all of them were looked at.
+        UserWarning: ``x`` has fewer distinct rows than codes. With ``iters=0``, only if there are
+            so few rows that all of them were looked at.
 
     Example:
-        >>> codebook = vqtriton.kmeans(x, 512, 20, init="k-means++")  # x [..., D]
-        >>> indices = vqtriton.nearest_code(x, codebook)
+        >>> x = torch.randn(10000, 16)
+        >>> codebook = vqtriton.kmeans(x, 64, 20, init="k-means++")  # [64, 16]
+        >>> indices = vqtriton.nearest_code(x, codebook)  # [10000]
 
     References: Lloyd 1982; Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful
     Seeding"; weighted draws: Efraimidis and Spirakis 2006.

@@ -81,10 +81,14 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Codes and statistics of a new module, whatever was there: after ``to_empty``, too.
+        """Gives codes and cluster sizes the values of a new module, whatever they were.
 
-        With several ranks call it on all of them, as `set_codebook` and `reset_codes`; the codes
-        of rank 0 reach the others with the next step.
+        Call it after ``to_empty``. With several ranks, call it on all of them, as `set_codebook`
+        and `reset_codes`; the codes of rank 0 reach the others with the next step.
+
+        Example:
+            >>> vq = vqtriton.VectorQuantize(16, 128)
+            >>> vq.reset_parameters()
         """
         is_own = self._owns_codebook()
         codebook = self.codebook if is_own else torch.empty_like(self.codebook)
@@ -105,16 +109,16 @@ class Codebook(nn.Module):
 
         Args:
             codes: [K, D], finite, on any device.
-            cluster_size: rows a step that each code stands for, [K] or one number: the more, the
-                slower it moves with the next steps ("ema").
+            cluster_size: how many rows per step each code stands for, [K] or one number. The larger
+                it is, the slower the code moves in the next steps ("ema").
 
         Raises:
             TypeError, ValueError: an argument does not fit, or the codebook cannot be written to.
 
         Example:
-            >>> vq = vqtriton.VectorQuantize(64, 512)
-            >>> vq.set_codebook(vqtriton.kmeans(x, 512), cluster_size=len(x) / 512)
-            >>> vq(x)
+            >>> vq, x = vqtriton.VectorQuantize(16, 128), torch.randn(4000, 16)
+            >>> vq.set_codebook(vqtriton.kmeans(x, 128), cluster_size=len(x) / 128)
+            >>> quantized, indices, loss = vq(x)
         """
         check_x(codes, name="codes")
         shape = self.codebook_size, self.dim

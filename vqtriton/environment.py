@@ -14,10 +14,21 @@ from vqtriton.tuning import tables
 
 
 def describe(shapes: Sequence[tuple[int, int, int, str]] = ()) -> str:
-    """Versions, devices, backends and tables in use, a line each.
+    """Versions, devices, backends and tables of tiles in use, a line each, for a bug report.
+
+    ``python -m vqtriton env`` prints it.
 
     Args:
-        shapes: N, K, D and dtype of searches, of which the tiles are told as well.
+        shapes: ``(N, K, D, dtype)`` of searches, dtype as a string. For each, the tiles that the
+            kernels use are added.
+
+    Returns:
+        The lines, joined.
+
+    Example:
+        >>> from vqtriton.environment import describe
+        >>> print(describe())  # doctest: +ELLIPSIS
+        vqtriton ...
     """
     lines = [("vqtriton", __version__), ("python", platform.python_version())]
     lines.append(("platform", platform.platform()))
@@ -57,7 +68,7 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
         for folder in tables.folders()
         for name in tables.device_names(device)
     ]
-    found = [f"{path}, {len(tables.rows_of(path))} rows" for path in paths if path.exists()]
+    found = [f"{path}, {len(tables.rows_of(path))} shapes" for path in paths if path.exists()]
     lines = [("tables", path) for path in found or ["none: the defaults in vqtriton.kernels"]]
     if shapes:
         from vqtriton.kernels.screen_codes import architecture
@@ -72,7 +83,7 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
                 except ValueError as error:
                     lines.append((f"{problem}", f"not for the kernels: {error}"))
                     continue
-                config = row[1] if row else default
+                config = (row and row[1]) or default
                 origin = f"{row[0]['source']}, {row[2].name}" if row else "default"
                 lines.append((f"{problem}", f"{config} ({origin})"))
     return lines

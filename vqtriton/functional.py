@@ -16,9 +16,19 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class PreparedCodebook(NamedTuple):
-    """A codebook, and what a search makes of it first, which need not be made again.
+    """A copy of a codebook with the tensors that a search first computes from it.
 
-    Later changes of the codebook that it was made from do not reach it.
+    Made by `prepare_codebook`. `nearest_code` and `vector_quantize` take it in place of a codebook.
+
+    Attributes:
+        codebook: [K, D], the copy.
+        tensors: what the backend computed from it; each backend has its own.
+        backend: "triton" or "torch", the backend that it was prepared for.
+
+    Example:
+        >>> prepared = vqtriton.prepare_codebook(torch.randn(512, 64))
+        >>> prepared.codebook.shape
+        torch.Size([512, 64])
     """
 
     codebook: Tensor  # [K, D], a copy
@@ -27,19 +37,25 @@ class PreparedCodebook(NamedTuple):
 
 
 def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCodebook:
-    """What `nearest_code` makes of a codebook, made once: for a codebook that stays as it is.
+    """Does the codebook's part of a search once, for many calls of `nearest_code`.
+
+    Use it for a codebook that stays as it is. The codebook is copied, so later changes of it do not
+    reach the result. `VectorQuantize` does this by itself in eval mode, see docs/codebook.md.
 
     Args:
-        codebook: [K, D]. It is copied.
-        backend: see `nearest_code`, which then uses this one.
+        codebook: [K, D], a floating-point tensor with K >= 1 and D >= 1.
+        backend: see `nearest_code`. Searches with the result run on this backend.
+
+    Returns:
+        `PreparedCodebook`.
 
     Raises:
         ValueError: K == 0, D == 0, or an unknown backend.
-        TypeError: not a tensor, or a dtype that is not a float.
+        TypeError: not a tensor, or not a floating-point dtype.
 
     Example:
-        >>> prepared = vqtriton.prepare_codebook(codebook)
-        >>> for x in loader:
+        >>> prepared = vqtriton.prepare_codebook(torch.randn(512, 64))
+        >>> for x in (torch.randn(100, 64), torch.randn(7, 64)):
         ...     indices = vqtriton.nearest_code(x, prepared)
     """
     _check_codebook(codebook, codebook)
@@ -63,23 +79,25 @@ def nearest_code(
 
     Args:
         x: vectors, [..., D], float32 / float16 / bfloat16 (float64 with the torch backend).
-        codebook: [K, D], same device, K >= 1. The dtype may differ from that of ``x``. Or what
-            `prepare_codebook` made of one, which saves that work; the result is the same.
+        codebook: [K, D], same device, K >= 1. Its dtype may differ from that of ``x``. A
+            `PreparedCodebook` gives the same indices in less time.
         precision: "exact" gives the argmin of the float64 distances of the values as given, so
-            the indices depend neither on the device nor on the batch. "fast" skips the step that
-            makes sure; close calls may fall either way.
-        backend: "triton" runs the kernels (GPU), "torch" blocked torch code (any device), "auto"
-            the first of them that ``x``'s device can run, or the one that the codebook was
-            prepared for. The kernels take at most 4094 dimensions.
+            the indices depend neither on the device nor on the batch. "fast" skips the check of
+            close calls, so these may go to either code.
+        backend: "triton" runs the kernels (GPU). "torch" runs blocked torch code (any device).
+            "auto" takes the kernels where the device of ``x`` can run them; with a
+            `PreparedCodebook` it takes the backend of that. The kernels take at most 4094
+            dimensions.
 
     Returns:
-        indices, [...], int64 in [0, K); the lowest index on ties. A distance that is not finite
-        ranks as +inf; a row with no finite distance gets index 0.
+        indices, [...], the shape of ``x`` without its last dim, int64 in [0, K). The lowest index
+        wins a tie. A distance that is not finite ranks as +inf. A row with no finite distance gets
+        index 0.
 
     Raises:
         ValueError: the last dim of ``x`` is not D, K == 0, D == 0, an unknown option, or a
             codebook that was prepared for another backend.
-        TypeError: not a tensor, or a dtype that is not a float.
+        TypeError: not a tensor, or not a floating-point dtype.
 
     Example:
         >>> x, codebook = torch.randn(8, 49, 64), torch.randn(512, 64)
@@ -122,42 +140,50 @@ def vector_quantize(
     precision: str = "exact",
     backend: str = "auto",
 ) -> Quantized:
-    """Replace each vector by its nearest code, with the straight-through estimator and the loss.
+    """Replaces each vector by its nearest code, with the straight-through estimator and the loss.
 
     Equivalent to::
 
         indices = torch.cdist(x.double(), codebook.double()).argmin(-1)
         codes = codebook[indices]
         quantized = x + (codes - x).detach()
-        loss = (codebook_weight * (x.detach() - codes).square().mean()
-                + commitment_weight * (x - codes.detach()).square().mean())
+        codebook_term = (x.detach() - codes).square().mean()
+        commitment_term = (x - codes.detach()).square().mean()
+        loss = codebook_weight * codebook_term + commitment_weight * commitment_term
+
+    The two terms of the loss have the same value, up to their weights. They differ in who gets the
+    gradient: the first moves the codes, the second moves ``x``.
 
     Args:
         x: vectors, [..., D].
-        codebook: [K, D]. Gets a gradient from the codebook term only. Or what `prepare_codebook`
-            made of one, which gets none.
+        codebook: [K, D]. It gets a gradient from the codebook term only. A `PreparedCodebook`
+            gets none.
         commitment_weight: β of the paper.
-        codebook_weight: 0 where the codebook learns by moving averages.
-        reduction: "mean" over the elements of the rows that are not masked, "sum" over them, or
-            "none": the sum of each row, [...].
-        mask: [...] bool, True for the rows that count. The others get index -1 and zeros, and add
-            nothing to the loss or to a gradient.
+        codebook_weight: use 0 where the codebook learns by moving averages.
+        reduction: "mean" divides the sum of the squared differences by the number of elements (not
+            of rows) that count, which is D times the rows that are not masked. "sum" does not
+            divide. "none" gives the sum of each row, [...].
+        mask: [...] bool, True for the rows that count. Each other row gets index -1 and zeros, and
+            adds nothing to the loss or to a gradient.
         precision: see `nearest_code`.
         backend: see `nearest_code`.
 
     Returns:
-        ``(quantized, indices, loss)``: [..., D] in the dtype of ``x``; [...] int64; float32 []
-        (float64 for float64). A row that is not finite has index 0 and a NaN loss, and adds
-        nothing to the codebook's gradient. With every row masked the loss is 0.
+        `Quantized`, a named tuple ``(quantized, indices, loss)``. quantized: [..., D] in the dtype
+        of ``x``. indices: [...] int64. loss: [] float32 (float64 for float64), or [...] with
+        ``reduction="none"``; both terms, already weighted. A row that is not finite has index 0 and
+        a NaN loss, and adds nothing to the codebook's gradient. With every row masked the loss
+        is 0.
 
     Raises:
         ValueError: shapes, devices or options that do not fit.
-        TypeError: not a tensor, or a dtype that is not a float.
+        TypeError: not a tensor, not a floating-point dtype, or a weight that is not a number.
 
     Example:
+        >>> x = torch.randn(8, 49, 64, requires_grad=True)
         >>> codebook = torch.nn.Parameter(torch.randn(512, 64))
-        >>> quantized, indices, loss = vqtriton.vector_quantize(x, codebook)  # x [..., 64]
-        >>> (decoder(quantized).square().mean() + loss).backward()
+        >>> quantized, indices, loss = vqtriton.vector_quantize(x, codebook)
+        >>> (quantized.square().mean() + loss).backward()  # both x and codebook get a gradient
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 3.
     """
@@ -205,29 +231,30 @@ def code_sums(
     """Sum of the vectors, and their number, per code.
 
     Equivalent to ``one_hot(indices, K).T @ x`` and ``bincount(indices, minlength=K)`` without the
-    [N, K] matrix. Bitwise repeatable. Differentiable with respect to ``x``. A sum is
-    that of float64, rounded to float32, however many rows it has.
+    [N, K] matrix. Bitwise repeatable. Differentiable with respect to ``x``. Sums are computed in
+    float64 and then rounded to float32 once, however many rows they have.
 
     Args:
         x: vectors, [..., D].
-        indices: [...] int64. Rows with an index outside [0, K), and rows of ``x`` that are not
-            finite, are left out.
+        indices: [...] int64. Rows with an index outside [0, K) are left out, and so are rows of
+            ``x`` that are not finite.
         codebook_size: K >= 1.
-        deterministic: False lets the kernels add by atomics in float64: no sort, but additions to
-            one code wait for each other, and a last bit may differ from run to run. Of no effect
-            under `torch.use_deterministic_algorithms`, and with the torch backend.
+        deterministic: False lets the kernels add with atomics in float64, which needs no sort. Then
+            a last bit may differ from run to run, and additions to one code wait for each other. It
+            has no effect under `torch.use_deterministic_algorithms` or with the torch backend.
         backend: see `nearest_code`.
 
     Returns:
-        sums, [K, D] float32 (float64 for float64); counts, [K] int64.
+        ``(sums, counts)``. sums: [K, D] float32 (float64 for float64). counts: [K] int64.
 
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: not a tensor, ``x`` is not a float, ``indices`` is not int64.
 
     Example:
+        >>> x, indices = torch.randn(1000, 64), torch.randint(512, (1000,))
         >>> sums, counts = vqtriton.code_sums(x, indices, 512)
-        >>> means = sums / counts.clamp(min=1)[:, None]
+        >>> means = sums / counts.clamp(min=1)[:, None]  # [512, 64]
     """
     check_x(x)
     _check_options("exact", backend, x)

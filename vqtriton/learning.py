@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,8 @@ class LearnedCodebook(Codebook):
 
     # counts and sums of steps that were not applied yet
     _pending: list[Tensor] | None
+    # whether a step was seen since the threshold was set
+    _is_threshold_checked = False
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class LearnedCodebook(Codebook):
             self._threshold = value
             self._rates[1] = value
             self._revives = value > 0
+            self._is_threshold_checked = False
 
     @torch.no_grad()
     def _restart(self, which: Tensor, x: Tensor | None) -> None:
@@ -132,16 +136,18 @@ class LearnedCodebook(Codebook):
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Training steps inside only add up their statistics; the next one outside applies all.
+        """Context manager for gradient accumulation: several batches, one step of the codebook.
 
-        For gradient accumulation, as DDP's ``no_sync``: the micro-batches but the last run inside,
-        so that all choose from the same codes, and a step of the codebook is one of the optimizer.
-        Dead codes are replaced by rows of the last micro-batch.
+        Training steps inside only add up their statistics, and the next step outside applies all of
+        them. Run all micro-batches but the last one inside, as with DDP's ``no_sync``. Then all
+        choose from the same codes. Dead codes are replaced by rows of the last micro-batch.
 
         Example:
+            >>> vq = vqtriton.VectorQuantize(16, 128)
+            >>> first, last = torch.randn(2, 100, 16)
             >>> with vq.accumulate():
-            ...     vq(first)
-            >>> vq(last)  # learns from both
+            ...     loss = vq(first).loss
+            >>> loss = vq(last).loss  # the codes learn from both
         """
         before, self._accumulates = self._accumulates, True
         try:
@@ -167,6 +173,8 @@ class LearnedCodebook(Codebook):
             self._start_once(vectors, mask)
 
     def _start_once(self, vectors: Tensor, mask: Tensor | None) -> None:
+        if self._revives and not torch.compiler.is_compiling():
+            self._check_threshold(vectors.numel() // self.dim)
         must_broadcast = (
             self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
         )
@@ -185,6 +193,27 @@ class LearnedCodebook(Codebook):
         if not self._has_codes():
             self._start_from_data(vectors.detach(), mask)
             self._has_codes()
+
+    def _check_threshold(self, num_rows: int) -> None:
+        """Warns in the first step if most codes would be replaced again and again.
+
+        By shapes alone, so nothing waits for the device; rows that are masked count here.
+        """
+        if self._is_threshold_checked or self._accumulates or self._pending is not None:
+            # of a step that is accumulated the rows are not known
+            return
+        self._is_threshold_checked = True
+        num_rows *= distributed.world_size() if self.sync_codebook else 1
+        share, threshold = num_rows / self.codebook_size, self.threshold_ema_dead_code
+        if threshold >= share > 0:
+            warnings.warn(
+                f"threshold_ema_dead_code is {threshold:g}, but this step has only {share:g} rows "
+                f"per code ({num_rows} rows, {self.codebook_size} codes): most codes will be "
+                f"replaced again and again. Choose 0.1 to 0.4 of the rows per code, which is "
+                f"{0.1 * share:.2g} to {0.4 * share:.2g}",
+                # who called the module
+                stacklevel=7,
+            )
 
     @torch.no_grad()
     def _update(self, rows: Tensor, indices: Tensor) -> None:

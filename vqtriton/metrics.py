@@ -1,4 +1,7 @@
-"""How well a codebook is used, and what quantization costs."""
+"""How well a codebook is used, and how much quantization loses.
+
+`counts` takes indices. `perplexity` and `usage` take counts, not indices.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,24 @@ def counts(indices: Tensor, codebook_size: int, mask: Tensor | None = None) -> T
     Equivalent to ``bincount(indices[(indices >= 0) & mask], minlength=K).double()``.
 
     Args:
-        indices: any shape, any integer dtype; -1 is a masked vector, which is left out.
+        indices: any shape, any integer dtype. -1 stands for a masked vector, which is left out.
         codebook_size: K >= 1.
-        mask: the shape of ``indices``, bool, True for those that count.
+        mask: the shape of ``indices``, bool, True for the indices that count.
 
     Returns:
-        [K] float64, on the device of ``indices``; on the CPU if that has no float64 (MPS).
+        [K] float64, on the device of ``indices``; on the CPU if that device has no float64 (MPS).
 
     Raises:
         TypeError: ``indices`` is not an integer tensor, ``codebook_size`` not an int, or ``mask``
             not a bool tensor.
         ValueError: ``mask`` does not fit ``indices``, or K == 0.
-        IndexError: an index outside [-1, K) that counts. Under `torch.compile` it is left out.
+        IndexError: an index that counts is outside [-1, K). Under `torch.compile` such an index is
+            left out instead.
 
     Example:
-        >>> found = counts(torch.tensor([0, 2, 2, -1]), 4)
-        >>> found.tolist(), usage(found).item()
-        ([1.0, 0.0, 2.0, 0.0], 0.5)
+        >>> found = vqtriton.metrics.counts(torch.tensor([0, 2, 2, -1]), 4)
+        >>> found.tolist()
+        [1.0, 0.0, 2.0, 0.0]
     """
     _check_size(codebook_size)
     found = _tally(indices, codebook_size, mask)
@@ -43,22 +47,25 @@ def counts(indices: Tensor, codebook_size: int, mask: Tensor | None = None) -> T
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy (nats) of the code frequencies: the number of codes in effective use.
+    """The number of codes in effective use: exp of the entropy (nats) of the code frequencies.
 
     Args:
-        counts: [..., K] floating point, how often each code was chosen (see `counts`), or moving
-            averages of it; finite and not negative.
+        counts: [..., K] floating point, finite and not negative: how often each code was chosen,
+            from `counts`, or moving averages of that, such as ``vq.cluster_size``. Not indices.
 
     Returns:
         [...] float64 in [1, K]; 0 where no code was chosen.
 
     Raises:
-        TypeError: ``counts`` is not a floating-point tensor; those of integers may be indices.
-        ValueError: it has a value that is negative or not finite; not seen by `torch.compile`.
+        TypeError: ``counts`` is not a floating-point tensor. Integers are refused, as they may be
+            indices.
+        ValueError: it has a value that is negative or not finite. `torch.compile` leaves this check
+            out.
 
     Example:
-        >>> _, indices, _ = vq(x)
-        >>> perplexity(metrics.counts(indices, vq.codebook_size))
+        >>> found = vqtriton.metrics.counts(torch.tensor([0, 1, 2, 3, 3]), 8)
+        >>> round(vqtriton.metrics.perplexity(found).item(), 2)
+        3.79
     """
     counts = _checked(counts)
     total = counts.sum(-1, keepdim=True)
@@ -70,7 +77,7 @@ def usage(counts: Tensor) -> Tensor:
     """Fraction of the codes that were chosen at least once.
 
     Args:
-        counts: [..., K], as for `perplexity`.
+        counts: [..., K] floating point, from `counts`, as for `perplexity`. Not indices.
 
     Returns:
         [...] float64 in [0, 1].
@@ -79,14 +86,25 @@ def usage(counts: Tensor) -> Tensor:
         TypeError, ValueError: see `perplexity`.
 
     Example:
-        >>> usage(torch.tensor([3.0, 0.0, 1.0, 0.0]))
-        tensor(0.5000, dtype=torch.float64)
+        >>> found = vqtriton.metrics.counts(torch.tensor([0, 2, 2]), 4)
+        >>> vqtriton.metrics.usage(found).item()
+        0.5
     """
     return (_checked(counts) > 0).double().mean(-1)
 
 
 class Usage(NamedTuple):
-    """What `Meter.compute` returns."""
+    """What `Meter.compute` returns.
+
+    Attributes:
+        counts: [K] float64, how often each code was chosen.
+        perplexity: [] float64, see `metrics.perplexity`.
+        usage: [] float64, see `metrics.usage`.
+
+    Example:
+        >>> vqtriton.metrics.Meter(128).compute().usage.item()
+        0.0
+    """
 
     counts: Tensor  # [K] float64, how often each code was chosen
     perplexity: Tensor  # [] float64
@@ -94,15 +112,20 @@ class Usage(NamedTuple):
 
 
 class Meter:
-    """Counts the codes of many batches, on every rank its own, and adds them up when asked.
+    """Counts the codes of many batches, each rank its own, and adds them up when asked.
 
     Args:
         codebook_size: K >= 1.
 
+    Raises:
+        TypeError, ValueError: ``codebook_size`` is not an int, or is less than 1.
+
     Example:
-        >>> meter = Meter(vq.codebook_size)
-        >>> for x in batches: meter.update(vq(x).indices)
-        >>> meter.compute().perplexity
+        >>> vq = vqtriton.VectorQuantize(16, 128).eval()
+        >>> meter = vqtriton.metrics.Meter(128)
+        >>> for batch in torch.randn(3, 100, 16):
+        ...     meter.update(vq(batch).indices)
+        >>> counts, perplexity, usage = meter.compute()
     """
 
     def __init__(self, codebook_size: int) -> None:
@@ -111,18 +134,29 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all batches."""
+        """Forgets all batches.
+
+        Example:
+            >>> meter = vqtriton.metrics.Meter(128)
+            >>> meter.reset()
+        """
         self._found: Tensor | None = None
 
     def update(self, indices: Tensor, mask: Tensor | None = None) -> None:
         """Adds a batch, without waiting for a GPU.
 
         Args:
-            indices, mask: see `counts`.
+            indices: see `metrics.counts`.
+            mask: see `metrics.counts`.
 
         Raises:
-            TypeError, ValueError: see `counts`.
-            IndexError: an index outside [-1, K) that counts, on a CPU; on a GPU `compute` says so.
+            TypeError, ValueError: see `metrics.counts`.
+            IndexError: an index that counts is outside [-1, K). On a GPU, `compute` raises this
+                instead.
+
+        Example:
+            >>> meter = vqtriton.metrics.Meter(128)
+            >>> meter.update(torch.randint(128, (2, 7, 7)))
         """
         found = _tally(indices, self.codebook_size, mask)
         if found.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -131,18 +165,26 @@ class Meter:
         self._found = found if self._found is None else self._found.to(found.device) + found
 
     def compute(self, sync: bool = True) -> Usage:
-        """Of all batches since `reset`; they stay, so it may be asked for again.
+        """Counts, perplexity and usage over all batches since `reset`.
+
+        The batches are kept, so it may be called again.
 
         Args:
-            sync: over all ranks of `torch.distributed`, each of which must call this. Every rank
-                gets the same.
+            sync: over all ranks of `torch.distributed`; then every rank must call this, and every
+                rank gets the same.
 
         Returns:
-            ``(counts, perplexity, usage)``: [K], [] and [] float64, on the device of the indices;
-            zeros without a batch.
+            `Usage`, a named tuple ``(counts, perplexity, usage)``: [K], [] and [] float64, on the
+            device of the indices; zeros without a batch.
 
         Raises:
             IndexError: an index outside [-1, K) was counted, on any rank with ``sync``.
+
+        Example:
+            >>> meter = vqtriton.metrics.Meter(4)
+            >>> meter.update(torch.tensor([0, 2, 2]))
+            >>> meter.compute().usage.item()
+            0.5
         """
         found = self._found
         if found is None:
@@ -158,12 +200,22 @@ class Meter:
 def quantization_error(x: Tensor, quantized: Tensor) -> Tensor:
     """Mean over the vectors of the squared L2 distance to what replaced them.
 
+    This is D times the mean squared error per element.
+
     Args:
         x: [..., D].
         quantized: [..., D].
 
     Returns:
         [] float64, in squared units of ``x``; NaN if there are no vectors.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Example:
+        >>> x = torch.randn(100, 16)
+        >>> quantized = vqtriton.VectorQuantize(16, 128)(x).quantized
+        >>> error = vqtriton.metrics.quantization_error(x, quantized)
     """
     if x.shape != quantized.shape:
         raise ValueError(f"quantized has shape {tuple(quantized.shape)}, x has {tuple(x.shape)}")

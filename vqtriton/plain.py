@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class PlainQuantizer(nn.Module):
     """Inference with the codes of a `VectorQuantize`, for ONNX and AOTInductor.
 
-    It only uses torch ops that every exporter knows: one matmul, an argmax and a gather. It does
+    It uses only torch ops that every exporter knows: one matmul, an argmax and a gather. It does
     not learn, gives ``x`` no gradient and computes no loss; training or eval mode makes no
     difference. A forward holds the whole [N, K] matrix of float32 scores. This is meant for
     inference on other runtimes. Inside torch, `VectorQuantize` is exact and needs less memory.
@@ -35,14 +35,14 @@ class PlainQuantizer(nn.Module):
     needs products that are made and summed in float32, in any order. Settings that let a matmul
     round its inputs, such as TF32 on GPUs, are outside the bound. One code that is far from all
     others makes E large, and then many calls are close. Equal codes may have scores that differ in
-    the last bit, so that any of them may be chosen.
+    the last bit, so any of them may be chosen.
 
     A row with NaN or infinity gets index 0, as in `vqtriton.nearest_code`, and NaN in
-    ``quantized``: with no loss that could turn NaN, the fault shows there.
+    ``quantized``: there is no loss that could show the fault.
 
     Args:
-        vq: its codebook is copied. Later changes of it do not reach this module. The layout
-            (``channel_last``, ``accept_image_fmap``) is the same.
+        vq: a `VectorQuantize`. Its codebook is copied, so later changes do not reach this module.
+            The layout (``channel_last``, ``accept_image_fmap``) is the same.
 
     Attributes:
         codebook: [K, D] float32, the codes as given.
@@ -51,15 +51,18 @@ class PlainQuantizer(nn.Module):
         mean: [D] float32.
         scale: [] float32, a power of two.
 
-    All stay float32 whatever the module is cast to.
+    All tensors stay float32 whatever the module is cast to.
 
     Raises:
         TypeError: ``vq`` is not a `VectorQuantize`.
 
+    Warns:
+        UserWarning: ``vq`` has no codes yet, as it waits for its k-means start.
+
     Example:
-        >>> plain = vqtriton.PlainQuantizer(vq)
-        >>> quantized, indices = plain(x)
-        >>> codes = plain.decode(indices)
+        >>> plain = vqtriton.PlainQuantizer(vqtriton.VectorQuantize(16, 128))
+        >>> quantized, indices = plain(torch.randn(8, 49, 16))  # [8, 49, 16], [8, 49]
+        >>> codes = plain.decode(indices)  # [8, 49, 16]
     """
 
     codebook: Tensor
@@ -94,16 +97,21 @@ class PlainQuantizer(nn.Module):
         """Replaces each vector by its nearest code.
 
         Args:
-            x: [..., D], or [B, D, ...], or [B, D, H, W], as of the module it was made from;
-                float32, float16 or bfloat16.
+            x: [..., D], or [B, D, ...], or [B, D, H, W], as for the `VectorQuantize` it was made
+                from; float32, float16 or bfloat16.
 
         Returns:
-            ``(quantized, indices)``: the codes in the layout and the dtype of ``x``; int64,
-            [...], or [B, ...], or [B, H, W].
+            ``(quantized, indices)``. quantized: the codes in the shape and dtype of ``x``. indices:
+            int64, [...], or [B, ...], or [B, H, W].
 
         Raises:
             ValueError: a shape that does not fit.
             TypeError: not a tensor, or another dtype.
+
+        Example:
+            >>> vq = vqtriton.VectorQuantize(16, 128, accept_image_fmap=True)
+            >>> plain = vqtriton.PlainQuantizer(vq)
+            >>> quantized, indices = plain(torch.randn(2, 16, 7, 7))  # [2, 16, 7, 7], [2, 7, 7]
         """
         vectors = self._channels_last(x.detach() if isinstance(x, Tensor) else x)
         rows = vectors.reshape(-1, self.dim).float()
@@ -117,14 +125,21 @@ class PlainQuantizer(nn.Module):
         return self._channels_back(quantized), found.reshape(vectors.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
-        """The codes in float32, in the layout of the module's output; zeros where the index is -1.
+        """The codes of some indices in the layout of the module's output.
 
         Args:
-            indices: [...], or [B, ...], or [B, H, W], int64 or int32 in [-1, K). What an index
-                outside gives is up to the runtime.
+            indices: [...], or [B, ...], or [B, H, W], int64 or int32 in [-1, K). For other values
+                the result depends on the runtime.
+
+        Returns:
+            float32, the layout of ``quantized`` of `forward`; zeros where the index is -1.
 
         Raises:
-            TypeError: ``indices`` is not an integer tensor.
+            TypeError: ``indices`` is not an int64 or int32 tensor.
+
+        Example:
+            >>> plain = vqtriton.PlainQuantizer(vqtriton.VectorQuantize(16, 128))
+            >>> codes = plain.decode(torch.randint(128, (8, 49)))  # [8, 49, 16]
         """
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
             kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__

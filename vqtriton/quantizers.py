@@ -56,53 +56,63 @@ def check_config(config: dict[str, Any]) -> None:
 class VectorQuantize(LearnedCodebook):
     """Replaces vectors by the nearest of K learned codes.
 
-    Defaults are those of the VQ-VAE paper. Where vector-quantize-pytorch's differ it is said below.
+    In training mode, each call also moves the codes ("ema"); in eval mode nothing changes. The
+    defaults are those of the VQ-VAE paper. Where vector-quantize-pytorch has another default, it is
+    in brackets.
 
     Args:
-        dim: D, size of a vector.
-        codebook_size: K, number of codes.
+        dim: D, the size of a vector.
+        codebook_size: K, the number of codes.
         codebook_update: "ema": codes are moving averages of the vectors that chose them (appendix
-            A.1 of the paper). "gradient": codes are parameters, pulled by the codebook term of the
-            loss (vector-quantize-pytorch: ``learnable_codebook=True, ema_update=False``).
-        decay: of the moving averages, in [0, 1] (vector-quantize-pytorch: 0.8). May be set at any
-            time, by a schedule; so may ``threshold_ema_dead_code``.
-        commitment_weight: β (vector-quantize-pytorch: 1.0).
-        codebook_weight: weight of the codebook term; of no effect with "ema".
+            A.1 of the paper). "gradient": codes are parameters, moved by an optimizer along the
+            codebook term of the loss (``learnable_codebook=True, ema_update=False``).
+        decay: of the moving averages, in [0, 1] (0.8). It can be set at any time, by a schedule;
+            so can ``threshold_ema_dead_code``.
+        commitment_weight: β (1.0).
+        codebook_weight: weight of the codebook term; no effect with "ema".
         reduction: of the loss, see `vqtriton.vector_quantize`.
         kmeans_init: start from k-means of the first batch that is trained on, over all ranks; until
             then the codes are zeros. Otherwise codes start uniform in ±1/K. With
             ``torch.compile(fullgraph=True)``, take the first step uncompiled.
-        kmeans_iters: iterations of that.
+        kmeans_iters: iterations of that k-means.
         threshold_ema_dead_code: replace a code by a random vector of the batch when the moving
-            average of the rows that choose it, per step over all ranks, falls below this; 0 is
-            never. It starts anew with the mean cluster size. Keep it well below that mean (rows a
-            step / K): above it every code is dead at every step, and none learns.
+            average of the rows that choose it falls below this number of rows per step (of all
+            ranks); 0 is never. **Choose 0.1 to 0.4 of the rows per code**, which are the rows of a
+            step divided by K: with 4096 rows and K = 512, 0.8 to 3.2. At the rows per code or
+            above, most codes are replaced again and again, and the first training step warns
+            (unless it is compiled). docs/codebook.md has the measurements.
         channel_last: vectors along the last dim, [..., D]; else along the second, [B, D, ...].
-        accept_image_fmap: x is [B, D, H, W], the indices [B, H, W].
+        accept_image_fmap: ``x`` is [B, D, H, W], the indices [B, H, W].
         sync_codebook: add up the statistics of all ranks when `torch.distributed` is in use.
         precision: see `vqtriton.nearest_code`.
         backend: see `vqtriton.nearest_code`.
 
-    In training mode a forward changes the codebook. Activation checkpointing runs a forward again
-    in backward, so there it is refused: choose codes outside the checkpointed part.
-
     Attributes:
-        codebook: [K, D] float32, whatever the module is cast to, since a moving average stalls in
-            half precision. The next step goes on from the codes that it finds here, whoever wrote
-            them.
+        codebook: [K, D] float32, whatever the module is cast to. The next step goes on from the
+            codes that it finds here, whoever wrote them.
         cluster_size: [K] float32, moving average of the rows per code and step.
-        frozen: True keeps codebook and statistics as they are, in training mode as well. Nor is a
-            "gradient" codebook written to, by a start or a revival, after
-            ``requires_grad_(False)``.
+        frozen: True keeps codebook and cluster sizes as they are, in training mode as well. After
+            ``requires_grad_(False)`` on a "gradient" codebook, neither k-means start nor revival
+            writes to it.
         is_initialized: [] bool, whether there are codes. ``is_initialized.fill_(False)`` starts
             anew.
+        config: dict, the keyword arguments that build this module.
+
+    Raises:
+        TypeError: an argument is not of its type.
+        ValueError: an argument is out of its range.
+
+    Activation checkpointing runs a forward again in backward, after the codes have moved, so it is
+    refused where forward changes the codes: leave the quantizer out of the checkpointed part.
 
     Example:
         >>> vq = vqtriton.VectorQuantize(64, 512, kmeans_init=True)
-        >>> quantized, indices, loss = vq(x)  # x [..., 64]
-        >>> loss.backward()
+        >>> x = torch.randn(16, 49, 64, requires_grad=True)
+        >>> quantized, indices, loss = vq(x)  # [16, 49, 64], [16, 49], []
+        >>> (quantized.square().mean() + loss).backward()
 
-    Reference: van den Oord et al. 2017, arXiv:1711.00937.
+    References: van den Oord et al. 2017, arXiv:1711.00937; k-means start and revival: Dhariwal et
+    al. 2020, arXiv:2005.00341, and Zeghidour et al. 2021, arXiv:2107.03312.
     """
 
     def __init__(
@@ -146,10 +156,21 @@ class VectorQuantize(LearnedCodebook):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VectorQuantize:
-        """The module that a `config` describes, also one of an earlier version.
+        """Builds the module that a `config` describes, also one of an earlier version.
+
+        Args:
+            config: the attribute ``config`` of a module.
+
+        Returns:
+            A new module with codes of its own.
 
         Raises:
-            TypeError, ValueError: it describes none.
+            TypeError, ValueError: it does not describe a module.
+
+        Example:
+            >>> vq = vqtriton.VectorQuantize(16, 128, decay=0.9)
+            >>> same = vqtriton.VectorQuantize.from_config(vq.config)
+            >>> found = same.load_state_dict(vq.state_dict())
         """
         return cls(**{name: value for name, value in config.items() if name not in RETIRED})
 
@@ -173,24 +194,37 @@ class VectorQuantize(LearnedCodebook):
         freeze_codebook: bool = False,
         lens: Tensor | None = None,
     ) -> Quantized:
-        """Quantizes; in training mode the codebook learns as well.
+        """Quantizes; in training mode the codebook learns as well. Called as ``vq(x)``.
 
         Args:
-            x: [..., D], or [B, D, ...], or [B, D, H, W]: see ``channel_last`` and
+            x: [..., D] by default; [B, D, ...] with ``channel_last=False``; [B, D, H, W] with
                 ``accept_image_fmap``.
-            mask: shape of the indices, bool, True for the vectors that count.
-            freeze_codebook: leave codebook and statistics as they are, in this call; the attribute
-                ``frozen`` does so in all.
-            lens: [B] int, in place of a mask: how many vectors of each sequence count, the first
-                ones. x is [B, N, D], or [B, D, N].
+            mask: bool, in the shape of the indices, True for the vectors that count.
+            freeze_codebook: leave codebook and cluster sizes as they are in this call. The
+                attribute ``frozen`` does so in all calls.
+            lens: [B] int, in place of a mask: the first ``lens[b]`` vectors of sequence b count.
+                ``x`` is [B, N, D], or [B, D, N] with ``channel_last=False``.
 
         Returns:
-            ``(quantized, indices, loss)`` as of `vqtriton.vector_quantize`; ``quantized`` in the
-            layout of ``x``. With "ema", loss is the weighted commitment term alone.
+            `Quantized`, a named tuple ``(quantized, indices, loss)``. quantized: the shape and
+            dtype of ``x``. indices: int64, [...], or [B, ...], or [B, H, W]; -1 where masked. loss:
+            [] float32, ready to be added to the loss of the model. With "ema" it is
+            commitment_weight times the mean squared difference per element of the vectors that
+            count. With "gradient" the codebook term is added, with codebook_weight. ``reduction``
+            changes the mean, see `vqtriton.vector_quantize`.
 
         Raises:
             ValueError, TypeError: see `vqtriton.vector_quantize`.
-            RuntimeError: run again in backward, under activation checkpointing, while it learns.
+            RuntimeError: activation checkpointing runs it again while the codebook learns.
+
+        Warns:
+            UserWarning: ``threshold_ema_dead_code`` is not below the rows per code, or there are no
+                codes yet in eval mode, as it waits for its k-means start.
+
+        Example:
+            >>> vq = vqtriton.VectorQuantize(16, 128, accept_image_fmap=True)
+            >>> fmap, mask = torch.randn(2, 16, 7, 7), torch.rand(2, 7, 7) < 0.9
+            >>> quantized, indices, loss = vq(fmap, mask=mask)  # [2, 16, 7, 7], [2, 7, 7], []
         """
         vectors = self._channels_last(x)
         if lens is not None:
@@ -225,29 +259,41 @@ class VectorQuantize(LearnedCodebook):
         return Quantized(self._channels_back(quantized), indices, loss)
 
     def reset_codes(self, which: Tensor, x: Tensor | None = None) -> None:
-        """Starts some codes anew, such as those that nobody chooses.
+        """Gives some codes new values, such as those that nobody chooses.
 
         Args:
             which: [K] bool, or the indices of the codes, int.
-            x: as `forward` takes it: they become random rows of it. Without it each is put beside
-                one of the codes that stay, drawn in proportion to the cluster sizes.
+            x: as `forward` takes it: the codes become random rows of it. Without ``x`` each is put
+                beside one of the codes that stay, drawn in proportion to the cluster sizes.
 
         Raises:
-            TypeError, ValueError: ``which`` or ``x`` does not fit, no code would stay, or there is
-                none yet.
+            TypeError, ValueError: ``which`` or ``x`` does not fit, no code would stay, or there are
+                no codes yet.
 
         Example:
-            >>> counts = vqtriton.metrics.counts(indices, vq.codebook_size)
+            >>> vq, x = vqtriton.VectorQuantize(16, 128), torch.randn(1000, 16)
+            >>> counts = vqtriton.metrics.counts(vq(x).indices, 128)
             >>> vq.reset_codes(counts == 0, x)
         """
         self._restart(which, None if x is None else self._channels_last(x))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """[...] of any integer dtype -> [..., D] float32; zeros where the index is -1.
+        """The codes of some indices, vectors last.
+
+        Args:
+            indices: [...], of any integer dtype, in [-1, K).
+
+        Returns:
+            [..., D] float32; zeros where the index is -1.
 
         Raises:
             TypeError: ``indices`` is not an integer tensor.
             IndexError: an index outside [-1, K) (on a GPU a device-side assertion).
+
+        Example:
+            >>> vq = vqtriton.VectorQuantize(16, 128)
+            >>> vq.get_codes_from_indices(torch.tensor([[3, 5, -1]])).shape
+            torch.Size([1, 3, 16])
         """
         is_tensor = isinstance(indices, Tensor)
         if not is_tensor or indices.dtype not in INTEGERS:
@@ -265,7 +311,24 @@ class VectorQuantize(LearnedCodebook):
         return gather(self.codebook, indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes in the layout of the module's output: what ``forward`` gave as quantized."""
+        """The codes of some indices in the layout of the module's output, for a decoder.
+
+        Args:
+            indices: what `forward` returned as indices, or other indices of that shape.
+
+        Returns:
+            [..., D], or [B, D, ...], or [B, D, H, W], float32; zeros where the index is -1. In eval
+            mode it equals ``quantized`` of `forward` for float32 ``x``.
+
+        Raises:
+            TypeError, IndexError: see `get_codes_from_indices`.
+
+        Example:
+            >>> vq = vqtriton.VectorQuantize(16, 128, accept_image_fmap=True).eval()
+            >>> quantized, indices, _ = vq(torch.randn(2, 16, 7, 7))
+            >>> torch.equal(vq.get_output_from_indices(indices), quantized)
+            True
+        """
         return self._channels_back(self.get_codes_from_indices(indices))
 
     def _channels_last(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""What is right: every op in plain torch, evaluated in float64. Slow, holds [N, K].
+"""The definition of what is right: every op in plain torch and float64.
 
-These functions have the signatures of the public ones; ``precision`` and ``backend`` are accepted
-so that one can stand in for the other, and have no effect.
+It is slow and holds the [N, K] matrix. The functions have the signatures of the public ones, so
+that one can stand in for the other; here ``precision`` and ``backend`` have no effect. The tests
+hold the fast code to these functions.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from torch.utils import _pytree
 
 
 class Quantized(NamedTuple):
-    """What `vector_quantize` returns."""
+    """What `vqtriton.vector_quantize`, `VectorQuantize` and the reference return.
+
+    Attributes:
+        quantized: the code of each vector, in the shape and dtype of ``x``. Gradients pass straight
+            through it to ``x``.
+        indices: int64, the chosen codes; -1 where masked.
+        loss: the weighted terms, [] unless ``reduction="none"``.
+
+    Example:
+        >>> vq, x = vqtriton.VectorQuantize(16, 128), torch.randn(100, 16)
+        >>> quantized, indices, loss = vq(x)
+        >>> indices = vq(x).indices  # the same by name
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -26,11 +39,23 @@ _pytree._register_namedtuple(Quantized, serialized_type_name="vqtriton.Quantized
 
 
 def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
-    """[N, K] float64 squared L2 distances between x [N, D] and codebook [K, D].
+    """Squared L2 distances of all pairs, in a fixed order of float64 operations.
 
-    This order of operations *defines* the distance: one subtraction, one product and one addition
-    per dimension, in the order of the dimensions, each rounded once to float64. Every backend
-    decides close calls with exactly this sum, so that not even the last bit is left to chance.
+    This order *defines* the distance: one subtraction, one product and one addition per dimension,
+    in the order of the dimensions, each rounded once to float64. Every backend decides close calls
+    with exactly this sum, so that not even the last bit is left to chance.
+
+    Args:
+        x: [N, D].
+        codebook: [K, D].
+
+    Returns:
+        [N, K] float64, in squared units of ``x``.
+
+    Example:
+        >>> x, codebook = torch.randn(5, 64), torch.randn(512, 64)
+        >>> vqtriton.reference.squared_distances(x, codebook).shape
+        torch.Size([5, 512])
     """
     x, codebook = x.double(), codebook.double()
     distances = x.new_zeros(x.shape[0], codebook.shape[0])
@@ -43,7 +68,14 @@ def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
 def nearest_code(
     x: Tensor, codebook: Tensor, *, precision: str = "exact", backend: str = "auto"
 ) -> Tensor:
-    """See `vqtriton.nearest_code`."""
+    """What `vqtriton.nearest_code` must return, with the same arguments.
+
+    Example:
+        >>> x, codebook = torch.randn(100, 64), torch.randn(512, 64)
+        >>> indices = vqtriton.nearest_code(x, codebook)
+        >>> torch.equal(indices, vqtriton.reference.nearest_code(x, codebook))
+        True
+    """
     distances = squared_distances(x.detach().reshape(-1, x.shape[-1]), codebook.detach())
     distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
     # `min` may return any of equal minima; the lowest index is the rule
@@ -61,7 +93,12 @@ def code_sums(
     deterministic: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """See `vqtriton.code_sums`."""
+    """What `vqtriton.code_sums` must return, with the same arguments.
+
+    Example:
+        >>> x, indices = torch.randn(100, 64), torch.randint(512, (100,))
+        >>> sums, counts = vqtriton.reference.code_sums(x, indices, 512)
+    """
     rows = x.reshape(-1, x.shape[-1]).double()
     flat = indices.reshape(-1)
     keep = (flat >= 0) & (flat < codebook_size) & rows.isfinite().all(1)
@@ -81,7 +118,16 @@ def vector_quantize(
     precision: str = "exact",
     backend: str = "auto",
 ) -> Quantized:
-    """See `vqtriton.vector_quantize`. The three stop-gradients are written as in the paper."""
+    """What `vqtriton.vector_quantize` must return up to rounding, with the same arguments.
+
+    The three stop-gradients are written as in the paper.
+
+    Example:
+        >>> x, codebook = torch.randn(100, 64), torch.randn(512, 64)
+        >>> quantized, indices, loss = vqtriton.reference.vector_quantize(x, codebook)
+
+    Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 3.
+    """
     indices = nearest_code(x, codebook)
     valid = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
     x64 = x.double().where(valid[..., None], 0)

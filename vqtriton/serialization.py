@@ -20,15 +20,29 @@ FORMAT = "vqtriton.VectorQuantize"
 
 
 def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
-    """Writes codebook, statistics and configuration; an existing file is replaced in one step.
+    """Writes a quantizer to one safetensors file: codes, cluster sizes and configuration.
+
+    An existing file is replaced in one step, so it is never half written. `load` builds the
+    quantizer from the file alone. A model that contains a quantizer (encoder, quantizer, decoder)
+    is saved as any torch model is, with ``model.state_dict()``: the codes are part of that.
+
+    Args:
+        vq: the quantizer, not a subclass of `VectorQuantize`.
+        path: the file, usually ``*.safetensors``.
 
     Raises:
-        TypeError: ``vq`` is not a `VectorQuantize`.
-        ValueError: a tensor holds NaN or infinity, or an argument is not of its type: `load`
-            would refuse it.
+        TypeError: ``vq`` is not a `VectorQuantize`, or an argument is not of its type.
+        ValueError: a tensor holds NaN or infinity, an argument is out of its range, or the codebook
+            is sharded. `load` would refuse such a file.
+
+    Warns:
+        UserWarning: the quantizer has no codes yet, as it waits for its k-means start.
 
     Example:
+        >>> vq = vqtriton.VectorQuantize(16, 128)
         >>> vqtriton.save(vq, "codebook.safetensors")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), vq)
+        >>> torch.save(model.state_dict(), "model.pt")  # the whole model
     """
     # not a subclass either: `load` could not build it
     if type(vq) is not VectorQuantize:
@@ -65,18 +79,27 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> VectorQuantize:
-    """Builds the quantizer that `save` wrote, in evaluation mode: ``load(path).train()`` goes on.
+    """Builds the quantizer that `save` wrote, in eval mode.
 
-    Files of earlier versions load as well.
+    Files of earlier versions load as well. To go on training, call ``train()`` on the result.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+
+    Returns:
+        `VectorQuantize`, with the configuration that it was saved with.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, truncated, tensors that do not fit its configuration, or
-            values that are not finite. The message says which.
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: ``path`` is a directory.
+        ValueError: the file was not written by `save`, is truncated, or holds tensors that do not
+            fit its configuration or are not finite. The message says which.
 
     Example:
-        >>> vq = vqtriton.load("codebook.safetensors", device="cuda")
-        >>> indices = vq(x).indices
+        >>> vqtriton.save(vqtriton.VectorQuantize(16, 128), "codebook.safetensors")
+        >>> vq = vqtriton.load("codebook.safetensors")
+        >>> indices = vq(torch.randn(100, 16)).indices  # [100]
     """
     path = Path(path)
     if path.is_dir():

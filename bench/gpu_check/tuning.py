@@ -1,4 +1,4 @@
-"""`vqtriton tune` for the shapes of real models: what tiles gain, and the table to ship."""
+"""Tiles for the shapes of real models: what they gain, and the table to ship."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(check: Check) -> str:
     command = ["tune", *flags, "--out", str(folder), "--budget", f"{SHARE * check.time_left():.0f}"]
     with check.step("tune"):
         done = tune([*command, "--device", check.device.type])
-        check.expect(done == 0, f"vqtriton tune ended with status {done}")
+        check.expect(done == 0, f"python -m vqtriton tune ended with status {done}")
     name = tables.device_names(check.device)[0]
     rows = tables.read(folder / tables.file_name(name))
     gains = []

@@ -131,6 +131,14 @@ H100 = Machine(
     dot=798e12, memory=3.0e12, clock=1.755e9, multiprocessors=132, alu=64, issue=128, l2=5.5e12
 )
 
+# an A100 SXM with 80 GB: the same parts of its data sheet's products and bytes that an H100 reaches
+A100 = Machine(
+    dot=252e12, memory=1.8e12, clock=1.41e9, multiprocessors=108, alu=64, issue=128, l2=3.6e12
+)
+# of the targets whose loops can be counted: sm_100 keeps the shape of its products in descriptors,
+# and gfx942 has another assembly
+MACHINES = {"sm_80": A100, "sm_90": H100}
+
 
 @dataclass(frozen=True)
 class Shape:

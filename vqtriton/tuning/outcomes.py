@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from vqtriton.tuning.tables import Problem, Row
 
-# a candidate has to be faster than the default by this much
-LEAST_GAIN = 0.02
+# a candidate has to be faster than the default by this much: less could be noise
+LEAST_GAIN = 0.03
 
 
 class Found(NamedTuple):
@@ -42,7 +42,7 @@ def nothing_found(problem: Problem) -> Outcome:
 
 
 def decide(problem: Problem, candidates: Sequence[Any], found: Sequence[Found]) -> Outcome:
-    """The default stays if nothing is clearly better.
+    """The default stays if nothing is clearly better: then the row has no config.
 
     Args:
         candidates: all that were tried, the default first.
@@ -54,9 +54,11 @@ def decide(problem: Problem, candidates: Sequence[Any], found: Sequence[Found]) 
     best = found[0]
     default = next((one for one in found if one.config == candidates[0]), None)
     default_ms = default.ms if default else math.nan
-    if default and best.ms > (1 - LEAST_GAIN) * default_ms:
+    # of what is not predicted the time is NaN
+    if default and not best.ms <= (1 - LEAST_GAIN) * default_ms:
         best = default
-    row = {"config": asdict(best.config), **best.about, "ms": best.ms}
-    # JSON has no NaN
-    row["default_ms"] = None if math.isnan(default_ms) else default_ms
+    row: Row = {"config": None if best is default else asdict(best.config), **best.about}
+    for name, ms in (("ms", best.ms), ("default_ms", default_ms)):
+        # JSON has no NaN
+        row[name] = None if math.isnan(ms) else ms
     return Outcome(problem, default_ms, best.ms, row, *counts)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vqtriton.tuning.compiling import Launch, compile_launch
 from vqtriton.tuning.disassembly import Disassembly
-from vqtriton.tuning.machines import ARCHITECTURES, H100, Shape, Work, floors, in_turns
+from vqtriton.tuning.machines import ARCHITECTURES, MACHINES, Shape, Work, floors, in_turns
 from vqtriton.tuning.outcomes import Found, Outcome, decide
 from vqtriton.tuning.tables import Problem
 from vqtriton.tuning.tunables import TUNABLES, candidates_of
@@ -41,10 +41,17 @@ class Usage(NamedTuple):
 
 
 def predict(problem: Problem, target: str, say: Say = to_stderr) -> Outcome:
-    """The tiles with the least predicted time, of those that can be used on a target."""
+    """The tiles with the least predicted time, of those that can be used on a target.
+
+    Where the time of the default is not predicted, it stays as long as it can be used.
+    """
     candidates = candidates_of(problem, target)
     found = usable(problem, target, candidates, say)
-    return decide(problem, candidates, [one for one in found if not math.isnan(one.ms)])
+    left_out = len(candidates) - len(found)
+    default = [one for one in found if one.config == candidates[0]]
+    if default and math.isnan(default[0].ms):
+        found = default
+    return decide(problem, candidates, found)._replace(left_out=left_out)
 
 
 def usable(
@@ -52,12 +59,14 @@ def usable(
 ) -> list[Found]:
     """Those that compile, do not spill and fit, the best predicted first.
 
-    The time is `machines.in_turns` of an H100: dot products and instructions take turns, unless
-    memory or L2 take longer; of the busiest multiprocessor, where there is not enough to do for
-    all. Of equal ones those come first of which more programs fit into a multiprocessor. Where
-    nothing is predicted the time is NaN, and the order that given: of kernels that move the same
-    bytes whatever their tiles, and where the loop cannot be counted.
+    The time is `machines.in_turns` of the target's machine: dot products and instructions take
+    turns, unless memory or L2 take longer; of the busiest multiprocessor, where there is not enough
+    to do for all. Of equal ones those come first of which more programs fit into a multiprocessor.
+    Where nothing is predicted the time is NaN, and the order that given: of kernels that move the
+    same bytes whatever their tiles, of targets without a machine, and where the loop cannot be
+    counted.
     """
+    machine = MACHINES.get(target)
     shape = Shape(problem.num_rows, problem.codebook_size, problem.dim)
     unevenness = TUNABLES[problem.op].unevenness
     found = []
@@ -65,10 +74,10 @@ def usable(
         if usage is None:
             continue
         ms, order = math.nan, (math.inf, 0, place)
-        if usage.work:
-            least = floors(shape, usage.work, usage.alu, usage.total)
+        if usage.work and machine:
+            least = floors(shape, usage.work, usage.alu, usage.total, machine)
             if unevenness:
-                times = unevenness(problem, configs[place], H100.multiprocessors)
+                times = unevenness(problem, configs[place], machine.multiprocessors)
                 least |= {name: times * least[name] for name in ("dot", "alu", "issue")}
             ms = in_turns(least)
             order = (ms, -usage.ctas, place)

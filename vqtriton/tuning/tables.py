@@ -3,7 +3,11 @@
 Looked for in this order: the folder that VQTRITON_CONFIG_DIR names, then those that come with the
 package; in each the file of the device and then that of its architecture. What is found nowhere is
 the default of `vqtriton.kernels`. A table never changes a result: whatever cannot be read or is not
-among the tiles that `vqtriton tune` would try is left out, with a warning that names it.
+among the tiles that tuning would try is left out, with a warning that names it.
+
+Where the default is the best, a table has no tiles: such a row has no config. In the file these
+rows are a list of their own, ``default_is_best``, so that tuning knows what it has done, and no row
+of another shape is taken there.
 """
 
 from __future__ import annotations
@@ -143,7 +147,12 @@ def read_all(path: Path) -> list[Any]:
         raise ValueError(
             f"{path} has schema {table.get('schema')!r:.40}; this version reads {SCHEMA}"
         )
-    return table["rows"]
+    defaults = table.get("default_is_best", [])
+    if not isinstance(defaults, list):
+        raise ValueError(f"{path} has a default_is_best that is no list")
+    return table["rows"] + [
+        {**row, "config": None} if isinstance(row, dict) else row for row in defaults
+    ]
 
 
 def read(path: Path) -> list[Row]:
@@ -170,14 +179,22 @@ def fault(row: Any) -> str | None:
     """What is wrong with a row; None if nothing is."""
     if not isinstance(row, dict):
         return "it is no object"
-    reason = _type_fault(row, KINDS) or problem_fault(row)
+    kinds = dict(KINDS)
+    if keeps_default(row):
+        del kinds["config"]
+    reason = _type_fault(row, kinds) or problem_fault(row)
     if reason:
         return reason
     if row.get("source") not in SOURCES:
         return f"source is {row.get('source')!r:.40}; it must be one of {', '.join(SOURCES)}"
-    if _as_text(row["config"]) not in _known(row["op"], row["dim"]):
+    if row["config"] is not None and _as_text(row["config"]) not in _known(row["op"], row["dim"]):
         return f"config is {row['config']!r:.200}, which is none that is tried for D={row['dim']}"
     return None
+
+
+def keeps_default(row: Any) -> bool:
+    """Whether it is a row without tiles."""
+    return isinstance(row, dict) and "config" in row and row["config"] is None
 
 
 def problem_fault(row: dict[str, Any]) -> str | None:
@@ -265,7 +282,7 @@ def choose(
 
 
 def find(problem: Problem, device: torch.device) -> tuple[Row, Any, Path] | None:
-    """The row for a problem, its tiles, and the table it is from."""
+    """The row for a problem, its tiles (None: the default), and the table it is from."""
     from vqtriton.tuning.tunables import TUNABLES
 
     limit = shared_limit(device)
@@ -278,8 +295,9 @@ def find(problem: Problem, device: torch.device) -> tuple[Row, Any, Path] | None
                 if (distance := _distance(problem, row)) is not None and row["shared"] <= limit
             ]
             for *_, row in sorted(fitting, key=lambda found: found[:3]):
-                config = TUNABLES[row["op"]].config(**row["config"])
-                if config not in _rejected:
+                tiles = row["config"]
+                config = None if tiles is None else TUNABLES[row["op"]].config(**tiles)
+                if config is None or config not in _rejected:
                     return row, config, path
     return None
 
@@ -368,14 +386,23 @@ def merge(path: Path, device: str, rows: Iterable[Row]) -> None:
             if before is None or SOURCES.index(row["source"]) >= SOURCES.index(before["source"]):
                 kept[problem_of(row)] = row
         ordered = [kept[problem] for problem in sorted(kept)] + strange
-        lines = ",\n".join(json.dumps(row) for row in ordered)
-        head = json.dumps({"schema": SCHEMA, "device": device})[:-1]
-        text = f'{head}, "rows": [\n{lines}\n]}}\n'
+        tiles = [row for row in ordered if not keeps_default(row)]
+        text = json.dumps({"schema": SCHEMA, "device": device})[:-1] + _listed("rows", tiles)
+        if defaults := [row for row in ordered if keeps_default(row)]:
+            bare = [{name: row[name] for name in row if name != "config"} for row in defaults]
+            text += _listed("default_is_best", bare)
+        text += "}\n"
         if len(text) > MOST_BYTES:
             raise ValueError(f"{path} would have more than {MOST_BYTES >> 20} MiB")
         # a link stays one
         _replace(Path(os.path.realpath(path)), text)
     forget()
+
+
+def _listed(name: str, rows: list[Any]) -> str:
+    """A list of a JSON object, a row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f', "{name}": [\n{lines}\n]'
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,14 +1,17 @@
-"""``vqtriton tune``: which tiles are fastest for which shapes. See docs/tuning.md."""
+"""``python -m vqtriton tune``: the fastest tiles for some shapes. See docs/tuning.md."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import math
+import os
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,14 @@ REAL_MODELS = (
 PRESETS = {"real-models": REAL_MODELS}
 INTERRUPTED = 130
 DEFAULT_OUT = Path("vqtriton-tables")
-# of the bar, in characters
+# targets of --static: those that kernels/screen_codes.py has tiles for
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# width of the progress bar, in characters
 WIDTH = 20
+# without news for so long, the progress is shown again
+HEARTBEAT_SECONDS = 10
+# roughly, on one core and on a GPU: to compile a candidate, and to time one
+COMPILE_SECONDS, TIMING_SECONDS = 2.0, 0.3
 # of the command in a row, in characters
 MOST_COMMAND = 400
 
@@ -52,26 +61,30 @@ TuneOne = Callable[[Problem, Callable[[str], None]], Outcome]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
+    static = ("without a GPU: compile, leave out what spills, rank the rest by predicted time; "
+              "for the search alone")
     flags: dict[str, dict[str, Any]] = {
         "--shape": {"type": shape, "action": "append", "default": [], "metavar": "N,K,D[,DTYPE]",
-                    "help": "tune for that; may be given again"},
+                    "help": "tune for this shape; can be given several times"},
         "--from-trace": {"type": Path, "metavar": "FILE",
-                         "help": f"shapes that a program noted under {trace.VARIABLE}=FILE"},
-        "--preset": {"choices": PRESETS, "help": "shapes of published models"},
+                         "help": f"tune for the shapes that {trace.VARIABLE}=FILE has recorded"},
+        "--preset": {"choices": PRESETS, "help": "tune for the shapes of published models"},
         "--dtype": {"choices": DTYPES, "nargs": "+",
-                    "help": "of the rows of --preset; float32 by default"},
+                    "help": "dtypes for --preset (default: float32)"},
         "--out": {"type": Path, "metavar": "DIR",
-                  "help": f"folder of the tables; ${tables.VARIABLE} or {DEFAULT_OUT} by default"},
+                  "help": f"folder for the tables (default: ${tables.VARIABLE} or {DEFAULT_OUT})"},
         "--budget": {"type": seconds, "default": float("inf"), "metavar": "SECONDS",
-                     "help": "begin no shape after that"},
-        "--resume": {"action": "store_true", "help": "leave out what the table has already"},
-        "--static": {"action": "store_true",
-                     "help": "without a GPU: compile, leave out what spills, predict the rest"},
-        "--target": {"choices": ("sm_90",), "default": "sm_90",
-                     "help": "of --static; nothing is predicted for others"},
+                     "help": "stop starting new shapes after this time"},
+        "--resume": {"action": "store_true", "help": "skip the shapes that the table already has"},
+        "--static": {"action": "store_true", "help": static},
+        "--target": {"choices": TARGETS, "default": "sm_90",
+                     "help": "GPU for --static and --check (default: %(default)s); for sm_100 and "
+                             "gfx942 no times are predicted: tiles are found only where the "
+                             "default cannot be used"},
         "--check": {"action": "store_true",
-                    "help": "tune nothing; compile each row of the table for the target"},
-        "--device": {"help": "cuda by default; cpu in Triton's interpreter, to try the command"},
+                    "help": "tune nothing; compile each row of the table for --target"},
+        "--device": {"help": "where to measure (default: cuda); cpu works in Triton's interpreter, "
+                             "to try the command"},
     }
     # fmt: on
     for flag, settings in flags.items():
@@ -118,6 +131,7 @@ def problems_of(asked: argparse.Namespace, ops: Iterable[str]) -> list[Problem]:
 def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """The command; its exit status."""
     try:
+        from vqtriton.kernels.screen_codes import architecture
         from vqtriton.tuning.measure import measure
         from vqtriton.tuning.predict import predict
         from vqtriton.tuning.tunables import TUNABLES
@@ -130,7 +144,9 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if asked.check:
         return check_table(folder_of(asked) / tables.file_name(asked.target), asked.target, parser)
     if asked.dtype and not asked.preset:
-        parser.error("--dtype is of --preset; --shape N,K,D,DTYPE has its own")
+        parser.error(
+            "--dtype only applies to --preset; with --shape, append the dtype: N,K,D,DTYPE"
+        )
     try:
         problems = problems_of(asked, tuned)
     except (OSError, ValueError) as error:
@@ -139,13 +155,13 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         of_trace = ", which --from-trace has none of" if asked.from_trace else ""
         parser.error(
             f"nothing to tune for: give --shape, --from-trace or --preset{of_trace}"
-            + f"; without a GPU it is {', '.join(tuned)} alone" * asked.static
+            + f"; --static tunes only {', '.join(tuned)}" * asked.static
         )
     if asked.static and asked.device:
-        parser.error("--device is where tiles are timed; --static times none")
+        parser.error("--device says where to measure, and --static does not measure")
     tune_one: TuneOne
     if asked.static:
-        name, source = asked.target, "static"
+        name, source, device = asked.target, "static", torch.device("cpu")
         tune_one = lambda problem, say: predict(problem, asked.target, say)  # noqa: E731
     else:
         device = device_of(asked.device or "cuda", parser)
@@ -162,11 +178,43 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if asked.resume:
         done = {tables.problem_of(row) for row in tables.read(path) if is_of(row, source)}
         problems = [problem for problem in problems if problem not in done]
-    command = shlex.join(["vqtriton", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "vqtriton", *sys.argv[1:]])
     if len(command) > MOST_COMMAND:
         # a row has it, and a table thousands of rows
         command = f"{command[:MOST_COMMAND]}..."
+    target = asked.target if asked.static else architecture(device)
+    interpreted = not asked.static and device.type == "cpu"
+    print(plan(problems, target, source, asked.budget, interpreted), file=sys.stderr, flush=True)
     return tune_all(problems, tune_one, path, name, source, command, asked.budget)
+
+
+def plan(
+    problems: Sequence[Problem], target: str, source: str, budget: float, interpreted: bool
+) -> str:
+    """What will be done, and roughly how long it takes."""
+    from vqtriton.tuning.tunables import candidates_of
+
+    candidates = {problem: len(candidates_of(problem, target)) for problem in problems}
+    # N and K are not compiled for
+    compiled = {problem[:3]: count for problem, count in candidates.items()}
+    cores = os.cpu_count() or 1
+    text = f"{len(problems)} cases, each an op at a shape"
+    if interpreted:
+        text += ", in Triton's interpreter: seconds for tiny shapes, very long for others"
+    elif problems:
+        expected = COMPILE_SECONDS * sum(compiled.values()) / cores
+        text += f"; {sum(compiled.values())} candidates to compile on {cores} cores"
+        if source == "measured":
+            expected += TIMING_SECONDS * sum(candidates.values())
+            text += f", {sum(candidates.values())} to check and time"
+        text += f"; roughly {duration(min(expected, budget))}"
+        if budget < expected:
+            text += f" and the shape that is then begun (--budget), of {duration(expected)} for all"
+    return text
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def folder_of(asked: argparse.Namespace) -> Path:
@@ -187,12 +235,14 @@ def check_table(path: Path, target: str, parser: argparse.ArgumentParser) -> int
     # what cannot be read is of no use either; `read` has named it
     wrong = len(tables.read_all(path)) - len(rows)
     for row in rows:
+        if tables.keeps_default(row):
+            continue
         problem, config = tables.problem_of(row), TUNABLES[row["op"]].config(**row["config"])
         if usages(problem, target, [config]) == [None]:
             print(f"spills, does not fit or does not compile: {problem}, {config}")
             wrong += 1
     used = f"{wrong} of no use with Triton {triton.__version__}"
-    print(f"{path}: {len(tables.read_all(path))} rows, {used}")
+    print(f"{path}: {len(tables.read_all(path))} shapes, {used}")
     return int(wrong > 0 or not rows)
 
 
@@ -236,11 +286,12 @@ def tune_all(
         for problem in problems:
             if progress.seconds() > budget:
                 left = len(problems) - len(outcomes)
-                progress.say(f"the time is up: {left} shapes are left")
+                progress.say(f"the time is up: {left} of {len(problems)} shapes are left")
                 break
             progress.show(len(outcomes), f"{problem}")
             try:
-                outcome = tune_one(problem, progress.say)
+                with progress.beating():
+                    outcome = tune_one(problem, progress.say)
             except (RuntimeError, ValueError) as error:
                 # memory, for example: the other problems are not to suffer
                 progress.say(f"left out, {problem}: {str(error)[:200]}")
@@ -257,7 +308,7 @@ def tune_all(
         else:
             progress.show(len(outcomes), "done")
     except KeyboardInterrupt:
-        progress.say("interrupted; --resume goes on where this ended")
+        progress.say("interrupted; --resume continues from here")
         status = INTERRUPTED
     except (OSError, ValueError) as error:
         # a full disk, or a table that is as large as may be
@@ -265,12 +316,19 @@ def tune_all(
         status = 1
     progress.say()
     print(summary(outcomes, source))
-    print(f"{path}: {len(tables.read(path))} rows; used where {tables.VARIABLE}={path.parent}")
+    rows = tables.read(path)
+    tiles = sum(not tables.keeps_default(row) for row in rows)
+    print(
+        f"{path}: tiles for {tiles} shapes, the default for {len(rows) - tiles}; "
+        f"used where {tables.VARIABLE}={path.parent}"
+    )
     return status
 
 
 class Progress:
     """How far a run is, on stderr: a bar that stays in its line on a terminal, lines elsewhere."""
+
+    _shown = 0, ""
 
     def __init__(self, total: int) -> None:
         self._total, self._start = total, time.monotonic()
@@ -279,7 +337,26 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Shows the progress again and again, with the seconds since this began."""
+        begun, ended = self.seconds(), threading.Event()
+
+        def beat() -> None:
+            done, what = self._shown
+            while not ended.wait(HEARTBEAT_SECONDS):
+                self.show(done, f"{what}, for {self.seconds() - begun:.0f} s")
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def show(self, done: int, what: str) -> None:
+        self._shown = done, what
         left = self.seconds() / done * (self._total - done) if done else math.nan
         bar = "#" * (WIDTH * done // max(1, self._total))
         eta = f"{left:4.0f} s left" if done else ""
@@ -298,6 +375,9 @@ def summary(outcomes: Iterable[Outcome], source: str) -> str:
     word = "predicted" if source == "static" else "measured"
     lines = [f"{word + ' ms':<56}{'default':>10}{'best':>10}{'gain':>8}  tried, left out"]
     for problem, default, best, row, tried, left_out in outcomes:
-        gain = f"{default / best - 1:.1%}" if row else "nothing"
+        # of a default that cannot be used the gain is NaN, and counts
+        gain = "none fit" if row is None else f"{default / best - 1:.1%}"
+        if tables.keeps_default(row):
+            gain = "none"
         lines.append(f"{problem!s:<56}{default:>10.4g}{best:>10.4g}{gain:>8}  {tried}, {left_out}")
     return "\n".join(lines)

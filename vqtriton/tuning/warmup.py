@@ -16,25 +16,27 @@ def warmup(
     dtype: torch.dtype = torch.float32,
     has_mask: bool = False,
 ) -> None:
-    """Takes a training step and an inference with a copy of a quantizer, on rows that are random.
+    """Compiles every kernel that training and inference need, before the first step.
 
-    The first use of a kernel compiles it, for seconds. Inside a step that others wait for, such as
-    the collectives of several ranks, that may look like a hang; so call this first. The module
-    and torch's random numbers stay as they are, and no collective is entered. The batch size is
-    not compiled for, but tables of tiles (docs/tuning.md) may give another size other kernels.
+    It runs a training step and an inference with a copy of the quantizer on random rows. The first
+    use of a kernel compiles it, which takes seconds. Inside a step that other ranks wait for, this
+    may look like a hang, so call `warmup` first. The module and torch's random numbers stay as they
+    are, and no collective is entered. The kernels serve every batch size, but with a table of tiles
+    (docs/tuning.md) another batch size may use other kernels.
 
     Args:
-        module: a `VectorQuantize`, on its device.
-        shapes: of the x that it will get, a tuple each.
-        dtype: of x.
-        has_mask: it will get a mask as well.
+        module: a `VectorQuantize`, on the device where it will run.
+        shapes: the shapes of ``x`` that it will get, a tuple each.
+        dtype: the dtype of ``x``.
+        has_mask: whether it will also get a mask.
 
     Raises:
-        TypeError: ``module`` is no quantizer, ``dtype`` no float.
-        ValueError: see `VectorQuantize.forward`; no shape is given, or one is no shape.
+        TypeError: ``module`` is not a `VectorQuantize`, or ``dtype`` is not a floating-point dtype.
+        ValueError: no shape is given, one is not a shape, or one does not fit the module.
 
     Example:
-        >>> vqtriton.warmup(vq, (32, 49, 64), dtype=torch.bfloat16)
+        >>> vq = vqtriton.VectorQuantize(64, 512)
+        >>> vqtriton.warmup(vq, (8, 49, 64), dtype=torch.bfloat16)
     """
     from vqtriton.quantizers import VectorQuantize
 
