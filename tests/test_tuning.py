@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import timeit
 import warnings
@@ -632,6 +634,29 @@ def test_tiles_that_are_tried_can_be_used(op) -> None:
     candidates = tunables.candidates_of(problem, "sm_90")
     few = candidates[:1] if op == "nearest_code" else candidates
     assert [one.config for one in predict.usable(problem, "sm_90", few)] == few
+
+
+@once
+def test_one_thread_parses_at_a_time(monkeypatch) -> None:
+    """Python 3.11 fails by chance where two do, and a good tile would be left out."""
+    problem = PROBLEM._replace(op="grad_x", dim=40)
+    threads, parse = set(), ast.parse
+
+    def slow_parse(*args, **kwargs):
+        threads.add(threading.get_ident())
+        assert len(threads) == 1
+        # others may run
+        time.sleep(0.01)
+        tree = parse(*args, **kwargs)
+        threads.clear()
+        return tree
+
+    monkeypatch.setattr(ast, "parse", slow_parse)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    # so that nothing is found among what was compiled before
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    candidates = tunables.candidates_of(problem, "sm_90")[:6]
+    assert len(predict.usable(problem, "sm_90", candidates)) == 6
 
 
 @once
