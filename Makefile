@@ -32,15 +32,11 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/
 	$(PYTHON) examples/train_mnist.py --out runs/mnist
 
-test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter
-	$(MAKE) -j2 --output-sync=target test-compiled test-interpreted
+test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter; says how far it is
+	$(PYTHON) tests/halves.py
 
-# a process each: Triton decides at import whether kernels are interpreted
-test-compiled: $(READY)
-	$(PYTHON) -m pytest
-
-test-interpreted: $(READY)
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m kernel
+test-compiled test-interpreted: test-%: $(READY)
+	$(PYTHON) tests/halves.py $*
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .

@@ -36,7 +36,6 @@ measure = pytest.importorskip("vqtriton.tuning.measure")
 predict = pytest.importorskip("vqtriton.tuning.predict")
 
 CPU = torch.device("cpu")
-once = pytest.mark.skipif(INTERPRETED, reason="once is enough")
 PROBLEM = Problem("nearest_code", "float32", 8, 1024, 4096)
 OTHER = tunables.screen_candidates(8)[5]
 
@@ -71,7 +70,7 @@ def choose(problem: Problem = PROBLEM):
 # --- what is chosen ---
 
 
-@once
+@pytest.mark.once
 def test_without_a_table_it_is_the_default(caplog) -> None:
     with caplog.at_level("INFO", logger="vqtriton"), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -81,7 +80,7 @@ def test_without_a_table_it_is_the_default(caplog) -> None:
     assert len(caplog.records) == len(tables.device_names(CPU))
 
 
-@once
+@pytest.mark.once
 def test_the_nearest_row_is_chosen(folder) -> None:
     configs = tunables.screen_candidates(8)
     rows = [
@@ -103,7 +102,7 @@ def test_the_nearest_row_is_chosen(folder) -> None:
     assert choose(PROBLEM._replace(op="grad_x")) is None
 
 
-@once
+@pytest.mark.once
 def test_a_row_for_a_shape_is_chosen_for_it(folder) -> None:
     """Though both have as many bits."""
     configs = tunables.screen_candidates(8)
@@ -113,7 +112,7 @@ def test_a_row_for_a_shape_is_chosen_for_it(folder) -> None:
     assert choose(PROBLEM._replace(num_rows=8000)) == configs[4]
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["nowhere", "a file", "~nobody-of-that-name/x", "x" * 300])
 def test_a_folder_that_is_none_is_said(tmp_path, monkeypatch, name) -> None:
     (tmp_path / "a file").write_text("")
@@ -127,7 +126,7 @@ def test_a_folder_that_is_none_is_said(tmp_path, monkeypatch, name) -> None:
         assert "(default)" in environment.describe([(9, 9, 9, "float32")])
 
 
-@once
+@pytest.mark.once
 def test_a_tilde_is_the_same_for_reading_and_writing(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(tables.VARIABLE, "~/tabs")
@@ -135,7 +134,7 @@ def test_a_tilde_is_the_same_for_reading_and_writing(tmp_path, monkeypatch) -> N
     assert tune.folder_of(argparse.Namespace(out=None)) == tmp_path / "tabs"
 
 
-@once
+@pytest.mark.once
 def test_the_users_folder_and_the_device_come_first(folder) -> None:
     configs = tunables.screen_candidates(8)
     (folder / "bundled").mkdir()
@@ -147,7 +146,7 @@ def test_the_users_folder_and_the_device_come_first(folder) -> None:
     assert choose() == configs[5]
 
 
-@once
+@pytest.mark.once
 def test_what_does_not_fit_is_not_chosen(folder, monkeypatch) -> None:
     write(folder / "sm_90.json", [row(shared=100_000), row(tiles=tunables.screen_candidates(8)[6])])
     monkeypatch.setattr(tables, "shared_limit", lambda device: 99_999)
@@ -158,7 +157,7 @@ def test_what_does_not_fit_is_not_chosen(folder, monkeypatch) -> None:
     assert choose() is None
 
 
-@once
+@pytest.mark.once
 def test_a_look_up_takes_less_than_two_microseconds(folder) -> None:
     write(folder / "sm_90.json", [row()])
     assert choose() == OTHER
@@ -168,7 +167,7 @@ def test_a_look_up_takes_less_than_two_microseconds(folder) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, for which the table is")
+@pytest.mark.needs_interpreter
 def test_the_search_uses_the_row(folder, monkeypatch) -> None:
     from vqtriton.kernels import nearest_code as module
 
@@ -189,7 +188,7 @@ def test_the_search_uses_the_row(folder, monkeypatch) -> None:
     assert torch.equal(want, vqtriton.reference.nearest_code(x, codebook))
 
 
-@once
+@pytest.mark.once
 def test_env_shows_what_is_chosen(folder) -> None:
     write(folder / "sm_90.json", [row()])
     lines = environment.describe([(4096, 1024, 8, "float32")]).splitlines()
@@ -238,7 +237,7 @@ def spoil(path: Path, kind: str) -> None:
             pytest.skip("this user may read everything")
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     "kind",
     [
@@ -259,7 +258,7 @@ def test_a_broken_table_is_named_and_not_used(folder, kind) -> None:
         assert choose(PROBLEM._replace(num_rows=7)) is None
 
 
-@once
+@pytest.mark.once
 def test_a_table_that_may_not_be_read(folder, monkeypatch) -> None:
     write(folder / "sm_90.json", [row()])
 
@@ -271,7 +270,7 @@ def test_a_table_that_may_not_be_read(folder, monkeypatch) -> None:
         assert choose() is None
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -313,7 +312,7 @@ def test_a_broken_row_costs_no_other(folder, changes, message) -> None:
     assert 7 in kept
 
 
-@once
+@pytest.mark.once
 def test_many_rows_take_no_time_and_many_warnings_are_few(folder) -> None:
     problems = [PROBLEM._replace(num_rows=n) for n in range(1, 4001)]
     write(folder / "sm_90.json", [*map(row, problems), *[0] * 100_000])
@@ -325,7 +324,7 @@ def test_many_rows_take_no_time_and_many_warnings_are_few(folder) -> None:
     assert f"{100_000 - tables.MOST_NAMED} more rows of {folder}/sm_90.json" in str(caught[-1])
 
 
-@once
+@pytest.mark.once
 def test_no_table_is_written_that_cannot_be_read(folder, monkeypatch) -> None:
     path = folder / "sm_90.json"
     tables.merge(path, "sm_90", [row()])
@@ -337,7 +336,7 @@ def test_no_table_is_written_that_cannot_be_read(folder, monkeypatch) -> None:
     assert {p.name for p in folder.iterdir()} == {"sm_90.json", ".sm_90.json.lock"}
 
 
-@once
+@pytest.mark.once
 def test_a_link_stays_a_link(folder) -> None:
     (folder / "elsewhere").mkdir()
     (folder / "sm_90.json").symlink_to("elsewhere/mine.json")
@@ -352,7 +351,7 @@ def test_a_link_stays_a_link(folder) -> None:
 # --- writing ---
 
 
-@once
+@pytest.mark.once
 def test_measured_rows_replace_static_ones_and_not_the_reverse(folder) -> None:
     path, configs = folder / "sm_90.json", tunables.screen_candidates(8)
     for source, config, left in (
@@ -373,7 +372,7 @@ def merge_some(path: Path, start: int) -> None:
         tables.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=number + 1))])
 
 
-@once
+@pytest.mark.once
 def test_processes_into_one_folder_make_a_union(folder) -> None:
     context = multiprocessing.get_context("fork")
     path = folder / "sm_90.json"
@@ -409,7 +408,7 @@ def tune_quickly(folder: Path) -> None:
     main()
 
 
-@once
+@pytest.mark.once
 def test_interrupts_lose_nothing(folder) -> None:
     """Killed or interrupted at 20 random moments: the table can be read, and ends up whole."""
     context = multiprocessing.get_context("fork")
@@ -440,7 +439,7 @@ def test_interrupts_lose_nothing(folder) -> None:
 # --- tuning ---
 
 
-@once
+@pytest.mark.once
 def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monkeypatch) -> None:
     default = tunables.screen_candidates(8)[1]
     starved = replace(default, max_registers=32)
@@ -456,7 +455,7 @@ def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monk
     assert outcome.default_ms == outcome.best_ms > 0
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("rows", "codes", "times"),
     [
@@ -476,7 +475,7 @@ def test_few_rows_leave_processors_idle(rows, codes, times) -> None:
     assert tunables.screen_unevenness(problem, tiles, 132) == pytest.approx(times, rel=1e-4)
 
 
-@once
+@pytest.mark.once
 def test_prediction_prefers_small_tiles_for_few_rows() -> None:
     few, many = (
         predict.predict(PROBLEM._replace(dim=32, num_rows=n, codebook_size=256), "sm_90")
@@ -486,7 +485,7 @@ def test_prediction_prefers_small_tiles_for_few_rows() -> None:
     assert many.row["config"]["block_n"] == 128
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 @pytest.mark.parametrize("dim", [1, 3, 8, 12, 64, 100, 256, 512, 4000])
 def test_a_default_may_stand_in_a_table(op, dim) -> None:
@@ -496,7 +495,7 @@ def test_a_default_may_stand_in_a_table(op, dim) -> None:
         assert tables.fault(row(problem, tunable.default(target, dim))) is None
 
 
-@once
+@pytest.mark.once
 def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
     """The fastest is off by one in a row of 4096; another leaves memory as it was; one raises."""
     configs = tunables.screen_candidates(8)
@@ -529,7 +528,7 @@ def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
     assert sum("out of shared memory" in text for text in said) == 1
 
 
-@once
+@pytest.mark.once
 def test_a_candidate_that_goes_wrong_later_never_wins(monkeypatch) -> None:
     """Right when it is first looked at: then wrong, or raising, and the fastest."""
     configs = tunables.screen_candidates(8)
@@ -562,7 +561,7 @@ def test_a_candidate_that_goes_wrong_later_never_wins(monkeypatch) -> None:
     assert sum("an illegal memory access" in text for text in said) == 1
 
 
-@once
+@pytest.mark.once
 def test_one_problem_costs_no_other(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
@@ -583,7 +582,7 @@ def test_one_problem_costs_no_other(folder, monkeypatch, capsys) -> None:
     assert all(len(kept["command"]) < 500 for kept in found)
 
 
-@once
+@pytest.mark.once
 def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
@@ -595,7 +594,7 @@ def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -
     assert "2 rows, 1 of no use" in capsys.readouterr().out
 
 
-@once
+@pytest.mark.once
 def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
     """On a GPU: what spills or does not fit, and those that are predicted to be far behind."""
     gpu = torch.device("cuda")
@@ -626,7 +625,7 @@ def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
     assert all(about["shared"] <= sizes[1] for _, about in kept())
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 def test_tiles_that_are_tried_can_be_used(op) -> None:
     """Of the kernels that are not modelled all; of each, the default."""
@@ -636,7 +635,7 @@ def test_tiles_that_are_tried_can_be_used(op) -> None:
     assert [one.config for one in predict.usable(problem, "sm_90", few)] == few
 
 
-@once
+@pytest.mark.once
 def test_one_thread_parses_at_a_time(monkeypatch) -> None:
     """Python 3.11 fails by chance where two do, and a good tile would be left out."""
     problem = PROBLEM._replace(op="grad_x", dim=40)
@@ -659,7 +658,7 @@ def test_one_thread_parses_at_a_time(monkeypatch) -> None:
     assert len(predict.usable(problem, "sm_90", candidates)) == 6
 
 
-@once
+@pytest.mark.once
 def test_what_cannot_be_counted_can_be_used() -> None:
     """Tensor memory's products do not tell their shape, so nothing is predicted of such a loop."""
     problem = PROBLEM._replace(dim=64)
@@ -668,7 +667,7 @@ def test_what_cannot_be_counted_can_be_used() -> None:
     assert one.about["shared"] > 0
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_progress(monkeypatch, capsys, is_terminal) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
@@ -684,7 +683,7 @@ def test_progress(monkeypatch, capsys, is_terminal) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.skipif(not BACKENDS or BACKENDS[0].name != "triton", reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
     """With kernels: results are right with every candidate; a wrong one is told from them."""
@@ -704,7 +703,7 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.skipif(not BACKENDS or BACKENDS[0].name != "triton", reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 @pytest.mark.parametrize("dim", [8, 136])
 def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
@@ -726,7 +725,7 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
         assert tunable.is_right(inputs, results), config
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -758,7 +757,7 @@ def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message) -> Non
     assert message in capsys.readouterr().err
 
 
-@once
+@pytest.mark.once
 def test_a_broken_table_stops_tuning_before_it_begins(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
@@ -774,7 +773,7 @@ def test_a_broken_table_stops_tuning_before_it_begins(folder, monkeypatch, capsy
 # --- traces and warm-up ---
 
 
-@once
+@pytest.mark.once
 def test_a_trace_has_each_shape_once(tmp_path, monkeypatch) -> None:
     file = tmp_path / "trace.jsonl"
     monkeypatch.setenv(trace.VARIABLE, str(file))
@@ -799,7 +798,7 @@ def test_a_trace_has_each_shape_once(tmp_path, monkeypatch) -> None:
     assert set(trace.read(file)) - set(found) == {Problem("nearest_code", "float32", 6, 30, 9)}
 
 
-@once
+@pytest.mark.once
 def test_tuning_from_a_trace_is_for_exactly_its_shapes(tmp_path, monkeypatch) -> None:
     file = tmp_path / "trace.jsonl"
     rows = [PROBLEM, PROBLEM._replace(op="grad_x"), PROBLEM._replace(dim=9)]
@@ -821,7 +820,7 @@ def test_tuning_from_a_trace_is_for_exactly_its_shapes(tmp_path, monkeypatch) ->
     assert tuned == [PROBLEM, PROBLEM._replace(dim=9)]
 
 
-@once
+@pytest.mark.once
 def test_a_trace_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(trace.VARIABLE, str(tmp_path))
     x, codebook = torch.randn(5, 4), torch.randn(7, 4)
@@ -830,7 +829,7 @@ def test_a_trace_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, monk
     assert torch.equal(indices, vqtriton.reference.nearest_code(x, codebook))
 
 
-@once
+@pytest.mark.once
 def test_a_line_that_is_no_shape_is_named(tmp_path) -> None:
     file = tmp_path / "trace.jsonl"
     good = json.dumps(PROBLEM._asdict())
@@ -858,7 +857,7 @@ def test_a_line_that_is_no_shape_is_named(tmp_path) -> None:
             trace.read(file)
 
 
-@once
+@pytest.mark.once
 def test_a_trace_into_a_pipe_holds_nothing_up(tmp_path, monkeypatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setenv(trace.VARIABLE, str(tmp_path / "pipe"))
@@ -866,7 +865,7 @@ def test_a_trace_into_a_pipe_holds_nothing_up(tmp_path, monkeypatch) -> None:
         vqtriton.nearest_code(torch.randn(5, 4), torch.randn(7, 4))
 
 
-@once
+@pytest.mark.once
 def test_warmup_takes_the_steps_of_training(monkeypatch) -> None:
     """Compiled for the strides of a decoder's gradient; with hooks, contexts and frozen codes."""
     vq = vqtriton.VectorQuantize(4, 9, codebook_update="gradient").requires_grad_(False)
@@ -888,7 +887,7 @@ def test_warmup_takes_the_steps_of_training(monkeypatch) -> None:
             vqtriton.warmup(vq, (7, 4), dtype=dtype)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_warmup_leaves_the_module_as_it_is(monkeypatch, update) -> None:
     vq = vqtriton.VectorQuantize(4, 9, codebook_update=update, kmeans_init=True)
