@@ -8,14 +8,7 @@ BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 TRITONS := 3.6.0 3.7.1 3.9.0
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-<<<<<<< HEAD
 .PHONY: help venv train test test-compiled test-interpreted test-versions lint format api bench sass gpu-check clean
-=======
-# OpenMP threads that spin while they wait starve one another on a busy machine
-export OMP_WAIT_POLICY ?= passive
-
-.PHONY: help venv train test test-compiled test-interpreted test-versions lint format api bench sass gpu-check clean
->>>>>>> 3ee02552fdc4a7afcef7ecf7466adad98b7aaedf
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,15 +30,11 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/; FLAGS='--resume' and the like
 	$(PYTHON) examples/train_mnist.py --out runs/mnist $(FLAGS)
 
-test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter
-	$(MAKE) -j2 --output-sync=target test-compiled test-interpreted
+test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter; says how far it is
+	$(PYTHON) tests/halves.py
 
-# a process each: Triton decides at import whether kernels are interpreted
-test-compiled: $(READY)
-	$(PYTHON) -m pytest
-
-test-interpreted: $(READY)
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m kernel
+test-compiled test-interpreted: test-%: $(READY)
+	$(PYTHON) tests/halves.py $*
 
 test-versions: $(READY) ## core tests on older and newer versions: 20 minutes a row; ROWS='floor newest', KEEP=1
 	$(PYTHON) tests/versions.py $(ROWS) $(if $(KEEP),--keep)
