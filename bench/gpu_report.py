@@ -132,7 +132,24 @@ def kmeans() -> str:
     ])  # fmt: skip
 
 
+def predictions() -> str:
+    """What the model of docs/design.md said of an H100, and what the H200 took."""
+    rows = rows_of("predictions")
+    steps = {row["step"]: row for row in rows if "step" in row}
+    lines = []
+    for row in rows:
+        if "screen" in row:
+            name = f"{row['N']}, {row['K']}, {row['D']}"
+            step = steps[name]
+            pairs = [(row["sum"], row["screen"])]
+            pairs += [(step["predicted_ms"][k], step["measured_ms"][k]) for k in PREDICTED]
+            lines.append([name, *(f"{p:.2g}, {m:.2g} ({m / p:.1f}×)" for p, m in pairs)])
+    return markdown("N, K, D: predicted, measured ms | screen | " + " | ".join(PREDICTED), lines)
+
+
+PREDICTED = ("sums", "grad_x", "grad_codebook", "ema_update")
 MADE = {
+    "predictions": predictions,
     "run": run_line,
     "correctness": correctness,
     "latency": latency,
