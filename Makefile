@@ -8,17 +8,15 @@ BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 TRITONS := 3.6.0 3.7.1 3.9.0
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-# OpenMP threads that spin while they wait starve one another on a busy machine
-export OMP_WAIT_POLICY ?= passive
-
-.PHONY: help venv train test test-compiled test-interpreted lint format api bench sass gpu-check clean
+.PHONY: help venv train test test-compiled test-interpreted test-versions lint format api bench sass gpu-check clean
 
 help: ## what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 venv: $(VENV)/.ready ## virtual environment with the project and its tools
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Installing torch, this project and its tools into $(VENV): a minute or more, once."
 	python3 -m venv $(VENV)
 	# torch by itself and first: nothing that follows may choose another one
 	$(INSTALL) torch
@@ -29,18 +27,17 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
-train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/
-	$(PYTHON) examples/train_mnist.py --out runs/mnist
+train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/; FLAGS='--resume' and the like
+	$(PYTHON) examples/train_mnist.py --out runs/mnist $(FLAGS)
 
-test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter
-	$(MAKE) -j2 --output-sync=target test-compiled test-interpreted
+test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter; says how far it is
+	$(PYTHON) tests/halves.py
 
-# a process each: Triton decides at import whether kernels are interpreted
-test-compiled: $(READY)
-	$(PYTHON) -m pytest
+test-compiled test-interpreted: test-%: $(READY)
+	$(PYTHON) tests/halves.py $*
 
-test-interpreted: $(READY)
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest -m kernel
+test-versions: $(READY) ## core tests on older and newer versions: 20 minutes a row; ROWS='floor newest', KEEP=1
+	$(PYTHON) tests/versions.py $(ROWS) $(if $(KEEP),--keep)
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .
@@ -70,4 +67,4 @@ gpu-check: $(READY) ## all that needs a GPU, in 9 minutes: runs/gpu-check/ or OU
 		|| echo "Triton $* could not be installed"
 
 clean: ## remove the environment and what was built; runs/ stays
-	rm -rf $(VENV) .triton build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .triton .versions build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import vqtriton
-from bench import compare, provenance, report
+from bench import compare, gpu_report, provenance, report
 from bench.cases import CASES, DEFAULT, DEFAULT_SCOPES, SCOPES
 from bench.check import Refused
 from bench.devices import make_device
@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device is cuda; torch sees no GPU")
     if asked.docs:
         report.write_docs()
+        gpu_report.write(provenance.ROOT / "docs" / "gpu.md")
         return 0
     are_files = [Path(name).is_file() for name in asked.compare or ()]
     if all(are_files) and asked.compare:

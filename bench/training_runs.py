@@ -5,7 +5,7 @@
     .venv/bin/python -m bench.training_runs --docs  # only writes the docs from the result file
 
 Each case is `examples/train_mnist.py` with some flags, run with --resume in a folder of its own
-below runs/training_runs: what was interrupted goes on, what is complete is not run again. The
+below runs/training_runs: what was interrupted goes on, what is complete stays as it is. The
 prior is `examples/train_prior.py` on the first of them.
 """
 
@@ -91,9 +91,8 @@ def run(case: str, seed: int) -> dict[str, Any]:
 def run_prior() -> None:
     """Writes the prior's result file, and its samples for the docs."""
     folder = RUNS / f"mnist-{SEEDS[0]}"
-    if not (folder / "prior" / "metrics.json").exists():
-        command = ["examples/train_prior.py", "--vqvae", str(folder)]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    command = ["examples/train_prior.py", "--vqvae", str(folder), "--resume"]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     metrics = json.loads((folder / "prior" / "metrics.json").read_text())
     metrics["command"] = "python examples/train_prior.py --vqvae runs/mnist"
     metrics["device"] = processor()
@@ -157,8 +156,8 @@ def draw() -> None:
     """The pictures of the docs, of the runs of the first seed that are complete."""
     # examples are scripts, not a package
     sys.path.insert(0, str(ROOT / "examples"))
-    import checkpoints
     import plots
+    import run_files
 
     def folder(case: str) -> Path:
         return RUNS / f"{case}-{SEEDS[0]}"
@@ -167,7 +166,7 @@ def draw() -> None:
         shutil.copy(folder("mnist") / "reconstructions.png", ROOT / "docs" / "reconstructions.png")
     if all((folder(case) / "metrics.json").exists() for case in TABLES["lesson"]):
         curves = {
-            title: checkpoints.load_checkpoint(folder(case) / "checkpoint.safetensors")[1]["curve"]
+            title: run_files.load_checkpoint(folder(case) / "checkpoint.safetensors")[1]["curve"]
             for case, title in TABLES["lesson"].items()
         }
         (ROOT / "docs" / "collapse.png").write_bytes(plots.training_curves(curves, 512))

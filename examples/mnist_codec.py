@@ -1,13 +1,15 @@
 """Images to codes and back, with what train_mnist.py trained.
 
-    python examples/mnist_codec.py encode runs/mnist --out codes.vq
-    python examples/mnist_codec.py decode runs/mnist --codes codes.vq --out images.idx
-    python examples/mnist_codec.py reconstruct runs/mnist --out images.idx
+    .venv/bin/python examples/mnist_codec.py encode runs/mnist --out codes.vq
+    .venv/bin/python examples/mnist_codec.py decode runs/mnist --codes codes.vq --out images.idx
+    .venv/bin/python examples/mnist_codec.py reconstruct runs/mnist --out same.idx
 
 The last two give the same bytes, on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
+
+import startup  # isort: skip
 
 import argparse
 import hashlib
@@ -18,9 +20,9 @@ import numpy as np
 import plots
 import safetensors.numpy
 import torch
-from checkpoints import load_checkpoint, write_atomically
 from mnist_data import load, read_images, to_idx
 from PIL import Image
+from run_files import load_checkpoint, write_atomically
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from vqvae import VQVAE
@@ -53,7 +55,7 @@ def unpack(packed: np.ndarray, count: int, codebook_size: int) -> np.ndarray:
 
 def encode(model: VQVAE, images: Tensor) -> bytes:
     """The codes file of images uint8 [N, 28, 28]; prints what it costs and what is lost."""
-    indices = torch.cat([model.encode(batch) for batch in images.split(BATCH)])
+    indices = torch.cat([model.encode(batch) for batch in images[:, None].split(BATCH)])
     packed = pack(indices.numpy(), model.vq.codebook_size)
     header = json.dumps(describe(model, len(images)))
     content = safetensors.numpy.save({"packed": packed}, {FORMAT: header})
@@ -66,7 +68,7 @@ def encode(model: VQVAE, images: Tensor) -> bytes:
         entropy = torch.special.entr(share).sum() / np.log(2)
         # for an ideal coder that was told how often each code occurs; a code is of 16 pixels
         print(f"entropy   {entropy:.4f} bits/code, so at best {entropy / 16:.5f} bits/dim")
-        decoded = torch.cat([model.decode(batch) for batch in indices.split(BATCH)])
+        decoded = images_of(model, indices)
         mse = ((images.int() - decoded.int()) / 255).square().mean()
         print(f"mse       {mse:.6f}, of pixels in [0, 1]")
     return content
@@ -80,19 +82,33 @@ def decode(model: VQVAE, path: Path) -> Tensor:
             header = json.loads((file.metadata() or {})[FORMAT])
             packed = file.get_tensor("packed")
         count = header["shape"][0]
-        if header != describe(model, count):
-            raise ValueError(f"it was made with another codebook or decoder, {header!r:.200}")
-        indices = unpack(packed, 49 * count, model.vq.codebook_size).reshape(count, 7, 7)
+        if type(count) is not int or count < 0:
+            raise ValueError(f"shape is {header['shape']}")
+        expected = describe(model, count)
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no codes file of this model: {error}") from error
-    return torch.cat([model.decode(batch) for batch in torch.from_numpy(indices).split(BATCH)])
+        raise ValueError(f"{path} is not a whole file of codes, as encode writes it") from error
+    if header != expected:
+        what = "the same number of codes, but other weights"
+        if header.get("codebook_size") != model.vq.codebook_size:
+            what = f"{header.get('codebook_size')} codes, not {model.vq.codebook_size}"
+        raise ValueError(f"{path} was made by another model, with {what}: decode with that one")
+    try:
+        indices = unpack(packed, 49 * count, model.vq.codebook_size).reshape(count, 7, 7)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return images_of(model, torch.from_numpy(indices))
+
+
+def images_of(model: VQVAE, indices: Tensor) -> Tensor:
+    """Indices [N, 7, 7] -> images uint8 [N, 28, 28]."""
+    return torch.cat([model.decode(batch)[:, 0] for batch in indices.split(BATCH)])
 
 
 @torch.no_grad()
 def reconstruct(model: VQVAE, images: Tensor) -> Tensor:
     """What the model makes of images in one go, both uint8 [N, 28, 28]."""
-    outputs = (model(batch.float() / 255)[0] for batch in images.split(BATCH))
-    return torch.cat([(model.pixels(output) * 255).round().byte() for output in outputs])
+    outputs = (model(batch.float() / 255)[0] for batch in images[:, None].split(BATCH))
+    return torch.cat([(model.pixels(output) * 255).round().byte()[:, 0] for output in outputs])
 
 
 def describe(model: VQVAE, count: int) -> dict[str, object]:
@@ -134,24 +150,26 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if not args.out.parent.is_dir() or (args.out.exists() and not args.out.is_file()):
-            raise ValueError(f"{args.out} is not a file in a folder that exists")
+            raise ValueError(f"--out: {args.out} is not a file in a folder that exists")
+        suffix = args.out.suffix.lower()
+        is_picture = args.command is not encode and suffix in Image.registered_extensions()
+        if is_picture and suffix != ".png":
+            raise ValueError(f"--out: {args.out} must end in .png for a picture, or else in .idx")
         path = args.run / "checkpoint.safetensors"
         source = args.codes if args.command is decode else args.images
         if args.out.resolve() in (path.resolve(), source and source.resolve()):
-            raise ValueError(f"{args.out} is read; it cannot be written as well")
+            raise ValueError(f"--out: {args.out} is read; it cannot be written as well")
         model = VQVAE.from_checkpoint(path)
         dataset = load_checkpoint(path)[1]["arguments"].get("dataset")
         result = args.command(model, source if args.command is decode else read(source, dataset))
         if args.command is not encode:
-            is_png = args.out.suffix.lower() == ".png"
-            result = plots.tile(result, columns=20) if is_png else to_idx(result.numpy())
+            print(f"images    {len(result)} of 28×28 pixels")
+            result = plots.sheet(result) if is_picture else to_idx(result.numpy())
         write_atomically(args.out, result)
+        print(f"written   {args.out}, {len(result)} bytes")
     except (OSError, ValueError) as error:
         raise SystemExit(f"mnist_codec.py: {error}") from error
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    startup.run(main)

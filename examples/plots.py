@@ -3,25 +3,79 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
-def tile(images: Tensor, columns: int, scale: int = 3, gap: int = 2) -> bytes:
-    """Images [N, H, W] uint8, row by row on grey, every pixel ``scale`` wide."""
-    count, height, width = images.shape
+def tile(images: Tensor, columns: int, scale: int = 3, gap: int = 2) -> Image.Image:
+    """Images [N, H, W] or [N, C, H, W] uint8, row by row on grey, every pixel ``scale`` wide."""
+    if images.dim() == 3:
+        images = images[:, None]
+    count, channels, height, width = images.shape
     rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), 128, np.uint8)
-    for i, image in enumerate(images.cpu().numpy()):
+    size = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    sheet = np.full(size, 128, np.uint8)
+    for i, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
-    png = io.BytesIO()
-    Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1)).save(png, "PNG")
-    return png.getvalue()
+    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(sheet.squeeze(2) if channels == 1 else sheet)
+
+
+def sheet(images: Tensor) -> bytes:
+    """Images [N, H, W] or [N, C, H, W] uint8, as a page about as wide as high.
+
+    Raises:
+        ValueError: no images.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to draw")
+    columns = math.ceil(math.sqrt(len(images) * images.shape[-2] / images.shape[-1]))
+    # not much wider than a screen
+    scale = max(1, min(3, 1500 // (columns * images.shape[-1])))
+    return _png(tile(images, columns, scale))
+
+
+def pairs(originals: Tensor, reconstructions: Tensor) -> bytes:
+    """Images [rows, columns, C, H, W] uint8, each row of originals above its reconstructions."""
+    rows, columns, *_, width = originals.shape
+    both = torch.stack([originals, reconstructions], 1).flatten(0, 2)
+    labels = ["original", "reconstruction"] * rows
+    return _png(labelled(tile(both, columns, max(1, 84 // width)), labels, "Test images"))
+
+
+def columns(images: Tensor, names: Sequence[str]) -> bytes:
+    """Images [rows · columns, C, H, W] uint8, row by row; the name of each column above it."""
+    picture = tile(images, len(names))
+    font = ImageFont.load_default(14)
+    page = Image.new(picture.mode, (picture.width, picture.height + 28), "white")
+    page.paste(picture, (0, 28))
+    for i, name in enumerate(names):
+        middle = round((i + 0.5) * picture.width / len(names))
+        ImageDraw.Draw(page).text((middle, 14), name, "black", font, anchor="mm")
+    return _png(page)
+
+
+def labelled(picture: Image.Image, rows: list[str], title: str) -> Image.Image:
+    """The picture with a title above it, and at the left a label for each of its rows."""
+    font = ImageFont.load_default(14)
+    left, top = 12 + max(round(font.getlength(text)) for text in (*rows, "")), 28
+    size = (left + max(picture.width, round(font.getlength(title))), top + picture.height)
+    page = Image.new(picture.mode, size, "white")
+    page.paste(picture, (left, top))
+    draw = ImageDraw.Draw(page)
+    draw.text((left, top // 2), title, "black", font, anchor="lm")
+    for i, text in enumerate(rows):
+        middle = top + round((i + 0.5) * picture.height / len(rows))
+        draw.text((left - 6, middle), text, "black", font, anchor="rm")
+    return page
 
 
 def usage_histogram(counts: Tensor) -> bytes:
@@ -34,6 +88,7 @@ def usage_histogram(counts: Tensor) -> bytes:
     axes.axhline(1 / len(share), color="black", linestyle=":", label="even share")
     axes.set(xlim=(-0.5, len(share) - 0.5), yscale="log")
     axes.set(xlabel=f"code, commonest first ({used} of {len(share)} used)", ylabel="share")
+    axes.set(title="How often each code is chosen on the test set")
     axes.legend()
     return _png(figure)
 
@@ -44,17 +99,21 @@ def training_curves(runs: dict[str, list[dict[str, Any]]], codebook_size: int) -
     left, right = figure.subplots(1, 2)
     for name, curve in runs.items():
         steps = [point["step"] for point in curve]
-        left.plot(steps, [point["reconstruction"] for point in curve], label=name)
-        right.plot(steps, [point["perplexity"] for point in curve], label=name)
-    right.axhline(codebook_size, color="black", linestyle=":")
-    left.set(xlabel="step", ylabel="reconstruction, per pixel", yscale="log")
-    right.set(xlabel="step", ylabel="perplexity of a batch", yscale="log")
-    if len(runs) > 1:
-        right.legend(fontsize="small")
+        left.plot(steps, [point["reconstruction"] for point in curve])
+        right.plot(steps, [point["perplexity"] for point in curve], label=name or "this run")
+    label = f"all {codebook_size} codes equally often"
+    right.axhline(codebook_size, color="black", linestyle=":", label=label)
+    left.set(title="Training", xlabel="step", yscale="log")
+    left.set(ylabel="reconstruction term, per pixel")
+    right.set(title="Codes in use", xlabel="step", ylabel="perplexity of a batch", yscale="log")
+    right.legend(fontsize="small")
     return _png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(picture: Figure | Image.Image) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
+    if isinstance(picture, Figure):
+        picture.savefig(file, format="png", dpi=100)
+    else:
+        picture.save(file, "PNG")
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""The flags of train_mnist.py."""
+"""The flags of the trainers: how they are read, checked, and taken from a run that is resumed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import argparse
 import inspect
 import math
 import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from checkpoints import load_checkpoint
-from mnist_data import DATASETS
+from run_files import load_checkpoint
 
 import vqtriton
 
@@ -39,126 +38,183 @@ QUANTIZER = {
     "backend": "auto, triton or torch",
 }
 # not part of what makes a run what it is: a resumed one may have others
-PASSING = ("data_dir", "device", "compile", "out", "resume", "log_to")
+PASSING = (
+    *("data_dir", "folder", "workers", "device", "compile"),
+    *("out", "resume", "log_to", "checkpoint"),
+)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked, and three things more.
+class Parser(argparse.ArgumentParser):
+    """Flags with defaults that --help shows; an error is one line, with the flag's name."""
 
-    ``quantizer``: the arguments of the quantizer. ``recorded``: what makes a run what it is, all
-    of it JSON. ``checkpoint``: what --resume found, or None.
-    """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    out = args.out or Path("runs", args.dataset)
-    checkpoint = None
-    if args.resume and (out / "checkpoint.safetensors").exists():
-        try:
-            checkpoint = load_checkpoint(out / "checkpoint.safetensors")
-        except (OSError, ValueError) as error:
-            parser.error(f"argument --resume: {error}")
-        # a flag of an earlier version
-        recorded = checkpoint[1]["arguments"]
-        recorded.pop("eps", None)
-        # what is not said again is as it was
-        parser.set_defaults(**recorded)
-        args = parser.parse_args(argv)
-        for name in (name for name in recorded if getattr(args, name) != recorded[name]):
-            parser.error(
-                f"argument {flag(name)}: it is {recorded[name]} in {out}, which cannot be changed"
-            )
-    if args.reconstruction_weight is None:
-        args.reconstruction_weight = RECONSTRUCTION_WEIGHT[args.reconstruction]
-    if args.threshold_ema_dead_code is None:
-        even_share = args.batch_size * 49 / max(args.codebook_size, 1)
-        args.threshold_ema_dead_code = REVIVE_BELOW * even_share
-    args.recorded = {name: value for name, value in vars(args).items() if name not in PASSING}
-    args.quantizer = {name: getattr(args, name) for name in QUANTIZER} | {"accept_image_fmap": True}
-    args.out, args.checkpoint = out, checkpoint
-    check(parser, args)
-    return args
+    def __init__(self, description: str, positional: str = "") -> None:
+        super().__init__(
+            description=description,
+            # short, so that an error is not lost below a list of options
+            usage=f"%(prog)s [--help] {positional}[options]",
+            allow_abbrev=False,
+        )
+        self.group = self.add_argument_group("data")
 
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train a VQ-VAE on MNIST and measure it on the whole test set.",
-        # short, so that an error is not lost below a list of options
-        usage="%(prog)s [--help] [options]",
-        allow_abbrev=False,
-    )
-
-    def add(name: str, help: str, default: Any = None, **options: Any) -> None:
+    def add(self, name: str, help: str, default: Any = None, **options: Any) -> None:
+        """A flag of the group that was begun last. Its type is that of the default."""
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif "choices" not in options:
             options = {"type": type(default), "metavar": "VALUE"} | options
         if default is not None:
             help += " (default: %(default)s)"
-        group.add_argument(flag(name), help=help, default=default, **options)
+        self.group.add_argument(flag(name), help=help, default=default, **options)
 
-    group = parser.add_argument_group("data")
-    add("dataset", "images to train on", "mnist", choices=sorted(DATASETS))
-    add("data_dir", "folder with the four IDX files; else they are fetched", type=Path)
-    add("limit", "train on the first so many images only, to try things out", type=int)
-    group = parser.add_argument_group("model")
-    add("channels", "of the outermost layers; the others have twice as many", 32)
-    kinds = sorted(RECONSTRUCTION_WEIGHT)
-    add("reconstruction", "pixels as Bernoulli variables, or squared error", "bce", choices=kinds)
-    weight = "of the reconstruction, mean over the pixels (default: "
-    add("reconstruction_weight", f"{weight}{RECONSTRUCTION_WEIGHT})", type=float)
-    group = parser.add_argument_group("quantizer, see vqtriton.VectorQuantize")
-    parameters = inspect.signature(vqtriton.VectorQuantize).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    defaults |= {"dim": 32, "codebook_size": 512, "kmeans_init": True}
-    for name, text in QUANTIZER.items():
-        if name == "threshold_ema_dead_code":
-            add(name, text, type=float)
-        else:
-            add(name, text, defaults[name])
-    group = parser.add_argument_group("training")
-    add("epochs", "passes over the training set", 5)
-    add("batch_size", "images a step, over all ranks", 64)
-    add("lr", "peak of the OneCycle rate", 2e-3)
-    add("seed", "of everything random", 0)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("device", "where to train, as torch calls it", best)
-    add("amp", "encoder and decoder in bfloat16", False)
-    add("compile", "with torch.compile", False)
-    group = parser.add_argument_group("results")
-    add("out", "folder for the results (default: runs/ and the data set)", type=Path)
-    add("resume", "go on from the checkpoint in --out; start if there is none", False)
-    add("log_to", "send the values there as well", choices=("tensorboard", "wandb"))
-    return parser
+    def begin(self, title: str) -> None:
+        self.group = self.add_argument_group(title)
 
+    def fail(self, name: str, message: object) -> NoReturn:
+        self.error(f"argument {flag(name)}: {message}")
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with a line that names the flag that is out of its range."""
-    for name, low in {"limit": 1, "channels": 1, "epochs": 1, "batch_size": 1, "seed": 0}.items():
+    def check(self, args: argparse.Namespace, name: str, low: float, high: float) -> None:
+        """The value must be None or in [low, high)."""
         value = getattr(args, name)
-        if value is not None and not low <= value < 2**63:
-            parser.error(f"argument {flag(name)}: {value}; it must be in [{low}, 2**63)")
-    for name in ("lr", "reconstruction_weight"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"argument {flag(name)}: {getattr(args, name)}; it must be positive")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % ranks:
-        parser.error(f"argument --batch-size: {args.batch_size}; not a multiple of {ranks} ranks")
-    if args.limit is not None and args.limit < ranks:
-        parser.error(f"argument --limit: {args.limit}; it must be at least the {ranks} ranks")
-    check_places(parser, args)
+        # written so that NaN is out of range
+        if value is not None and not low <= value < high:
+            bounds = f"[{low}, {'2**63' if high == 2**63 else high})"
+            self.fail(name, f"{value}; it must be in {bounds}")
+
+    def resume(
+        self,
+        args: argparse.Namespace,
+        argv: list[str] | None,
+        name: str = "resume",
+        free: tuple[str, ...] = (),
+    ) -> argparse.Namespace:
+        """Adds ``checkpoint``, what is in --out or None; flags that are not given are as it says.
+
+        A flag may not differ from the run's; only --epochs may be more.
+
+        Args:
+            name: the flag that asks for it. Any other than --resume needs a checkpoint.
+            free: flags that may differ.
+        """
+        path = args.out / "checkpoint.safetensors"
+        args.checkpoint = None
+        if not getattr(args, name) or (name == "resume" and not path.exists()):
+            return args
+        try:
+            checkpoint = load_checkpoint(path)
+        except (OSError, ValueError) as error:
+            self.fail(name, error)
+        # a flag of an earlier version
+        recorded = {k: v for k, v in checkpoint[1]["arguments"].items() if k != "eps"}
+        kept = {key: value for key, value in recorded.items() if key not in free}
+        self.set_defaults(out=args.out, **kept)
+        args = self.parse_args(argv)
+        for key, was in recorded.items():
+            value = getattr(args, key, was)
+            may_grow = key == "epochs" and isinstance(was, int) and value > was
+            if value != was and key not in free and not may_grow:
+                can = "more, but not fewer" if key == "epochs" else "no other"
+                self.fail(key, f"{value}; it was {was} in {args.out}, and can be {can}")
+        args.checkpoint = checkpoint
+        return args
+
+
+def parse_args(
+    parser: Parser,
+    argv: list[str] | None,
+    out: Callable[[argparse.Namespace], Path],
+    grid: Callable[[argparse.Namespace], tuple[int, int]],
+) -> argparse.Namespace:
+    """The flags, checked, and three things more.
+
+    ``quantizer``: the arguments of the quantizer. ``recorded``: what makes a run what it is, all
+    of it JSON. ``checkpoint``: what --resume found, or None.
+
+    Args:
+        out: the default of --out.
+        grid: rows and columns of the indices of an image.
+    """
+    args = parser.parse_args(argv)
+    args.out = args.out or out(args)
+    args = parser.resume(args, argv)
+    check(parser, args)
+    height, width = grid(args)
+    if args.reconstruction_weight is None:
+        args.reconstruction_weight = RECONSTRUCTION_WEIGHT[args.reconstruction]
+    if args.threshold_ema_dead_code is None:
+        even_share = args.batch_size * height * width / max(args.codebook_size, 1)
+        args.threshold_ema_dead_code = REVIVE_BELOW * even_share
+    args.recorded = {name: value for name, value in vars(args).items() if name not in PASSING}
+    args.quantizer = {name: getattr(args, name) for name in QUANTIZER} | {"accept_image_fmap": True}
     try:
         # whether its backend works on this device, and there is nothing to start from yet
-        arguments = args.quantizer | {"kmeans_init": False}
-        vq = vqtriton.VectorQuantize(**arguments).to(args.device).eval()
-        vq(torch.zeros(1, args.dim, 1, 1, device=args.device))
+        vq = vqtriton.VectorQuantize(**args.quantizer | {"kmeans_init": False})
+        vq.to(args.device).eval()(torch.zeros(1, args.dim, 1, 1, device=args.device))
     except (TypeError, ValueError, RuntimeError) as error:
         parser.error(f"quantizer: {str(error).splitlines()[0]}")
+    return args
 
 
-def check_places(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def add_training_flags(parser: Parser, **other_defaults: Any) -> None:
+    """The flags that every trainer of a VQ-VAE has."""
+    parameters = inspect.signature(vqtriton.VectorQuantize).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    defaults |= {"dim": 32, "codebook_size": 512, "kmeans_init": True, "channels": 32}
+    defaults |= {"reconstruction": "bce", "epochs": 5, "batch_size": 64, "lr": 2e-3}
+    defaults |= other_defaults
+
+    def add(name: str, help: str) -> None:
+        parser.add(name, help, defaults[name])
+
+    parser.begin("model")
+    add("channels", "of the outermost layers; the others have twice as many")
+    kinds = sorted(RECONSTRUCTION_WEIGHT)
+    text = "pixels as Bernoulli variables, or squared error"
+    parser.add("reconstruction", text, defaults["reconstruction"], choices=kinds)
+    text = "of the reconstruction, mean over the pixels (default: "
+    parser.add("reconstruction_weight", f"{text}{RECONSTRUCTION_WEIGHT})", type=float)
+    parser.begin("quantizer, see vqtriton.VectorQuantize")
+    for name, text in QUANTIZER.items():
+        if name == "threshold_ema_dead_code":
+            parser.add(name, text, type=float)
+        else:
+            add(name, text)
+    parser.begin("training")
+    add("epochs", "passes over the training set; with --resume, more than before")
+    add("batch_size", "images a step, over all ranks")
+    add("lr", "peak of the OneCycle rate")
+    parser.add("seed", "of everything random", 0)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add("device", "where to train, as torch calls it", best)
+    parser.add("amp", "encoder and decoder in bfloat16", False)
+    parser.add("compile", "with torch.compile", False)
+    parser.begin("results")
+    text = "folder for the results (default: runs/ and the name of the data); a run that is there "
+    parser.add("out", text + "is kept by another name", type=Path)
+    parser.add("resume", "go on from the checkpoint in --out; start if there is none", False)
+    parser.add("log_to", "send the values there as well", choices=("tensorboard", "wandb"))
+
+
+def check(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends the program with a line that names the flag that is out of its range."""
+    for name, low in {"limit": 1, "channels": 1, "epochs": 1, "batch_size": 1, "seed": 0}.items():
+        parser.check(args, name, low, 2**63)
+    for name in ("lr", "reconstruction_weight"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.fail(name, f"{value}; it must be positive")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % ranks:
+        parser.fail("batch_size", f"{args.batch_size}; not a multiple of {ranks} ranks")
+    if args.limit is not None and args.limit < ranks:
+        parser.fail("limit", f"{args.limit}; it must be at least the {ranks} ranks")
+    check_places(parser, args)
+
+
+def check_places(parser: Parser, args: argparse.Namespace) -> None:
     """The same for where data come from, and where work and results go."""
-    if args.data_dir is not None and not args.data_dir.is_dir():
-        parser.error(f"argument --data-dir: {args.data_dir} is not a folder")
+    data_dir = getattr(args, "data_dir", None)
+    if data_dir is not None and not data_dir.is_dir():
+        parser.fail("data_dir", f"{data_dir} is not a folder")
     try:
         if args.device == "cuda":
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -167,13 +223,13 @@ def check_places(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         tensor.item()
         args.device = tensor.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"argument --device: {str(error).splitlines()[0]}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        # whether it can be written to
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
+        parser.fail("device", str(error).splitlines()[0])
+    # it is made when the run begins, so that a mistake in another flag leaves no empty folder
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        parser.fail("out", f"{there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        parser.fail("out", f"{there} cannot be written to")
 
 
 def flag(name: str) -> str:

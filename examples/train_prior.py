@@ -1,14 +1,16 @@
-"""Trains a prior over the indices of a VQ-VAE and samples images from it: minutes on two CPU cores.
+"""Trains a prior over the indices of a VQ-VAE, and draws new digits: ten minutes on two cores.
 
-    python examples/train_prior.py --vqvae runs/mnist
-    python examples/train_prior.py --vqvae runs/mnist --sample-only --temperature 0.9 --top-k 100
+    .venv/bin/python examples/train_prior.py --vqvae runs/mnist
+    .venv/bin/python examples/train_prior.py --vqvae runs/mnist --resume
+    .venv/bin/python examples/train_prior.py --vqvae runs/mnist --sample-only --temperature 0.9
 
-As in the paper (van den Oord et al. 2017, arXiv:1711.00937, section 3.3) p(z) is fit once the
+As in the paper (van den Oord et al. 2017, arXiv:1711.00937, section 3.3) p(z) is fitted once the
 VQ-VAE is trained: p of an index given those before it, row by row. A sample of p(z) through the
 decoder is an image. Here p is a small transformer, and it also knows the class of the image.
 
-The folder ``--out`` gets log.jsonl, a line an epoch; prior.safetensors; samples.png, a column a
-class; and at the end metrics.json, with figures over the whole test set:
+The folder ``--out`` gets after each epoch: log.jsonl, a line an epoch; samples.png, a column a
+class; checkpoint.safetensors, from which --resume goes on; and metrics.json, with figures over the
+whole test set:
 
     test_bits_per_code     -log2 p of an index, mean over all
     test_bits_per_dim      the same for each of the 784 pixels: the rate of the indices alone; what
@@ -20,27 +22,24 @@ class; and at the end metrics.json, with figures over the whole test set:
 
 from __future__ import annotations
 
+import startup  # isort: skip
+
 import argparse
 import hashlib
-import json
 import math
-import os
-import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import plots
 import torch
 import torch.nn.functional as F
-from checkpoints import load_checkpoint, save_checkpoint, write_atomically
 from mnist_data import CLASS_NAMES, load
+from run_files import load_checkpoint, with_prefix, write_atomically
 from torch import Tensor, nn
-from tqdm import tqdm
-from train_args import check_places, flag
+from train_args import Parser, check_places
+from trainer import Trainer, Values, end_if_complete, shuffled
 from vqvae import VQVAE
-
-import vqtriton
 
 SIDE = 7
 INDICES = SIDE * SIDE
@@ -61,6 +60,7 @@ class Prior(nn.Module):
         self, codebook: Tensor, classes: int, width: int, depth: int, heads: int, dropout: float
     ) -> None:
         super().__init__()
+        self.config = {"width": width, "depth": depth, "heads": heads, "dropout": dropout}
         codebook_size, dim = codebook.shape
         codes = F.layer_norm(codebook - codebook.mean(0), codebook.shape)
         codes = codes @ torch.randn(2, dim, width) / dim**0.5
@@ -108,7 +108,8 @@ class Prior(nn.Module):
 def encode(vqvae: VQVAE, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 28, 28], labels uint8 [N] -> indices [N, 49], labels int64 [N]."""
     device = vqvae.vq.codebook.device
-    indices = [vqvae.encode(batch.to(device)).flatten(1) for batch in images.split(500)]
+    batches = images[:, None].to(device).split(500)
+    indices = [vqvae.encode(batch).flatten(1) for batch in batches]
     return torch.cat(indices), labels.to(device).long()
 
 
@@ -139,48 +140,67 @@ def baselines(train: Tensor, test: Tensor, codebook_size: int) -> dict[str, floa
     }
 
 
-def fit(
-    prior: Prior, args: argparse.Namespace, indices: Tensor, labels: Tensor, *test: Tensor
-) -> None:
+class PriorTrainer(Trainer):
     """Trains on indices [N, 49] and labels [N]; ``test``: two such tensors."""
-    optimizer = torch.optim.AdamW(prior.parameters(), args.lr)
-    steps = args.epochs * math.ceil(len(indices) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=0.1)
-    recorded = {name: getattr(args, name) for name in (*RECORDED, "seed")}
-    info = {"arguments": recorded, "vqvae_sha256": fingerprint(args.model)}
-    log: list[dict[str, Any]] = []
-    start = time.perf_counter()
-    for epoch in range(1, args.epochs + 1):
-        prior.train()
-        order = np.random.default_rng((args.seed, epoch)).permutation(len(indices))
-        batches = torch.from_numpy(order).to(args.device).split(args.batch_size)
-        bits = 0.0
-        title = f"epoch {epoch}/{args.epochs}"
-        for batch in tqdm(batches, title, unit="step", leave=False, disable=None):
-            loss = prior.nats(indices[batch], labels[batch]).mean()
-            if not loss.isfinite():
-                raise SystemExit(f"{title}: the loss is {loss.item()}; try a lower --lr")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bits += loss.item() / math.log(2) * len(batch) / len(indices)
-        # the first is of the prior as it was at each step, the second as it is now
-        record = {"epoch": epoch, "train_bits_per_code": bits}
-        record["test_bits_per_code"] = bits_per_code(prior, *test)
-        record["test_bits_per_dim"] = record["test_bits_per_code"] * INDICES / PIXELS
-        record["seconds"] = time.perf_counter() - start
-        log.append(record)
-        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
-        lines = "".join(json.dumps(line) + "\n" for line in log)
-        write_atomically(args.out / "log.jsonl", lines.encode())
-        save_checkpoint(args.out / "prior.safetensors", prior.state_dict(), info)
-        draw(prior, args)
-    results = record | baselines(indices, test[0], args.model.vq.codebook_size) | info
-    environment = {"vqtriton": vqtriton.__version__, "torch": torch.__version__}
-    results["environment"] = environment | {"threads": torch.get_num_threads()}
-    write_atomically(args.out / "metrics.json", (json.dumps(results, indent=2) + "\n").encode())
+
+    shown = ("bits a code",)
+
+    def __init__(
+        self, args: argparse.Namespace, prior: Prior, train: tuple[Tensor, Tensor], test: Any
+    ) -> None:
+        optimizer = torch.optim.AdamW(prior.parameters(), args.lr)
+        super().__init__(args, prior, optimizer, len(train[0]), warmup=0.1)
+        self.train, self.test = train, test
+        self.sums = {"bits": torch.zeros(1, dtype=torch.float64)}
+        self.baselines = baselines(train[0], test[0], args.vqvae_model.vq.codebook_size)
+
+    def order(self, epoch: int) -> Tensor:
+        return shuffled(self.args.seed, epoch + 1, self.available)
+
+    def batches(self, places: Iterable[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        indices, labels = self.train
+        for batch in places:
+            batch = batch.to(indices.device)
+            yield indices[batch], labels[batch]
+
+    def train_on(self, batch: tuple[Tensor, Tensor], is_looked_at: bool) -> Values:
+        self.model.train()
+        loss = self.model.nats(*batch).mean()
+        self.check(loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        bits = loss.item() / math.log(2)
+        self.sums["bits"] += bits * len(batch[0]) / self.count
+        return {"bits a code": bits} if is_looked_at else {}
+
+    def end_epoch(self) -> dict[str, Any]:
+        # of the prior as it was at each step
+        return {"train_bits_per_code": self.sums["bits"].item()}
+
+    def publish(self, record: dict[str, Any]) -> None:
+        # of the prior as it is now
+        bits = bits_per_code(self.model, *self.test)
+        record |= {"test_bits_per_code": bits, "test_bits_per_dim": bits * INDICES / PIXELS}
+        draw(self.model, self.args)
+
+    def describe(self, record: dict[str, Any]) -> str:
+        return describe(record)
+
+    def configs(self) -> dict[str, Any]:
+        return super().configs() | {"vqvae_sha256": self.args.vqvae_sha256}
+
+    def facts(self) -> dict[str, Any]:
+        return self.baselines | {"vqvae_sha256": self.args.vqvae_sha256} | super().facts()
+
+
+def describe(record: dict[str, Any]) -> str:
+    return (
+        f"{record['test_bits_per_code']:.4g} bits a code on the test set, "
+        f"{record['test_bits_per_dim']:.4g} bits a pixel "
+        f"({record['train_bits_per_code']:.4g} bits a code in training)"
+    )
 
 
 def draw(prior: Prior, args: argparse.Namespace) -> None:
@@ -188,14 +208,15 @@ def draw(prior: Prior, args: argparse.Namespace) -> None:
     classes = prior.label.num_embeddings
     labels = torch.arange(classes, device=args.device).repeat(args.samples_per_class)
     indices = prior.sample(labels, args.temperature, args.top_k, args.seed)
-    png = plots.tile(args.model.decode(indices), columns=classes)
-    write_atomically(args.out / "samples.png", png)
+    images = args.vqvae_model.decode(indices)
+    write_atomically(args.out / "samples.png", plots.columns(images, CLASS_NAMES[args.dataset]))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked, and three things more.
+    """The flags, checked, and some things more.
 
-    ``model``: the VQ-VAE. ``dataset``: what it was trained on. ``tensors``: the prior that
+    ``vqvae_model``: the VQ-VAE. ``vqvae_sha256``: its fingerprint. ``dataset``: what it was
+    trained on. ``recorded``: what makes a prior what it is. ``checkpoint``: what --resume or
     --sample-only found, or None.
     """
     parser = build_parser()
@@ -204,117 +225,99 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         model = VQVAE.from_checkpoint(path)
         dataset = load_checkpoint(path)[1]["arguments"].get("dataset")
+        if dataset not in CLASS_NAMES:
+            raise ValueError(f"{path} is not of train_mnist.py")
     except (OSError, ValueError) as error:
-        parser.error(f"argument --vqvae: {error}")
-    out = args.out or args.vqvae / "prior"
-    if out.resolve() == args.vqvae.resolve():
-        parser.error("argument --out: the folder of --vqvae has results of its own")
-    tensors = None
+        parser.fail("vqvae", error)
+    args.out = args.out or args.vqvae / "prior"
+    if args.out.resolve() == args.vqvae.resolve():
+        parser.fail("out", "the folder of --vqvae has results of its own")
     if args.sample_only:
-        path = out / "prior.safetensors"
-        try:
-            tensors, info = load_checkpoint(path)
-        except (OSError, ValueError) as error:
-            parser.error(f"argument --sample-only: {error}")
-        if info.get("vqvae_sha256") != fingerprint(model):
-            parser.error(f"argument --vqvae: {path} is not a prior of the VQ-VAE in {args.vqvae}")
         # samples may have a seed of their own
-        recorded = info["arguments"] | {"seed": args.seed}
-        # what is not said again is as it was
-        args = parser.parse_args(argv, argparse.Namespace(**recorded))
-        for name in (name for name in recorded if getattr(args, name) != recorded[name]):
-            parser.error(
-                f"argument {flag(name)}: it is {recorded[name]} in {out}, which cannot be changed"
-            )
+        args = parser.resume(args, argv, name="sample_only", free=("seed",))
+    else:
+        args = parser.resume(args, argv)
+    sha256 = fingerprint(model)
+    if args.checkpoint and args.checkpoint[1].get("vqvae_sha256") != sha256:
+        parser.fail("vqvae", f"{args.out} is not a prior of the VQ-VAE in {args.vqvae}")
     if args.top_k is None:
         args.top_k = model.vq.codebook_size
-    args.out, args.model, args.dataset, args.tensors = out, model, dataset, tensors
+    args.vqvae_model, args.vqvae_sha256, args.dataset = model, sha256, dataset
+    args.recorded = {name: getattr(args, name) for name in (*RECORDED, "seed")}
     check(parser, args)
-    args.model.to(args.device)
+    model.to(args.device)
     return args
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: Parser, args: argparse.Namespace) -> None:
     """Ends the program with a line that names the flag that is out of its range."""
     whole = ("limit", "width", "depth", "heads", "epochs", "batch_size", "samples_per_class")
     limits: dict[str, tuple[float, float]] = dict.fromkeys(whole, (1, 2**31))
-    limits |= {"top_k": (1, args.model.vq.codebook_size + 1), "seed": (0, 2**63)}
+    limits |= {"top_k": (1, args.vqvae_model.vq.codebook_size + 1), "seed": (0, 2**63)}
     limits |= {"dropout": (0, 1), "lr": (1e-9, math.inf), "temperature": (1e-9, math.inf)}
     for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        # written so that NaN is out of range
-        if value is not None and not low <= value < high:
-            parser.error(f"argument {flag(name)}: {value}; it must be in [{low}, {high})")
+        parser.check(args, name, low, high)
     if args.width % args.heads:
-        parser.error(f"argument --width: {args.width}; not a multiple of {args.heads} heads")
+        parser.fail("width", f"{args.width}; not a multiple of {args.heads} heads")
     check_places(parser, args)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train a prior over the indices of a VQ-VAE and sample images from it.",
-        # short, so that an error is not lost below a list of options
-        usage="%(prog)s [--help] --vqvae FOLDER [options]",
-        allow_abbrev=False,
-    )
-
-    def add(name: str, help: str, default: Any = None, **options: Any) -> None:
-        options = {"type": type(default), "metavar": "VALUE"} | options
-        if default is not None:
-            help += " (default: %(default)s)"
-        parser.add_argument(flag(name), help=help, default=default, **options)
-
+def build_parser() -> Parser:
+    description = "Train a prior over the indices of a VQ-VAE and draw images from it."
+    parser = Parser(description, "--vqvae FOLDER ")
+    add = parser.add
     add("vqvae", "folder of a run of train_mnist.py", type=Path, required=True)
-    add("out", "folder for the results (default: prior in that folder)", type=Path)
     add("data_dir", "folder with the four IDX files; else they are fetched", type=Path)
     add("limit", "train on the first so many images only, to try things out", type=int)
+    parser.begin("model")
     add("width", "of the transformer: numbers per position", 96)
     add("depth", "of the transformer: layers", 3)
     add("heads", "of the transformer: parts of the width that attend by themselves", 4)
     add("dropout", "share of the activations left out in training", 0.0)
-    add("epochs", "passes over the training set", 3)
+    parser.begin("training")
+    add("epochs", "passes over the training set; with --resume, more than before", 3)
     add("batch_size", "images a step", 16)
     add("lr", "peak of the OneCycle rate", 3e-3)
     add("seed", "of everything random", 0)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("device", "where to train, as torch calls it", best)
+    parser.begin("results")
+    text = "folder for the results (default: prior in that of --vqvae); a run that is there is kept"
+    add("out", f"{text} by another name", type=Path)
+    add("resume", "go on from the checkpoint in --out; start if there is none", False)
     add("temperature", "of the samples: divides the logits", 1.0)
     add("top_k", "of the samples: choose among so many codes (default: all)", type=int)
     add("samples_per_class", "rows of samples.png", 8)
-    text = "draw samples.png anew from the prior in --out"
-    parser.add_argument("--sample-only", action="store_true", help=text)
+    add("sample_only", "draw samples.png anew from the prior in --out", False)
     return parser
 
 
-def main() -> None:
-    # cuBLAS reads this when it starts; without it deterministic algorithms are refused
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     # off the CPU an operation without a deterministic form warns, rather than end the run
     torch.use_deterministic_algorithms(True, warn_only=args.device.type != "cpu")
     # a help in finding bugs that costs some percent of the time
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(args.seed)
-    codebook = args.model.vq.codebook.detach().cpu()
+    codebook = args.vqvae_model.vq.codebook.detach().cpu()
     shape = (len(CLASS_NAMES[args.dataset]), args.width, args.depth, args.heads, args.dropout)
     prior = Prior(codebook, *shape).to(args.device)
-    if args.tensors:
-        prior.load_state_dict(args.tensors)
+    if args.sample_only:
+        prior.load_state_dict(with_prefix(args.checkpoint[0], "model."))
         draw(prior, args)
+        print(f"{len(prior.label.weight) * args.samples_per_class} images: {args.out}/samples.png")
         return
+    end_if_complete(args, describe)
+    print(f"Training a prior over the indices of {args.vqvae}.", flush=True)
     try:
         data = load(args.dataset, args.data_dir)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"train_prior.py: {error}") from error
-    train = encode(args.model, data.train_images[: args.limit], data.train_labels[: args.limit])
-    test = encode(args.model, data.test_images, data.test_labels)
-    fit(prior, args, *train, *test)
+    except ValueError as error:
+        raise SystemExit(f"{startup.SCRIPT}: {error}") from error
+    model, limit = args.vqvae_model, args.limit
+    train = encode(model, data.train_images[:limit], data.train_labels[:limit])
+    test = encode(model, data.test_images, data.test_labels)
+    PriorTrainer(args, prior, train, test).run()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except OSError as error:
-        raise SystemExit(f"train_prior.py: {error}") from error
+    startup.run(main)

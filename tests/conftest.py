@@ -40,7 +40,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:.*encountered in:RuntimeWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def is_for_another_process(item: pytest.Item) -> bool:
+    """Whether a run with TRITON_INTERPRET the other way has it."""
+    if INTERPRETED:
+        return item.get_closest_marker("once") is not None
+    if item.get_closest_marker("needs_interpreter"):
+        return True
+    return bool(item.get_closest_marker("needs_kernels")) and not torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        (others if is_for_another_process(item) else ours).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = ours
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -19,8 +19,10 @@ def vector_quantize(
     codebook_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     codes = codebook[indices]
-    codebook_term = F.mse_loss(codes, x.detach())
-    commitment_term = F.mse_loss(x, codes.detach())
+    # torch 2.8 has no gradient of mse_loss for two dtypes; later ones widen as here
+    dtype = torch.promote_types(x.dtype, codes.dtype)
+    codebook_term = F.mse_loss(codes.to(dtype), x.detach().to(dtype))
+    commitment_term = F.mse_loss(x.to(dtype), codes.detach().to(dtype))
     quantized = (x + (codes - x).detach()).to(x.dtype)
     return quantized, codebook_weight * codebook_term + commitment_weight * commitment_term
 

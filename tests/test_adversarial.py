@@ -35,13 +35,13 @@ def test_equals_the_oracle_on_a_part_of_a_million_rows(backend: Backend) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow for a million rows")
+@pytest.mark.once
 @on_every_backend
 def test_equals_the_oracle_on_a_million_rows(backend: Backend) -> None:
     check_total(1_000_000, 1001, backend.name)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels have other blocks")
+@pytest.mark.once
 @pytest.mark.parametrize("case", data.HARD)
 def test_parts_of_the_list_change_nothing(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     x, codebook = data.HARD[case](60, 70, 5)
@@ -54,7 +54,7 @@ def test_parts_of_the_list_change_nothing(monkeypatch: pytest.MonkeyPatch, case:
 # --- the error bound, with the worst that it allows ---
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels do not use torch's matmul")
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["near_ties", "ulp_ties_across_groups", "unit_norm"])
 @pytest.mark.parametrize("dim", [33, 128, 1024])
 def test_exact_with_the_worst_sums(monkeypatch: pytest.MonkeyPatch, case: str, dim: int) -> None:
@@ -76,7 +76,7 @@ def test_exact_with_the_worst_sums(monkeypatch: pytest.MonkeyPatch, case: str, d
 # --- rows in doubt ---
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels count for themselves")
+@pytest.mark.once
 def test_rows_in_doubt_are_counted() -> None:
     codebook = torch.tensor([[0.0], [0.0], [1.0], [3.0]])
     x = torch.tensor([[0.0], [0.5], [0.9], [2.0], [torch.nan]])
@@ -88,10 +88,8 @@ def test_rows_in_doubt_are_counted() -> None:
 
 # --- the data ---
 
-pure = pytest.mark.skipif(INTERPRETED, reason="once is enough")
 
-
-@pure
+@pytest.mark.once
 @pytest.mark.parametrize("dim", adversarial.DIMS)
 @pytest.mark.parametrize(
     ("case", "dtype"),
@@ -111,7 +109,7 @@ def test_distances_differ_by_few_ulp(case: str, dtype: type, dim: int) -> None:
     assert sum(hits) >= 3 if dim == 1 or dtype == np.float64 else all(hits[1:])
 
 
-@pure
+@pytest.mark.once
 @pytest.mark.parametrize("dim", [8, 64, 1024])
 @pytest.mark.parametrize(("case", "step"), [("across_groups", 8), ("in_a_group", 1)])
 def test_ulp_ties_are_where_they_should_be(case: str, step: int, dim: int) -> None:
@@ -121,7 +119,7 @@ def test_ulp_ties_are_where_they_should_be(case: str, step: int, dim: int) -> No
     assert np.mean((last - first == step) & ((first // 8 == last // 8) == (step == 1))) > 0.95
 
 
-@pure
+@pytest.mark.once
 @pytest.mark.parametrize("dim", [1, 12, 64])
 def test_planes_scale_to_the_limits_of_fp16(dim: int) -> None:
     for case in ("rows_at_fp16_limits", "at_fp16_subnormals", "at_fp16_midpoints"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ compare = importlib.import_module("bench.compare")
 devices = importlib.import_module("bench.devices")
 machines = importlib.import_module("vqtriton.tuning.machines")
 measuring = importlib.import_module("bench.measure")
+gpu_report = importlib.import_module("bench.gpu_report")
 report = importlib.import_module("bench.report")
 subjects = importlib.import_module("bench.subjects")
 
@@ -54,6 +56,20 @@ def test_the_docs_are_those_of_the_result_files(path):
     text = path.read_text(encoding="utf-8")
     assert "<!-- bench: training -->" in text
     assert report.with_tables(text) == text
+
+
+def test_the_page_about_the_gpu_is_that_of_the_result_files():
+    text = (report.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert all(f"<!-- gpu: {name} -->" in text for name in gpu_report.MADE)
+    assert gpu_report.with_tables(text) == text
+    # the figures that README.md quotes
+    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    readme = " ".join(readme.split())
+    slower = re.findall(r"\| [1-9]\.\d× \|", gpu_report.latency())
+    cases = gpu_report.latency().count("\n") - 1
+    assert f"slower than vector-quantize-pytorch at {len(slower)} of {cases} real" in readme
+    assert "100,280,560 rows" in gpu_report.correctness()
+    assert "0 of 100,280,560 rows wrong" in readme
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

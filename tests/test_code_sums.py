@@ -70,7 +70,7 @@ def test_a_long_sum_does_not_drift(backend: Backend) -> None:
     assert abs(sums.item() / (n * x[0, 0].double().item()) - 1) <= 2**-22
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize(
     ("n", "small", "tiles"),
     [
@@ -121,7 +121,7 @@ def test_chunks_do_not_overflow_where_the_sum_does_not(backend, deterministic) -
     assert vqtriton.code_sums(x, indices, 1, **options)[0].item() == 0
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels take no float64")
+@pytest.mark.once
 def test_float64_is_kept() -> None:
     x = 1 + 2.0**-40 * torch.arange(8, dtype=torch.float64)[:, None]
     sums, _ = vqtriton.code_sums(x, torch.zeros(8, dtype=torch.int64), 1)
@@ -172,7 +172,7 @@ def test_an_overflow_is_infinite_and_stays_where_it_is(backend: Backend, d: int)
     assert (sums[1] == 19).all()
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("config", [{}, {"least_chunk": 4, "block_elements": 32, "block_d": 4}])
 def test_heads_and_chunks_of_the_kernels(config: dict) -> None:
     from vqtriton.kernels.code_sums import CodeSumsConfig
@@ -209,7 +209,7 @@ def test_gradient_is_a_gather(backend: Backend) -> None:
     torch.testing.assert_close(sums, reference_sums)
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 @given(
     heads=st.sampled_from([1, 3]),
     n=st.sampled_from([0, 1, 2, 63, 256, 300]),
@@ -245,7 +245,7 @@ def test_rows_are_cut_into_chunks(heads, n, k, chunk, skew, seed) -> None:
     assert (chunk_segment[len(used) :] == heads * k).all()
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 def test_launches_of_a_sum() -> None:
     """Beside the kernels: for small batches it is launches that take the time."""
     x, indices = torch.randn(1, 40, 3), torch.randint(7, (1, 40))
@@ -275,7 +275,7 @@ def test_launches_of_a_sum() -> None:
     ]
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("config", [{}, {"block_elements": 32, "block_d": 4}])
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 def test_sums_by_atomics(config: dict, dtype: torch.dtype) -> None:
@@ -326,7 +326,7 @@ def test_atomics_only_on_request(backend: Backend, monkeypatch) -> None:
         vqtriton.code_sums(x, indices, 5, deterministic=0)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("indices", "size", "error", "message"),
     [

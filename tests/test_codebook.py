@@ -15,6 +15,7 @@ import torch._dynamo.testing
 from backends import BACKENDS, Backend, on_every_backend
 from conftest import INTERPRETED
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
@@ -22,7 +23,6 @@ import vqtriton
 from vqtriton import VectorQuantize, codebooks, screening
 
 pytestmark = pytest.mark.kernel
-once = pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
 FILES = Path(__file__).parent / "files" / "before"
 CODES = torch.tensor([[5.0], [9.0]])
 
@@ -190,7 +190,7 @@ def test_learning_goes_on_from_the_codes_that_are_there(backend: Backend, update
         assert torch.equal(target.codebook, codes)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_a_compiled_step_finds_them_as_well(way, backend: str) -> None:
@@ -206,11 +206,11 @@ def test_a_compiled_step_finds_them_as_well(way, backend: str) -> None:
     assert torch.equal(target.codebook[unused], codes[unused])
 
 
-@once
+@pytest.mark.once
 def test_a_start_inside_a_compiled_step_is_one_start() -> None:
     eager = VectorQuantize(2, 4, kmeans_init=True)
     compiled = copy.deepcopy(eager)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled, backend=counter)
     for i in range(5):
         x = torch.randn(40, 2) + 10 * i
@@ -226,7 +226,7 @@ def test_a_start_inside_a_compiled_step_is_one_start() -> None:
         torch.compile(VectorQuantize(2, 4, kmeans_init=True), fullgraph=True)(x)
 
 
-@once
+@pytest.mark.once
 def test_what_is_set_is_what_was_given() -> None:
     """Loaders make notes on tensors, by which they know later which they have loaded."""
     for update in ("ema", "gradient"):
@@ -241,7 +241,7 @@ def test_what_is_set_is_what_was_given() -> None:
             assert vq.codebook.dtype == torch.float32
 
 
-@once
+@pytest.mark.once
 def test_expanded_tensors_become_tensors_of_their_own() -> None:
     vq = VectorQuantize(1, 2)
     vq.cluster_size = torch.ones(1).expand(2)
@@ -274,7 +274,7 @@ def test_codes_that_were_set_stay(backend: Backend, kmeans_init: bool, way: str)
     assert torch.equal(vq.codebook, codes)
 
 
-@once
+@pytest.mark.once
 def test_the_state_is_the_codes_and_their_sizes() -> None:
     vq = VectorQuantize(6, 10)
     assert {n: tuple(t.shape) for n, t in vq.state_dict().items()} == {
@@ -284,7 +284,7 @@ def test_the_state_is_the_codes_and_their_sizes() -> None:
     assert sum(t.numel() for t in (*vq.parameters(), *vq.buffers())) == 10 * 6 + 10
 
 
-@once
+@pytest.mark.once
 def test_a_flag_that_is_cleared_starts_anew() -> None:
     for kmeans_init in (True, False):
         vq = VectorQuantize(2, 4, kmeans_init=kmeans_init)
@@ -310,7 +310,7 @@ def test_a_flag_that_is_cleared_starts_anew() -> None:
         assert bool(vq.is_initialized) is not kmeans_init
 
 
-@once
+@pytest.mark.once
 def test_a_cleared_flag_is_heeded_at_once() -> None:
     def started() -> VectorQuantize:
         vq = VectorQuantize(1, 2, kmeans_init=True)
@@ -336,7 +336,7 @@ def test_a_cleared_flag_is_heeded_at_once() -> None:
         assert torch.equal(vq.codebook, CODES)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_functional_call_leaves_the_module_as_it_was(update: str) -> None:
     vq = VectorQuantize(2, 4, kmeans_init=True, codebook_update=update)
@@ -356,7 +356,7 @@ def test_functional_call_leaves_the_module_as_it_was(update: str) -> None:
     assert torch.equal(values["codebook"], before)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("average", [get_ema_multi_avg_fn(0.5), get_swa_multi_avg_fn(), None])
 def test_averages_of_weights(average) -> None:
     vq = VectorQuantize(2, 4)
@@ -433,7 +433,7 @@ def test_what_is_learned_reaches_a_parametrized_codebook(backend: Backend, updat
     torch.testing.assert_close(vq.codebook.detach(), x[:4])
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options",
     [
@@ -465,7 +465,7 @@ def test_a_write_that_would_be_lost_is_refused(options: dict, kind: str) -> None
         assert vq.eval()(torch.randn(5, 2)).indices.shape == (5,)
 
 
-@once
+@pytest.mark.once
 def test_a_gradient_codebook_learns_through_any_parametrization() -> None:
     vq = VectorQuantize(2, 4, codebook_update="gradient")
     parametrize.register_parametrization(vq, "codebook", Doubled(), unsafe=True)
@@ -512,7 +512,7 @@ def test_hands_off_what_is_frozen(backend: Backend, update: str, how: str) -> No
     assert not same(state(vq), before)
 
 
-@once
+@pytest.mark.once
 def test_a_codebook_that_waits_and_is_frozen_gets_no_start() -> None:
     vq = VectorQuantize(2, 4, kmeans_init=True)
     vq.frozen = True
@@ -588,7 +588,7 @@ def test_a_schedule_is_one_graph(backend: Backend, update: str) -> None:
     # the first step starts the codebook, which no graph can hold
     eager(x)
     compiled = copy.deepcopy(eager)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled, fullgraph=True, backend=counter)
     for i in range(4 if INTERPRETED else 12):
         sizes = []
@@ -608,7 +608,7 @@ def test_a_schedule_is_one_graph(backend: Backend, update: str) -> None:
     assert counter.frame_count == 1
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_checkpointing_a_module_that_learns_is_refused(update: str, reentrant: bool) -> None:
@@ -715,7 +715,7 @@ def test_half_precision_that_arrives_becomes_float32(backend: Backend, update, w
     assert vq.codebook.requires_grad == (update == "gradient")
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -735,7 +735,7 @@ def test_every_integer_dtype_decodes(dtype: torch.dtype) -> None:
 # --- before the start ---
 
 
-@once
+@pytest.mark.once
 def test_inference_before_the_start_warns_once() -> None:
     vq = VectorQuantize(8, 16, kmeans_init=True).eval()
     x = torch.randn(5, 8)
@@ -750,7 +750,7 @@ def test_inference_before_the_start_warns_once() -> None:
     VectorQuantize(8, 16).eval()(x)
 
 
-@once
+@pytest.mark.once
 def test_saving_and_exporting_before_the_start_warn(tmp_path: Path) -> None:
     vq = VectorQuantize(8, 16, kmeans_init=True)
     with pytest.warns(UserWarning, match="no codes yet"):
@@ -821,7 +821,7 @@ def test_the_size_says_how_slowly_a_code_moves(backend: Backend) -> None:
     assert moved[100.0] == pytest.approx(0.01, rel=1e-5)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_reset_codes(update: str) -> None:
     vq = VectorQuantize(2, 5, codebook_update=update)
@@ -860,7 +860,7 @@ def test_reset_codes(update: str) -> None:
         VectorQuantize(2, 5, kmeans_init=True).reset_codes(which, x)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("kmeans_init", [False, True])
 def test_reset_parameters(kmeans_init: bool) -> None:
     torch.manual_seed(0)
@@ -910,7 +910,7 @@ def test_micro_batches_are_one_step(backend: Backend, update: str) -> None:
     torch.testing.assert_close(state(parts), state(whole))
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_module_reduces_as_the_function(reduction: str) -> None:
     vq = VectorQuantize(3, 6, reduction=reduction).eval()
@@ -921,7 +921,7 @@ def test_the_module_reduces_as_the_function(reduction: str) -> None:
     assert torch.equal(vq(x, mask).loss, want.loss)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("channel_last", [True, False])
 def test_lengths_are_a_mask(channel_last: bool) -> None:
     vq = VectorQuantize(3, 6, channel_last=channel_last).eval()
@@ -945,7 +945,7 @@ def test_lengths_are_a_mask(channel_last: bool) -> None:
         vq(x, mask, lens=lens)
 
 
-@once
+@pytest.mark.once
 def test_what_is_set_later_is_checked() -> None:
     vq = VectorQuantize(3, 6)
     for name, value, error in (
@@ -1020,7 +1020,7 @@ def test_what_one_mode_prepares_another_can_use(backend, update, preparations) -
         assert vq.codebook.grad.abs().sum() > 0
 
 
-@once
+@pytest.mark.once
 def test_inference_mode_leaves_a_module_that_can_learn(tmp_path: Path) -> None:
     vq = VectorQuantize(3, 6)
     vqtriton.save(vq, tmp_path / "vq")
@@ -1035,7 +1035,7 @@ def test_inference_mode_leaves_a_module_that_can_learn(tmp_path: Path) -> None:
     assert not loaded.codebook.is_meta
 
 
-@once
+@pytest.mark.once
 def test_accumulation_compiles() -> None:
     eager = VectorQuantize(3, 6)
     compiled = copy.deepcopy(eager)
@@ -1113,7 +1113,7 @@ def test_no_write_is_missed(backend: Backend, write: str, is_frozen: bool) -> No
     assert torch.equal(out.quantized, vq.codebook[out.indices])
 
 
-@once
+@pytest.mark.once
 def test_a_server_with_threads_prepares_as_it_likes() -> None:
     vq = VectorQuantize(8, 64).eval()
     x = torch.randn(200, 8)
@@ -1131,7 +1131,7 @@ def test_a_server_with_threads_prepares_as_it_likes() -> None:
     assert right == [True] * 80
 
 
-@once
+@pytest.mark.once
 # torch warns that custom ops are slow under vmap
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_see_no_prepared_codebook(preparations: list[Tensor]) -> None:
@@ -1208,7 +1208,7 @@ def test_a_state_of_before_inside_a_model() -> None:
 # --- devices without float64 ---
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_a_device_without_float64(update: str, monkeypatch) -> None:
     """All of a step, and of k-means, is what it is on a CPU."""

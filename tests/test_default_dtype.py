@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import vqtriton
+import vqtriton.kernels
 
-ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("vqtriton/**/*.py"), *ROOT.glob("kernels/*.py")])
+# of the package that is tested, installed or in the checkout
+FOLDERS = [Path(vqtriton.__file__).parent, *map(Path, vqtriton.kernels.__path__)]
+FILES = sorted({file for folder in FOLDERS for file in folder.glob("**/*.py")})
 # those of torch that give a tensor of the default dtype, or of one that follows from the values
 FACTORIES = {
     *("arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye"),
@@ -34,7 +36,7 @@ def without_dtype(source: str) -> list[int]:
     return lines
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_whoever_makes_a_tensor_names_its_dtype(path: Path) -> None:
     assert without_dtype(path.read_text()) == []
 

@@ -194,7 +194,7 @@ def test_strides_change_nothing(backend: Backend, revives: bool) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="of the kernel alone")
+@pytest.mark.needs_interpreter
 # with the second, sizes are the threshold
 @pytest.mark.parametrize(("decay", "threshold"), [(0.5, 1.1), (0.0, 2.0)])
 def test_number_of_programs_changes_no_bit(monkeypatch, decay, threshold) -> None:

@@ -32,7 +32,7 @@ import vqtriton
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # examples are scripts, not a package; there they import one another by their bare names
 sys.path.insert(0, str(EXAMPLES))
-checkpoints = importlib.import_module("checkpoints")
+run_files = importlib.import_module("run_files")
 codec = importlib.import_module("mnist_codec")
 mnist_data = importlib.import_module("mnist_data")
 
@@ -76,10 +76,10 @@ def changed(
     run: Path, out: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
 ) -> Path:
     """A run whose checkpoint is that of another after a change to its tensors or its info."""
-    tensors, info = checkpoints.load_checkpoint(run / "checkpoint.safetensors")
+    tensors, info = run_files.load_checkpoint(run / "checkpoint.safetensors")
     change(tensors, info)
     out.mkdir()
-    checkpoints.save_checkpoint(out / "checkpoint.safetensors", tensors, info)
+    run_files.save_checkpoint(out / "checkpoint.safetensors", tensors, info)
     return out
 
 
@@ -193,13 +193,19 @@ def test_as_users_run_it(trained, test_images, tmp_path):
         future = pool.submit(run, *decode, tmp_path / "cut.vq", "--out", tmp_path / "cut.idx")
         decoded = run(*decode, codes, "--out", tmp_path / "decoded.idx")
         refused = future.result()
-    assert (decoded.returncode, decoded.stdout, decoded.stderr) == (0, "", "")
+    assert (decoded.returncode, decoded.stderr) == (0, "")
+    assert decoded.stdout.splitlines() == [
+        "images    501 of 28×28 pixels",
+        f"written   {tmp_path / 'decoded.idx'}, {16 + 501 * 784} bytes",
+    ]
     # in this process: nothing that matters is left behind in the other two
     main("reconstruct", trained, "--images", images, "--out", tmp_path / "direct.idx")
     assert (tmp_path / "decoded.idx").read_bytes() == (tmp_path / "direct.idx").read_bytes()
 
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert re.fullmatch(r"mnist_codec.py: .*/cut.vq is no codes file .*\n", refused.stderr)
+    assert re.fullmatch(
+        r"mnist_codec.py: .*/cut.vq is not a whole file of codes, .*\n", refused.stderr
+    )
     assert not (tmp_path / "cut.idx").exists()
 
 
@@ -227,12 +233,12 @@ def test_a_picture_of_all_images(trained, test_images, tmp_path):
     main("reconstruct", trained, "--images", images, "--out", tmp_path / "direct.png")
     assert (tmp_path / "decoded.png").read_bytes() == (tmp_path / "direct.png").read_bytes()
     with Image.open(tmp_path / "decoded.png") as image:
-        # 20 columns and 2 rows of 28 + 2 pixels, less the last gap, three times
-        assert (image.format, image.size) == ("PNG", (3 * (20 * 30 - 2), 3 * (2 * 30 - 2)))
+        # 5 columns and 5 rows of 28 + 2 pixels, less the last gap, three times
+        assert (image.format, image.size) == ("PNG", (3 * (5 * 30 - 2), 3 * (5 * 30 - 2)))
         pixels = np.asarray(image)[::3, ::3]
     expected = mnist_data.read_images(tmp_path / "decoded.idx").numpy()
     assert np.array_equal(pixels[:28, 30:58], expected[1])
-    assert np.array_equal(pixels[30:, 60:88], expected[22])
+    assert np.array_equal(pixels[120:, 60:88], expected[22])
 
 
 def test_the_test_set_is_that_of_the_data_the_model_knows(trained, tmp_path, monkeypatch):
@@ -271,7 +277,7 @@ def test_a_codebook_of_one_code(tmp_path, count):
     arguments = {"channels": 2, "reconstruction": "bce", "dataset": "mnist"}
     info = {"quantizer": vq.config, "arguments": arguments}
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
-    checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, info)
+    run_files.save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, info)
     images = write_idx(tmp_path / "images.idx", np.zeros((count, 28, 28), np.uint8))
     main("encode", tmp_path, "--images", images, "--out", tmp_path / "codes.vq")
     assert safetensors.numpy.load_file(tmp_path / "codes.vq")["packed"].shape == (0,)
@@ -306,14 +312,14 @@ def truncate(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "is not a whole safetensors file"),
         (
             lambda path: safetensors.numpy.save_file({"model.x": np.zeros(3)}, path),
-            "is not a checkpoint of train_mnist.py",
+            "is not a checkpoint of these examples",
         ),
         (
-            lambda path: checkpoints.save_checkpoint(path, {}, {}),
-            "is not a checkpoint of train_mnist.py",
+            lambda path: run_files.save_checkpoint(path, {}, {}),
+            "is not a checkpoint of these examples",
         ),
         (
-            lambda path: checkpoints.save_checkpoint(path, {}, {"arguments": {}, "quantizer": {}}),
+            lambda path: run_files.save_checkpoint(path, {}, {"arguments": {}, "quantizer": {}}),
             "missing 2 required positional arguments",
         ),
     ],
@@ -349,7 +355,7 @@ def test_what_is_read_is_not_written(trained, tmp_path, capsys):
 
 def test_a_checkpoint_whose_tensors_do_not_fit(trained, tmp_path, capsys):
     def widen(tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
-        info["arguments"]["channels"] += 1
+        info["model"]["channels"] += 1
 
     run = changed(trained, tmp_path / "run", widen)
     line = refused(capsys, tmp_path, "encode", run, "--out", tmp_path / "out")
@@ -396,31 +402,32 @@ def test_the_header_says_what_it_must(trained, codes):
 def test_files_that_hold_no_codes(trained, codes, tmp_path, capsys, spoil):
     spoil(codes)
     line = refused(capsys, tmp_path, "decode", trained, "--codes", codes, "--out", tmp_path / "out")
-    assert f"{codes} is no codes file of this model: " in line
+    assert f"{codes} is not a whole file of codes" in line
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda header: [],
-        lambda header: None,
-        lambda header: header | {"shape": []},
-        lambda header: header | {"shape": [2, 7, 7]},
-        lambda header: header | {"shape": [3, 7, 8]},
-        lambda header: header | {"shape": [3.0, 7, 7]},
-        lambda header: header | {"shape": ["3", 7, 7]},
-        lambda header: header | {"shape": [-3, 7, 7]},
-        lambda header: header | {"shape": [10**30, 7, 7]},
-        lambda header: header | {"codebook_size": 128},
-        lambda header: header | {"bits": 8},
-        lambda header: header | {"model": None},
+        (lambda header: [], "not a whole file of codes"),
+        (lambda header: None, "not a whole file of codes"),
+        (lambda header: header | {"shape": []}, "not a whole file of codes"),
+        (lambda header: header | {"shape": [2, 7, 7]}, "damaged: 129 bytes are not 98 indices"),
+        (lambda header: header | {"shape": [3, 7, 8]}, "made by another model"),
+        (lambda header: header | {"shape": [3.0, 7, 7]}, "not a whole file of codes"),
+        (lambda header: header | {"shape": ["3", 7, 7]}, "not a whole file of codes"),
+        (lambda header: header | {"shape": [-3, 7, 7]}, "not a whole file of codes"),
+        (lambda header: header | {"shape": [10**30, 7, 7]}, "damaged: 129 bytes are not "),
+        (lambda header: header | {"codebook_size": 128}, "with 128 codes, not 100"),
+        (lambda header: header | {"bits": 8}, "made by another model"),
+        (lambda header: header | {"model": None}, "but other weights"),
     ],
 )
-def test_headers_that_do_not_fit(trained, codes, tmp_path, capsys, change):
+def test_headers_that_do_not_fit(trained, codes, tmp_path, capsys, change, message):
     packed, header = read_codes(codes)
     write_codes(codes, packed, change(header))
     line = refused(capsys, tmp_path, "decode", trained, "--codes", codes, "--out", tmp_path / "out")
-    assert f"{codes} is no codes file of this model: " in line
+    assert str(codes) in line
+    assert message in line
 
 
 def test_packed_bytes_that_do_not_fit(trained, codes, tmp_path, capsys):
@@ -455,14 +462,14 @@ def nudge(name: str) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None
         nudge("vq.codebook"),
         nudge("decoder.0.weight"),
         nudge("decoder.7.bias"),
-        lambda _, info: info["arguments"].update(reconstruction="mse"),
+        lambda _, info: info["model"].update(reconstruction="mse"),
     ],
 )
 def test_codes_of_another_model(trained, codes, tmp_path, capsys, change):
     """The last bit of one weight is enough."""
     other = changed(trained, tmp_path / "other", change)
     line = refused(capsys, tmp_path, "decode", other, "--codes", codes, "--out", tmp_path / "out")
-    assert f"{codes} is no codes file of this model: it was made with another codebook or" in line
+    assert f"{codes} was made by another model, with the same number of codes, but other" in line
 
 
 def test_another_encoder_is_no_other_codec(trained, codes, tmp_path):
@@ -553,7 +560,11 @@ def test_bad_outputs(trained, codes, tmp_path, capsys):
             assert f"{tmp_path / out} is not a file in a folder that exists" in line
     empty = write_idx(tmp_path / "empty.idx", np.zeros((0, 28, 28), np.uint8))
     out = tmp_path / "empty.png"
-    refused(capsys, tmp_path, "reconstruct", trained, "--images", empty, "--out", out)
+    line = refused(capsys, tmp_path, "reconstruct", trained, "--images", empty, "--out", out)
+    assert "there are no images to draw" in line
+    for name in ("x.jpg", "x.JPEG", "x.webp"):
+        flags = ("decode", trained, "--codes", codes, "--out", tmp_path / name)
+        assert f"{name} must end in .png for a picture" in refused(capsys, tmp_path, *flags)
 
 
 def test_an_output_is_replaced_as_a_whole_or_not_at_all(

@@ -215,8 +215,9 @@ def test_download_once_and_quietly(tmp_path, monkeypatch, capsys, toy, server, r
     check(mnist_data.load("toy"), toy)
     assert cached(tmp_path / "toy") == server.files
     assert [name for name, _ in server.asked] == PACKED_NAMES
-    # a line for each, and no progress bar where nobody sees it
-    assert re.fullmatch(rf"(trying {server.url}: [^\r\n]*\n){{4}}", capsys.readouterr().err)
+    # one line, and no progress bar where nobody sees it
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"toy is not in {tmp_path / 'toy'} yet: fetching it")
     check(mnist_data.load("toy"), toy)
     assert len(server.asked) == 4
     assert capsys.readouterr().err == ""
@@ -332,9 +333,9 @@ def test_with_nothing_in_reach_the_message_names_every_source(tmp_path, monkeypa
     reasons = {"http": "Name or service not known", "file": "No such file", "mnis": "no index here"}
     for source in sources:
         assert re.search(f"  {source}: .*{reasons[source[:4]]}", str(caught.value))
-    assert str(tmp_path / name) in str(caught.value)
+    assert "--data-dir FOLDER" in str(caught.value)
     assert ("apt install dataset-fashion-mnist" in str(caught.value)) == (name == "fashion-mnist")
-    assert cached(tmp_path / name) == {}
+    assert list(tmp_path.iterdir()) == []
 
 
 class CallsSystem:

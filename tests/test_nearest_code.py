@@ -164,7 +164,7 @@ def test_fast_gives_ties_to_the_lowest_index(backend: Backend) -> None:
     assert (nearest(x, codebook, backend, precision="fast") == 0).all()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels do not use torch's matmul")
+@pytest.mark.once
 def test_exact_where_matmuls_round_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     # what torch may do with float32_matmul_precision="medium" on hardware that has bfloat16
     addmm = torch.addmm
@@ -176,16 +176,25 @@ def test_exact_where_matmuls_round_their_inputs(monkeypatch: pytest.MonkeyPatch)
     want = oracle.nearest_code(x, codebook)
     monkeypatch.setattr(torch, "addmm", rounded)
     assert not torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    before = matmul.fp32_precision if matmul else torch.get_float32_matmul_precision()
+
+    def set_precision(value: str) -> None:
+        # torch 2.8 has the older setting alone; later ones do not let it be mixed with the newer
+        if matmul:
+            matmul.fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision(value)
+
     try:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        set_precision("bf16" if matmul else "medium")
         got = vqtriton.nearest_code(x, codebook, backend="torch")
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        set_precision(before)
     assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels take no float64")
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("x", "codebook"),
     [
@@ -238,13 +247,13 @@ def test_bad_input_is_named(x, codebook, options, error, message) -> None:
         vqtriton.nearest_code(x, codebook, **options)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs the kernels on the CPU")
+@pytest.mark.once
 def test_kernels_refuse_cpu_tensors() -> None:
     with pytest.raises(ValueError, match="backend='triton' cannot run on cpu tensors"):
         vqtriton.nearest_code(X, CODEBOOK, backend="triton")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="kernels cannot run here at all")
+@pytest.mark.needs_interpreter
 def test_kernels_refuse_float64() -> None:
     with pytest.raises(TypeError, match="float64"):
         vqtriton.nearest_code(X.double(), CODEBOOK, backend="triton")
@@ -285,7 +294,7 @@ def test_prepared_codebook_compiles(backend: Backend) -> None:
     assert torch.equal(compiled(x), vqtriton.nearest_code(x, prepared))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels take no float64")
+@pytest.mark.once
 def test_codebook_prepared_for_another_precision() -> None:
     x, codebook = data.midpoints(200, 70, 12)
     prepared = vqtriton.prepare_codebook(codebook, backend="torch")
@@ -309,7 +318,7 @@ def test_bad_preparation_is_named() -> None:
         vqtriton.nearest_code(X[:, :2], prepared)
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 def test_more_dimensions_than_the_bound_covers_are_refused() -> None:
     # a code in the middle of others that fill fp16: its bias would not fit, and its rows go wrong
     for dim in (4094, 4095):
@@ -328,7 +337,7 @@ def test_more_dimensions_than_the_bound_covers_are_refused() -> None:
             vqtriton.prepare_codebook(args[1], backend="triton")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the torch backend")
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
 def test_repeated_codes_under_autocast(dtype, autocast) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
 from backends import Backend, on_every_backend
+from torch._dynamo.testing import CompileCounter
 
 import vqtriton
 from vqtriton import ops
@@ -57,6 +60,36 @@ def test_opcheck(backend: Backend) -> None:
         torch.library.opcheck(op, args)
 
 
+@on_every_backend
+def test_one_thread_at_a_time_launches_kernels(backend: Backend, monkeypatch) -> None:
+    """Triton parses what is launched first, and Python 3.11 cannot in two threads at once."""
+    x, codebook = torch.randn(9, 5, device=backend.device), torch.randn(4, 5, device=backend.device)
+    want = vqtriton.nearest_code(x, codebook, backend=backend.name)
+    inside, most, right = [], [], []
+    run_kernels = ops.run_kernels
+
+    def slow(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        out = run_kernels(*args, **kwargs)
+        inside.pop()
+        return out
+
+    monkeypatch.setattr(ops, "run_kernels", slow)
+
+    def search() -> None:
+        right.append(torch.equal(vqtriton.nearest_code(x, codebook, backend=backend.name), want))
+
+    threads = [threading.Thread(target=search) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 4
+    assert most == ([1] * 4 if backend.name == "triton" else [])
+
+
 def step(x, codebook, backend):
     out = vqtriton.vector_quantize(x, codebook, backend=backend.name)
     return out.loss + (out.quantized * torch.arange(5.0, device=x.device)).sum(), out.indices
@@ -79,7 +112,7 @@ def test_compiles_as_one_graph(backend: Backend, dynamic: bool) -> None:
 
 @on_every_backend
 def test_batch_sizes_do_not_recompile(backend: Backend) -> None:
-    count = torch._dynamo.testing.CompileCounter()
+    count = CompileCounter()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
     codebook = torch.randn(4, 5, device=backend.device)
     for n in range(2, 12):

@@ -179,6 +179,21 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, sources):
     assert wheel.name == f"vqtriton-{__version__}-py3-none-any.whl"
 
 
+def test_sdist_gives_the_same_wheel(wheel, sources, tmp_path):
+    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    done = run(sys.executable, "-c", script, cwd=sources)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = tmp_path.glob("vqtriton-*.tar.gz")
+    folder = tmp_path / "wheel"
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, sdist, cwd=tmp_path)
+    (other,) = folder.iterdir()
+    contents = [
+        {name: archive.read(name) for name in archive.namelist()}
+        for archive in map(zipfile.ZipFile, (wheel, other))
+    ]
+    assert contents[0] == contents[1]
+
+
 def test_wheel_metadata(wheel):
     text = zipfile.ZipFile(wheel).read(f"vqtriton-{__version__}.dist-info/METADATA").decode()
     metadata = Parser().parsestr(text)

@@ -327,6 +327,11 @@ def test_torch_export_of_x_that_requires_grad(tmp_path):
     program = torch.export.export(plain, (x,), dynamic_shapes={"x": {0: batch}})
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert all(name.startswith("aten.") for name in names), names
+    if torch.__version__.startswith("2.8."):
+        # it saves no infinity, as in the comparison that finds rows that are not finite
+        with pytest.raises(ValueError, match="Out of range float values"):
+            torch.export.save(program, tmp_path / "program.pt2")
+        return
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()
     for module in (plain, program.module(), loaded):

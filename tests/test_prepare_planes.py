@@ -37,9 +37,6 @@ compiling = importlib.import_module("vqtriton.tuning.compiling")
 machines = importlib.import_module("vqtriton.tuning.machines")
 
 HAS_GPU = torch.cuda.is_available()
-runs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not HAS_GPU, reason="needs a GPU or the interpreter"
-)
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 # either side of what is split and of the columns for the bias; powers of two and not
 DIMS = (1, 5, 12, 64, 150)
@@ -88,7 +85,7 @@ def stored_parts(planes: CodePlanes, size: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", DIMS)
 def test_equals_the_torch_version(case: str, dim: int) -> None:
@@ -97,7 +94,7 @@ def test_equals_the_torch_version(case: str, dim: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @given(
     heads=st.integers(1, 2),
     k=st.sampled_from([1, 2, 7, 63, 65, 255, 256, 257, 300]),
@@ -125,7 +122,7 @@ def test_equals_the_torch_version_whatever_the_shape(
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("dim", [300, 1021, 1024])
 def test_wide_codes(dim: int) -> None:
     codebook = torch.randn(1, 20, dim)
@@ -134,7 +131,7 @@ def test_wide_codes(dim: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("dim", [2, 12])
 def test_tiles_of_one_code(dim: int) -> None:
     codebook = torch.randn(1, 9, dim)
@@ -144,7 +141,7 @@ def test_tiles_of_one_code(dim: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("dim", [1, 8, 16])
 def test_heads_have_nothing_in_common(dim: int) -> None:
     codebook = torch.randn(4, 300, dim) * torch.tensor([1.0, 1e30, 1e-40, 1])[:, None, None]
@@ -158,7 +155,7 @@ def test_heads_have_nothing_in_common(dim: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize(
     "largest", [0.0, 2.0**-149, 2.0**-127, 2.0**-117, 2.0**-116, 1.0, 2.0**127, 3.4028234e38]
 )
@@ -170,7 +167,7 @@ def test_scale_of_the_smallest_and_the_largest(largest: float) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", [5, 12, 100])
 def test_bounds_hold_for_what_is_stored(case: str, dim: int) -> None:
@@ -193,7 +190,7 @@ def test_bounds_hold_for_what_is_stored(case: str, dim: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", [12])
 def test_screen_certifies_nothing_wrong(case: str, dim: int) -> None:
@@ -210,7 +207,7 @@ def test_screen_certifies_nothing_wrong(case: str, dim: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("dim", [4, 64])
 def test_repeats_bit_for_bit(dim: int) -> None:
     codebook = torch.randn(1, 600, dim)
@@ -242,7 +239,7 @@ def launches(dim: int, dtype: torch.dtype, is_strided: bool) -> list[compiling.L
     return compiling.launches_of(kernels, kernels.prepare_planes, codebook, *inner_size(dim))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.once
 @pytest.mark.parametrize("target", compiling.TARGETS)
 @pytest.mark.parametrize(
     ("dim", "dtype", "is_strided"),
@@ -271,7 +268,7 @@ def test_fits_the_target(dim: int, dtype: torch.dtype, is_strided: bool, target:
         assert narrow == set()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.once
 def test_sizes_are_not_part_of_the_program() -> None:
     for launch in launches(64, torch.float32, False):
         for param in launch.kernel.params:

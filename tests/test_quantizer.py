@@ -176,7 +176,7 @@ def test_a_bad_row_never_reaches_the_codebook(backend: Backend, update: str, bad
 
 
 @on_every_backend
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", *([] if INTERPRETED else ["double"])])
 def test_statistics_stay_float32(backend: Backend, cast: str) -> None:
     if cast == "double" and backend.name == "triton":
         pytest.skip("the kernels take no float64")
@@ -240,7 +240,7 @@ def test_an_overflow_leaves_no_average_infinite(backend: Backend) -> None:
         vq(x)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 def test_a_start_whose_sums_overflow_is_finite() -> None:
     vq = VectorQuantize(2, 2, kmeans_init=True)
     for _ in range(3):
@@ -384,7 +384,7 @@ def test_a_training_step_compiles_as_one_graph(
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -427,7 +427,7 @@ def test_kmeans_init_waits_for_rows(backend: Backend, iters: int) -> None:
     assert (vq.codebook - x.mean(0)).abs().max() > 0.5
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 @pytest.mark.parametrize("mask", [torch.zeros(30).long(), torch.ones(29) > 0])
 def test_a_refused_call_changes_nothing(mask) -> None:
     vq = VectorQuantize(4, 8, kmeans_init=True)
@@ -437,7 +437,7 @@ def test_a_refused_call_changes_nothing(mask) -> None:
     assert all(torch.equal(before[name], value) for name, value in vq.state_dict().items())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 def test_can_be_subclassed(tmp_path) -> None:
     class Small(VectorQuantize):
         def __init__(self, dim: int, *, extra: int = 1) -> None:
@@ -451,7 +451,7 @@ def test_can_be_subclassed(tmp_path) -> None:
         vqtriton.save(small, tmp_path / "small")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 def test_bad_input_is_named() -> None:
     vq = VectorQuantize(4, 8, accept_image_fmap=True)
     with pytest.raises(ValueError, match=r"x has shape \(2, 5, 3, 3\); it must be \[B, D, H, W\]"):
@@ -466,7 +466,7 @@ def test_bad_input_is_named() -> None:
         vq.get_codes_from_indices(torch.zeros(3))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 def test_config_names_every_option() -> None:
     import inspect
 

@@ -33,7 +33,7 @@ compiling = importlib.import_module("vqtriton.tuning.compiling")
 HAS_GPU = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.kernel,
-    pytest.mark.skipif(not INTERPRETED and not HAS_GPU, reason="needs a GPU or the interpreter"),
+    pytest.mark.needs_kernels,
 ]
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 SCREEN = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)

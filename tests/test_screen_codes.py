@@ -45,9 +45,6 @@ sass_kernels = importlib.import_module("bench.sass_kernels")
 TARGETS = compiling.TARGETS
 
 HAS_GPU = torch.cuda.is_available()
-runs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not HAS_GPU, reason="needs a GPU or the interpreter"
-)
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 # either side of what is split, of the columns for the bias, and of the parts of the inner size
 DIMS = (1, 3, 4, 5, 8, 9, 12, 14, 16, 33, 64, 100, 150)
@@ -232,7 +229,7 @@ def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> 
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", [4, 12, 64])
 def test_certifies_nothing_wrong(case: str, dim: int) -> None:
@@ -251,7 +248,7 @@ def test_certifies_nothing_wrong(case: str, dim: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @given(
     n=st.sampled_from([1, 15, 17, 33]),
     k=st.sampled_from([1, 2, 8, 9, 63, 65, 255, 257, 300]),
@@ -285,7 +282,7 @@ def test_nothing_changes_a_certified_row(
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 def test_splits_change_no_bit() -> None:
     x, codebook = data.gaussian(40, 1500, 16)
     whole = screen(x, codebook, splits=1)
@@ -303,7 +300,7 @@ def test_tiles_that_do_not_fit_are_refused(block_k: int) -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 def test_one_bad_row_is_one_bad_row() -> None:
     x, codebook = data.gaussian(40, 100, 16)
     want = screen(x, codebook)
@@ -318,7 +315,7 @@ def test_one_bad_row_is_one_bad_row() -> None:
 
 
 @pytest.mark.kernel
-@runs_kernels
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("splits", [1, 2])
 def test_heads_are_searched_apart(splits: int) -> None:
     # float32 of other magnitudes for each head: a mean or scale of another head would show
@@ -345,7 +342,7 @@ def launches_of(target: str, dim: int, layout: str = "contiguous") -> list[compi
     return sass_kernels.record_nearest_code(x, target)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.once
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dim", COMPILED_DIMS)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
@@ -363,14 +360,14 @@ def test_fits_the_target(target: str, dim: int, layout: str) -> None:
     assert all(int(inner) >= 16 for pair in dots for inner in pair)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.once
 @pytest.mark.parametrize("target", TARGETS)
 def test_merge_fits_the_target(target: str) -> None:
     launch = launches_of(target, 64)[1]
     assert compiling.compile_launch(launch, target).spilled_bytes == 0
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.once
 def test_sizes_are_not_part_of_the_program() -> None:
     for launch in launches_of("sm_90", 64):
         for param in launch.kernel.params:

@@ -11,6 +11,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 
@@ -436,7 +437,9 @@ def test_exotic_dtype(dtype, bits, file):
     size = DIM * SIZE * bits // 8
     entry |= {"dtype": dtype, "data_offsets": [end, end + size]}
     write(file, header, packed + bytes(size))
-    refused(file, dtype if "6_" in dtype else "codebook is ")
+    word = dtype if "6_" in dtype else "codebook is "
+    # safetensors 0.5 knows fewer dtypes, and names none that it does not know
+    refused(file, "" if safetensors.__version__.startswith("0.5.") else word)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -73,11 +73,10 @@ def shape_and_limit(backend: Backend) -> tuple[tuple[int, int, int], int, int]:
 
 
 @on_every_backend
-@pytest.mark.parametrize("update", ["ema", "gradient"])
+# in the interpreter the second takes seconds, and its kernels take the same memory
+@pytest.mark.parametrize("update", ["ema"] if INTERPRETED else ["ema", "gradient"])
 def test_memory_of_a_step(backend: Backend, update: str) -> None:
     """Outputs, 2·N·D·4 bytes, and O(N + K·D)."""
-    if INTERPRETED and update == "gradient":
-        pytest.skip("seconds, and its kernels take the same memory")
     shape, limit, matrix = shape_and_limit(backend)
     step = training_step(backend, *shape, update)
     assert peak_bytes(step, backend.device) <= limit < 0.75 * matrix
@@ -180,7 +179,7 @@ def work(indices: Tensor, k: int, d: int) -> tuple[int, int]:
     return int(moved), max(int(counts.clamp(max=chunk).max()), int(chunks.max()))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="once is enough")
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("n", "k", "d"), [(1 << 20, 1024, 64), (1 << 20, 16384, 128), (4096, 256, 8)]
 )
@@ -194,7 +193,7 @@ def test_a_skewed_batch_costs_no_more(n: int, k: int, d: int) -> None:
         assert longest <= max(256, 2 * n**0.5), name
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("skew", SKEWS)
 def test_chunks_are_as_counted(skew: str, monkeypatch) -> None:
     """The launch really has the chunks that the count of the work is made from."""

@@ -6,14 +6,17 @@ import contextlib
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
+import termios
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +30,14 @@ import vqtriton
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # examples are scripts, not a package; there they import one another by their bare names
 sys.path.insert(0, str(EXAMPLES))
-checkpoints = importlib.import_module("checkpoints")
 mnist_data = importlib.import_module("mnist_data")
+progress = importlib.import_module("progress")
+run_files = importlib.import_module("run_files")
 train_args = importlib.import_module("train_args")
 train_mnist = importlib.import_module("train_mnist")
+trainer = importlib.import_module("trainer")
 vqvae = importlib.import_module("vqvae")
+vqvae_trainer = importlib.import_module("vqvae_trainer")
 
 # few steps, so statistics that are quick to forget; 8 steps an epoch
 TINY = (
@@ -71,7 +77,7 @@ def patched(patch: pytest.MonkeyPatch) -> Iterator[mnist_data.Data]:
         data.test_labels[:400],
     )
     patch.setattr(train_mnist, "load", lambda name, folder: few)
-    patch.setattr(train_mnist, "LOOK_EVERY", 3)
+    patch.setattr(trainer, "LOOK_EVERY", 3)
     was = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield few
     for number, handler in was.items():
@@ -118,7 +124,7 @@ def test_metrics_are_complete_and_in_range(as_users_run_it):
     assert metrics["arguments"]["codebook_size"] == 32
     assert metrics["arguments"]["kmeans_init"] is True
     assert metrics["environment"]["vqtriton"] == vqtriton.__version__
-    assert f"test_mse {metrics['test_mse']:.4g}" in stdout
+    assert f"Result: on the test set MSE {metrics['test_mse']:.4g}, BCE " in stdout
     names = {"metrics.json", "log.jsonl", "checkpoint.safetensors"}
     assert {path.name for path in out.iterdir()} == names | {
         *("reconstructions.png", "usage.png", "curves.png")
@@ -148,8 +154,13 @@ def test_reconstructions_are_a_picture_of_both(as_users_run_it):
     out, _, _ = as_users_run_it
     with Image.open(out / "reconstructions.png") as image:
         # 10 columns of 28 + 2 pixels, 6 rows likewise, less the last gap; three times
-        assert image.size == (3 * (10 * 30 - 2), 3 * (6 * 30 - 2))
-        pixels = np.asarray(image)[::3, ::3] / 255
+        width, height = 3 * (10 * 30 - 2), 3 * (6 * 30 - 2)
+        # title and labels are above and at the left
+        page = np.asarray(image)
+        assert image.size > (width, height)
+        assert (page[:-height] < 128).any()
+        assert (page[-height:, :-width] < 128).any()
+        pixels = page[-height::3, -width::3] / 255
     data = mnist_data.load("mnist")
     errors, errors_of_mean = [], []
     for digit in range(10):
@@ -195,11 +206,11 @@ def test_loss_terms_add_up(few_images, tmp_path, update, reconstruction):
 def test_squared_error_is_that_of_the_decoder_itself(few_images, tmp_path):
     metrics = train(tmp_path, "--reconstruction=mse")
     model = vqvae.VQVAE.from_checkpoint(tmp_path / "checkpoint.safetensors")
-    images = few_images.test_images / 255
+    images = few_images.test_images[:, None] / 255
     with torch.no_grad():
         pixels = model(images)[0].clamp(0, 1)
     assert metrics["test_mse"] == pytest.approx((pixels - images).square().mean().item(), 1e-4)
-    decoded = model.decode(model.encode(few_images.test_images))
+    decoded = model.decode(model.encode(few_images.test_images[:, None]))
     assert (decoded - pixels * 255).abs().max() <= 0.501
 
 
@@ -213,27 +224,27 @@ def test_a_seed_repeats_bit_for_bit_and_another_does_not(few_images, tmp_path):
 
 
 def test_each_epoch_has_an_order_of_its_own():
-    first, second = (train_mnist.shuffled(7, epoch, 100).tolist() for epoch in (0, 1))
+    first, second = (trainer.shuffled(7, epoch, 100).tolist() for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(100))
     assert first != second
-    assert train_mnist.shuffled(7, 0, 100).tolist() == first
-    assert train_mnist.shuffled(8, 0, 100).tolist() != first
+    assert trainer.shuffled(7, 0, 100).tolist() == first
+    assert trainer.shuffled(8, 0, 100).tolist() != first
 
 
 def test_codes_are_revived_until_80_percent(few_images, tmp_path, monkeypatch):
     thresholds = []
-    step = train_mnist.Trainer._step
+    step = vqvae_trainer.VQVAETrainer.train_on
 
     def spy(self, *args):
         values = step(self, *args)
         thresholds.append(self.model.vq.threshold_ema_dead_code)
         return values
 
-    monkeypatch.setattr(train_mnist.Trainer, "_step", spy)
+    monkeypatch.setattr(vqvae_trainer.VQVAETrainer, "train_on", spy)
     train(tmp_path)
     # the default, of an even share of 64 · 49 / 32, is tested below
     assert thresholds == [20] * 13 + [0] * 3
-    args = train_args.parse_args([f"--out={tmp_path}"])
+    args = train_mnist.parse_args([f"--out={tmp_path}"])
     assert args.threshold_ema_dead_code == pytest.approx(0.4 * 64 * 49 / 512)
 
 
@@ -264,7 +275,7 @@ def test_flags_reach_the_training(few_images, tmp_path, flags):
                 or (float(value) == expected)
             )
     # in the arguments of the quantizer, not only in the record
-    _, info = checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")
+    _, info = run_files.load_checkpoint(tmp_path / "checkpoint.safetensors")
     vq = info["quantizer"] | {"threshold_ema_dead_code": None}
     of_vq = {name: metrics["arguments"][name] for name in train_args.QUANTIZER}
     assert vq.items() >= (of_vq | {"threshold_ema_dead_code": None}).items()
@@ -315,34 +326,151 @@ def test_resumed_after_a_kill_is_the_same_run(
     few_images, uninterrupted, tmp_path, monkeypatch, killed_before
 ):
     """A checkpoint is written before the first step, and after the 8th and the last."""
-    whole = metrics_of(uninterrupted)
-    step, finish = train_mnist.Trainer._step, train_mnist.Trainer.finish
-    steps = []
+    whole, out = metrics_of(uninterrupted), tmp_path / "killed"
+    step, save = vqvae_trainer.VQVAETrainer.train_on, trainer.Trainer.save
 
     def die(self, *args):
         if self.step == killed_before:
             raise Killed
-        steps.append(self.step)
-        return step(self, *args)
+        return (step if args else save)(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_mnist.Trainer, "finish" if killed_before == 16 else "_step", die)
+        # 16: when all is written but the checkpoint
+        name = "save" if killed_before == 16 else "train_on"
+        patch.setattr(vqvae_trainer.VQVAETrainer, name, die)
         with pytest.raises(Killed):
-            train(tmp_path / "killed")
-    assert not (tmp_path / "killed" / "metrics.json").exists()
+            train(out)
     # the arguments are in the checkpoint
-    train_mnist.main(["--resume", f"--out={tmp_path / 'killed'}"])
-    assert train_mnist.Trainer.finish is finish
-    assert metrics_of(tmp_path / "killed") == whole
+    train_mnist.main(["--resume", f"--out={out}"])
+    assert metrics_of(out) == whole
     for name in ("curves.png", "usage.png", "reconstructions.png"):
-        resumed = (tmp_path / "killed" / name).read_bytes()
-        assert resumed == (uninterrupted / name).read_bytes()
+        assert (out / name).read_bytes() == (uninterrupted / name).read_bytes()
     drop = {"seconds": None}
-    for line, other in zip(log_of(tmp_path / "killed"), log_of(uninterrupted), strict=True):
+    for line, other in zip(log_of(out), log_of(uninterrupted), strict=True):
         assert line | drop == other | drop
-    # a run that is complete is left as it is
-    train_mnist.main(["--resume", f"--out={tmp_path / 'killed'}"])
-    assert metrics_of(tmp_path / "killed") == whole
+
+
+def content_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path) -> Path:
+    """A copy of a run of 2 of 2 epochs."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+
+
+def test_a_run_that_is_complete_says_so_and_stays_as_it_is(finished, few_images, capsys):
+    before = content_of(finished)
+    for flags in ((), ("--epochs=2",)):
+        with pytest.raises(SystemExit) as caught:
+            train_mnist.main(["--resume", f"--out={finished}", *flags])
+        assert caught.value.code == 0
+        output = capsys.readouterr().out
+        assert "already complete (2 of 2 epochs)" in output
+        assert "--epochs 4" in output
+        assert f"Result: on the test set MSE {metrics_of(finished)['test_mse']:.4g}" in output
+    assert content_of(finished) == before
+
+
+@pytest.mark.parametrize("end", ["none", "Ctrl-C", "kill", "nan"])
+def test_a_finished_run_survives_another_in_its_folder(
+    finished, few_images, monkeypatch, capsys, end
+):
+    before = content_of(finished)
+    step = vqvae_trainer.VQVAETrainer.train_on
+
+    def interrupted(self, *args):
+        if self.step == 3 and end == "kill":
+            raise Killed
+        if self.step == 3 and end == "Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    flags = ("--seed=5", "--epochs=1", *(["--lr=1e30"] if end == "nan" else ()))
+    with monkeypatch.context() as patch:
+        patch.setattr(vqvae_trainer.VQVAETrainer, "train_on", interrupted)
+        if end == "none":
+            train(finished, *flags)
+        else:
+            with pytest.raises((SystemExit, Killed)):
+                train(finished, *flags)
+    kept = finished.with_name("run-1")
+    assert content_of(kept) == before
+    assert f"held a run of 2 of 2 epochs. It is kept: {kept}" in capsys.readouterr().out
+    # nothing of the old one is left beside the new one
+    names = before if end == "none" else ["checkpoint.safetensors"]
+    assert sorted(content_of(finished)) == sorted(names)
+    # a third one: those that have made a step are kept as well
+    train(finished, "--epochs=1", "--seed=6")
+    assert content_of(kept) == before
+    kept_too = finished.with_name("run-2")
+    assert kept_too.exists() == (end in ("none", "Ctrl-C"))
+
+
+def test_more_epochs_are_a_second_cycle(finished, few_images, tmp_path, monkeypatch):
+    rates = []
+    step = vqvae_trainer.VQVAETrainer.train_on
+
+    def interrupted(self, *args):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        if self.step == 21 and len(rates) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    # asked for before the first two are done, and in between stopped: it is all the same
+    with monkeypatch.context() as patch:
+        patch.setattr(vqvae_trainer.VQVAETrainer, "train_on", interrupted)
+        with pytest.raises(SystemExit):
+            train_mnist.main(["--resume", "--epochs=3", f"--out={finished}"])
+        train_mnist.main(["--resume", f"--out={finished}"])
+    assert len(rates) == 8
+    # it rises again, and comes down again
+    assert rates[0] == pytest.approx(0.01 / 25)
+    assert max(rates) == pytest.approx(0.01, rel=0.05)
+    assert rates[-1] < 1e-4
+    metrics = metrics_of(finished)
+    assert (metrics["epoch"], metrics["arguments"]["epochs"]) == (3, 3)
+    with pytest.raises(SystemExit) as caught:
+        train_mnist.main(["--resume", "--epochs=2", f"--out={finished}"])
+    assert caught.value.code == 2
+
+
+def test_two_processes_cannot_train_in_one_folder(finished, few_images):
+    before = content_of(finished)
+    with run_files.claimed(finished, resume=True):
+        for flags in ((), ("--resume", "--epochs=3")):
+            with pytest.raises(OSError, match=f"another process is training in {finished}"):
+                train(finished, *flags)
+    assert content_of(finished) == before
+
+
+def test_the_folder_that_one_is_in_is_not_renamed(finished, few_images, monkeypatch):
+    monkeypatch.chdir(finished)
+    before = content_of(finished)
+    with pytest.raises(OSError, match="say --resume, or another --out"):
+        train(Path())
+    assert content_of(finished) == before
+
+
+def test_a_folder_that_cannot_be_renamed_is_left_alone(finished, few_images, monkeypatch):
+    def busy(*args):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    before = content_of(finished)
+    with pytest.raises(OSError, match="holds a run of 2 of 2 epochs, and it cannot be renamed"):
+        train(finished)
+    assert content_of(finished) == before
+
+
+def test_results_without_a_checkpoint_are_kept_too(few_images, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.json").write_text("of an earlier run")
+    train(out, "--resume", "--epochs=1")
+    assert (tmp_path / "run-1" / "metrics.json").read_text() == "of an earlier run"
+    assert metrics_of(out)["epoch"] == 1
 
 
 @pytest.mark.parametrize(
@@ -351,23 +479,22 @@ def test_resumed_after_a_kill_is_the_same_run(
 def test_a_signal_leaves_a_checkpoint_of_that_step(
     few_images, uninterrupted, tmp_path, monkeypatch, capsys, number, after
 ):
-    step = train_mnist.Trainer._step
+    step = vqvae_trainer.VQVAETrainer.train_on
 
     def interrupted(self, *args):
         values = step(self, *args)
-        if self.step == after:
+        if self.step + 1 == after:
             os.kill(os.getpid(), number)
         return values
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_mnist.Trainer, "_step", interrupted)
+        patch.setattr(vqvae_trainer.VQVAETrainer, "train_on", interrupted)
         with pytest.raises(SystemExit) as caught:
             train(tmp_path / "stopped")
     assert caught.value.code == 128 + number
     assert f"stopped at step {after}; --resume goes on" in capsys.readouterr().err
-    _, info = checkpoints.load_checkpoint(tmp_path / "stopped" / "checkpoint.safetensors")
+    _, info = run_files.load_checkpoint(tmp_path / "stopped" / "checkpoint.safetensors")
     assert info["step"] == after
-    assert not (tmp_path / "stopped" / "metrics.json").exists()
     assert train(tmp_path / "stopped", "--resume") == metrics_of(uninterrupted)
 
 
@@ -381,22 +508,25 @@ def test_resume_refuses_what_it_cannot_do(few_images, tmp_path, capsys):
     train(tmp_path)
     resume = ["--resume", f"--out={tmp_path}"]
     # the same once more is no contradiction
-    train_args.parse_args([*resume, "--lr=0.01", "--compile"])
-    for flag, was in (("--lr=0.1", "0.01"), ("--epochs=3", "2"), ("--no-kmeans-init", "True")):
-        message = f"argument {flag.split('=')[0].replace('no-', '')}: it is {was} in {tmp_path}"
+    train_mnist.parse_args([*resume, "--lr=0.01", "--compile"])
+    for flag, message in {
+        "--lr=0.1": "argument --lr: 0.1; it was 0.01 in",
+        "--epochs=1": "argument --epochs: 1; it was 2 in",
+        "--no-kmeans-init": "argument --kmeans-init: False; it was True in",
+    }.items():
         assert message in error_of([*resume, flag], capsys)
     content = (tmp_path / "checkpoint.safetensors").read_bytes()
     for bad in (content[:-1], content[:100], b"", b"no checkpoint"):
         (tmp_path / "checkpoint.safetensors").write_bytes(bad)
         assert "argument --resume" in error_of(resume, capsys)
     vqtriton.save(vqtriton.VectorQuantize(2, 3), tmp_path / "checkpoint.safetensors")
-    assert "is not a checkpoint of train_mnist.py" in error_of(resume, capsys)
-    checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", {}, {"arguments": []})
-    assert "is not a checkpoint of train_mnist.py" in error_of(resume, capsys)
+    assert "is not a checkpoint of these examples" in error_of(resume, capsys)
+    run_files.save_checkpoint(tmp_path / "checkpoint.safetensors", {}, {"arguments": []})
+    assert "is not a checkpoint of these examples" in error_of(resume, capsys)
     # of another program
-    info = {"arguments": train_args.parse_args([f"--out={tmp_path}"]).recorded}
-    checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", {}, info)
-    with pytest.raises(SystemExit, match="this checkpoint is of no use"):
+    info = {"arguments": train_mnist.parse_args([f"--out={tmp_path}"]).recorded}
+    run_files.save_checkpoint(tmp_path / "checkpoint.safetensors", {}, info)
+    with pytest.raises(SystemExit, match="cannot be resumed: "):
         train_mnist.main(resume)
 
 
@@ -404,7 +534,7 @@ def error_of(flags: list[str], capsys) -> str:
     """The one line after the usage."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        train_args.parse_args(flags)
+        train_mnist.parse_args(flags)
     assert caught.value.code == 2
     usage, error = capsys.readouterr().err.splitlines()
     assert usage.startswith("usage: ")
@@ -459,14 +589,14 @@ def test_what_several_ranks_cannot_share(capsys, tmp_path, monkeypatch):
 
 def test_help_is_documentation(capsys):
     with pytest.raises(SystemExit) as caught:
-        train_args.parse_args(["--help"])
+        train_mnist.parse_args(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "passes over the training set (default: 5)" in text
+    assert "with --resume, more than before (default: 5)" in text
     assert "--kmeans-init, --no-kmeans-init" in text
     assert "until 80 % of training" in text
     # every flag says what it is
-    parser = train_args.build_parser()
+    parser = train_mnist.build_parser()
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
@@ -487,7 +617,6 @@ def test_errors_as_users_see_them(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(few_images, tmp_path):
-    (tmp_path / "metrics.json").write_text("of an earlier run")
     with pytest.raises(SystemExit, match=r"the loss is (nan|inf); try a lower --lr"):
         train(tmp_path, "--lr=1e30")
     # nothing that could be taken for a result
@@ -496,34 +625,28 @@ def test_a_loss_that_is_not_finite_ends_the_run(few_images, tmp_path):
 
 def test_a_checkpoint_never_holds_nan(few_images, tmp_path, monkeypatch):
     """Not even where the loss is looked at for the first time at the end of an epoch, or after."""
-    monkeypatch.setattr(train_mnist, "LOOK_EVERY", 20)
-    train(tmp_path, "--epochs=1")
-    good = (tmp_path / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="step 8: the loss is"):
-        train(tmp_path, "--lr=1e30")
-    tensors, info = checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")
-    assert info["step"] == 0
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
-    # that of the run before is not lost
-    assert (tmp_path / "previous.safetensors").read_bytes() == good
-    with pytest.raises(SystemExit, match="step 8: the loss is"):
-        train(tmp_path, "--resume", "--lr=1e30")
-    assert (tmp_path / "previous.safetensors").read_bytes() == good
+    monkeypatch.setattr(trainer, "LOOK_EVERY", 20)
+    for flag in ("--no-resume", "--resume"):
+        with pytest.raises(SystemExit, match="step 8: the loss is"):
+            train(tmp_path, "--lr=1e30", flag)
+        tensors, info = run_files.load_checkpoint(tmp_path / "checkpoint.safetensors")
+        assert info["step"] == 0
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_signal_does_not_save_nan(few_images, tmp_path, monkeypatch):
-    step = train_mnist.Trainer._step
+    step = vqvae_trainer.VQVAETrainer.train_on
 
     def interrupted(self, *args):
         values = step(self, *args)
-        self.sums[0] = float("nan")
+        self.sums["sums"][0] = float("nan")
         os.kill(os.getpid(), signal.SIGTERM)
         return values
 
-    monkeypatch.setattr(train_mnist.Trainer, "_step", interrupted)
+    monkeypatch.setattr(vqvae_trainer.VQVAETrainer, "train_on", interrupted)
     with pytest.raises(SystemExit, match="step 1: the loss is nan"):
         train(tmp_path)
-    assert checkpoints.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 0
+    assert run_files.load_checkpoint(tmp_path / "checkpoint.safetensors")[1]["step"] == 0
 
 
 def test_signals_are_given_back(few_images, tmp_path):
@@ -568,7 +691,7 @@ def test_wandb_gets_every_value(few_images, tmp_path, monkeypatch):
 def test_an_extra_that_is_missing(few_images, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(SystemExit, match=rf"--log-to {package}: .*vqtriton\[logging\]"):
+    with pytest.raises(SystemExit, match=rf"--log-to {package}: .*\[logging\]"):
         train(tmp_path, f"--log-to={package}")
 
 
@@ -576,7 +699,7 @@ def test_two_ranks_train_the_same_model(tmp_path):
     """Under torchrun, as its users run it; both learn, and a signal stops both."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
     launcher += ("--standalone",)
-    flags = ("--epochs=3", "--limit=2001", "--batch-size=64", "--codebook-size=32", "--dim=8")
+    flags = ("--epochs=2", "--limit=2001", "--batch-size=32", "--codebook-size=32", "--dim=8")
     flags += ("--decay=0.9", "--threshold-ema-dead-code=20", "--device=cpu")
     done = finish(run(*flags, f"--out={tmp_path}", launcher=launcher))
     assert done.returncode == 0, done.stderr
@@ -587,33 +710,122 @@ def test_two_ranks_train_the_same_model(tmp_path):
     assert metrics["test_bce_nats"] < 0.8 * BCE_OF_THE_MEAN
     assert "Warning" not in done.stderr
     # once, not once for each rank
-    assert done.stdout.count("epoch 1 ") == 1
-    assert len(log_of(tmp_path)) == 3
+    assert done.stdout.count("epoch 1 of 2: on the test set") == 1
+    assert len(log_of(tmp_path)) == 2
 
 
-@pytest.mark.slow
-def test_killed_ten_times_at_random_moments(tmp_path):
+def test_killed_ten_times_at_random_moments(few_images, uninterrupted, tmp_path, monkeypatch):
     """SIGKILL, whatever it is doing; in the end the run is the one that nobody killed."""
-    flags = ("--epochs=4", "--limit=2000", "--codebook-size=32", "--dim=8", "--channels=8")
-    done = finish(run(*flags, f"--out={tmp_path / 'whole'}"))
-    assert done.returncode == 0, done.stderr
-    rng = random.Random(0)
-    for _ in range(10):
-        process = subprocess.Popen(
-            run(*flags, f"--out={tmp_path / 'killed'}", "--resume"),
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        time.sleep(rng.uniform(0.5, 7))
-        process.kill()
-        # what it was killed with, unless it was done before; never an error of its own
-        _, stderr = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), stderr
-    done = finish(run(*flags, f"--out={tmp_path / 'killed'}", "--resume"))
-    assert done.returncode == 0, done.stderr
-    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    out = tmp_path / "killed"
+    # as a run of its own: no state of this process is in it
+    context = multiprocessing.get_context("fork")
+    rng, ends = random.Random(0), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+        for _ in range(10):
+            process = context.Process(target=train, args=(out, "--resume"))
+            process.start()
+            process.join(rng.uniform(0, 1))
+            process.kill()
+            process.join()
+            ends.append(process.exitcode)
+    # what it was killed with, unless it was done before; never an error of its own
+    assert set(ends) <= {-signal.SIGKILL, 0}
+    assert -signal.SIGKILL in ends
+    with contextlib.suppress(SystemExit):
+        train(out, "--resume")
+    assert metrics_of(out) == metrics_of(uninterrupted)
     # no partial file is left for good, apart from those of killed writers
-    partial = [p.name for p in (tmp_path / "killed").iterdir() if p.name.startswith(".")]
+    partial = [p.name for p in out.iterdir() if p.name.startswith(".")]
     assert all(re.match(r"\.(checkpoint|log|metrics|\w+)\.", name) for name in partial)
+
+
+def test_a_sign_of_life_where_there_is_no_terminal(few_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    train(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Training a VQ-VAE on mnist."
+    assert lines[1].startswith("Epochs: 2 of 8 steps, on 500 images, on cpu with ")
+    assert lines[2] == f"Results: {tmp_path}. Ctrl-C stops, --resume goes on."
+    steps = [line for line in lines if re.match(r"epoch \d of 2: \d+ %, .* left", line)]
+    assert len(steps) == 16
+    assert re.search(r" left, loss [\d.]+, perplexity [\d.]+$", steps[-1])
+    assert lines[-2].startswith("Result: on the test set MSE ")
+    assert lines[-1].startswith(f"{tmp_path}: checkpoint.safetensors, ")
+    assert max(map(len, lines[3:-1])) < 120
+
+
+def test_the_bar_has_room_in_80_columns(monkeypatch):
+    """In a terminal, with the numbers of a training run."""
+    main, other = os.openpty()
+    termios.tcsetwinsize(other, (24, 80))
+    with os.fdopen(other, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with contextlib.closing(progress.Progress(300_000)) as bar:
+            bar.show({"loss": 0.98765, "perplexity": 123.456})
+            bar.advance(150_000, "epoch 3 of 5")
+            bar.bar.refresh()
+            shown = os.read(main, 10_000).decode()
+    os.close(main)
+    line = shown.split("\r")[-1]
+    assert line.startswith("epoch 3 of 5  50% |█")
+    assert line.rstrip().endswith("left, loss 0.988, perplexity 123")
+    assert len(line) <= 80
+    assert line.count("█") >= 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.2, "3 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_times_in_words(seconds, text):
+    assert progress.minutes(seconds) == text
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
+    # as soon as Python is up: it has begun with the imports of the script
+    process = subprocess.Popen(
+        [sys.executable, "-v", *run(f"--out={tmp_path / 'out'}")[3:]],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    with process.stderr:
+        for line in process.stderr:
+            if "numpy" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        assert "Traceback" not in process.stderr.read()
+    assert process.wait() == -signal.SIGINT
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    """A Python that has none of the packages, as the one that a shell finds first often is."""
+    # -I keeps the script's folder out of the path, so it is put there by hand
+    code = f"import sys; sys.path[:0] = [{str(EXAMPLES)!r}]; sys.argv = ['train_mnist.py']; "
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code + "import startup"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "train_mnist.py: torch, vqtriton, matplotlib, PIL, tqdm cannot" in done.stderr
+    assert "pip install '.[examples]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ],
+)
+def test_openmp_waits_as_the_user_says(before, after):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | before
+    code = f"shown = {{n: os.environ[n] for n in {names} if n in os.environ}}"
+    code = f"import os, sys, startup; {code}; print(shown, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=EXAMPLES, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"{after} False"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # examples are scripts, not a package; there they import one another by their bare names
 sys.path.insert(0, str(EXAMPLES))
-checkpoints = importlib.import_module("checkpoints")
+run_files = importlib.import_module("run_files")
 mnist_data = importlib.import_module("mnist_data")
 train_prior = importlib.import_module("train_prior")
 
@@ -51,7 +52,7 @@ def first(vqvae_run) -> dict:
     done = run("train_prior.py", f"--vqvae={vqvae_run}", *SMALL, "--seed=3")
     assert done.returncode == 0, done.stderr
     out = vqvae_run / "prior"
-    files = ["log.jsonl", "metrics.json", "prior.safetensors", "samples.png"]
+    files = ["checkpoint.safetensors", "log.jsonl", "metrics.json", "samples.png"]
     assert sorted(path.name for path in out.iterdir()) == files
     return json.loads((out / "metrics.json").read_text()) | {"stdout": done.stdout}
 
@@ -61,16 +62,16 @@ def vqvae(vqvae_run) -> torch.nn.Module:
     return train_prior.VQVAE.from_checkpoint(vqvae_run / "checkpoint.safetensors")
 
 
-def restored(vqvae: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+def restored(vqvae: torch.nn.Module, out: Path) -> torch.nn.Module:
+    tensors, _ = run_files.load_checkpoint(out / "checkpoint.safetensors")
     prior = train_prior.Prior(vqvae.vq.codebook, 10, width=16, depth=1, heads=2, dropout=0.0)
-    prior.load_state_dict(tensors)
+    prior.load_state_dict(run_files.with_prefix(tensors, "model."))
     return prior.eval()
 
 
 @pytest.fixture(scope="module")
 def prior(vqvae_run, vqvae, first) -> torch.nn.Module:
-    tensors, _ = checkpoints.load_checkpoint(vqvae_run / "prior" / "prior.safetensors")
-    return restored(vqvae, tensors)
+    return restored(vqvae, vqvae_run / "prior")
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,7 @@ def main(monkeypatch, data, vqvae_run):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 
     def main(*flags: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train_prior.py", f"--vqvae={vqvae_run}", *flags])
-        train_prior.main()
+        train_prior.main([f"--vqvae={vqvae_run}", *flags])
 
     return main
 
@@ -148,7 +148,9 @@ def test_a_prefix_has_the_logits_that_it_has_in_the_whole():
 
 def test_metrics_once_more_by_other_means(first, vqvae, prior, data):
     def encode(images):
-        return np.concatenate([vqvae.encode(b).reshape(-1, 49) for b in images.split(1000)])
+        return np.concatenate(
+            [vqvae.encode(b).reshape(-1, 49) for b in images[:, None].split(1000)]
+        )
 
     train, test = encode(data.train_images[:1000]), encode(data.test_images)
     bits = 0.0
@@ -192,7 +194,7 @@ def test_the_log_has_a_line_an_epoch(first, vqvae_run):
     assert two["test_bits_per_code"] < one["test_bits_per_code"] < one["train_bits_per_code"]
     assert 0 < one["seconds"] < two["seconds"]
     assert {name: first[name] for name in two} == two
-    assert f"test_bits_per_code {two['test_bits_per_code']:.4g}" in first["stdout"]
+    assert f"Result: {two['test_bits_per_code']:.4g} bits a code on the test" in first["stdout"]
     arguments = {"limit": 1000, "width": 16, "depth": 1, "heads": 2, "dropout": 0.0, "epochs": 2}
     assert first["arguments"] == arguments | {"batch_size": 16, "lr": 0.003, "seed": 3}
 
@@ -205,8 +207,7 @@ def test_the_class_tells_something(main, monkeypatch, data, vqvae, tmp_path):
     ten = mnist_data.Data(images, labels, images[:10], labels[:10])
     monkeypatch.setattr(train_prior, "load", lambda name, data_dir: ten)
     main(*SMALL, "--lr=0.02", f"--out={tmp_path}")
-    tensors, _ = checkpoints.load_checkpoint(tmp_path / "prior.safetensors")
-    prior = restored(vqvae, tensors)
+    prior = restored(vqvae, tmp_path)
     indices, labels = train_prior.encode(vqvae, images[:10], labels[:10])
     right = train_prior.bits_per_code(prior, indices, labels)
     wrong = train_prior.bits_per_code(prior, indices, labels.roll(1))
@@ -217,10 +218,14 @@ def test_the_picture_is_samples_by_class(first, vqvae_run, vqvae, prior):
     with Image.open(vqvae_run / "prior" / "samples.png") as image:
         assert image.format == "PNG"
         # 10 columns and 8 rows of 28 + 2 pixels less the last gap, three times
-        assert image.size == (3 * (10 * 30 - 2), 3 * (8 * 30 - 2))
-        pixels = np.asarray(image)[::3, ::3]
+        # below the names of the classes
+        assert image.size == (3 * (10 * 30 - 2), 28 + 3 * (8 * 30 - 2))
+        page = np.asarray(image)
+        assert (page[:28] < 128).any()
+        pixels = page[28::3, ::3]
     labels = torch.arange(80) % 10
-    expected = vqvae.decode(prior.sample(labels, temperature=1.0, top_k=K, seed=3)).numpy()
+    indices = prior.sample(labels, temperature=1.0, top_k=K, seed=3)
+    expected = vqvae.decode(indices)[:, 0].numpy()
     for i, image in enumerate(expected):
         top, left = 30 * (i // 10), 30 * (i % 10)
         assert np.array_equal(pixels[top : top + 28, left : left + 28], image)
@@ -232,11 +237,10 @@ def test_a_seed_repeats_bit_for_bit_and_another_does_not(main, tmp_path):
     flags = (*SMALL, "--limit=100", "--dropout=0.1")
     for name, seed in {"one": 5, "again": 5, "other": 6}.items():
         main(*flags, f"--seed={seed}", f"--out={tmp_path / name}")
-    for name in ("prior.safetensors", "samples.png"):
-        one, again, other = (
-            (tmp_path / run / name).read_bytes() for run in ("one", "again", "other")
-        )
-        assert one == again != other
+    one, again, other = (
+        (tmp_path / run / "samples.png").read_bytes() for run in ("one", "again", "other")
+    )
+    assert one == again != other
     one, again, other = (
         json.loads((tmp_path / run / "metrics.json").read_text()) | {"seconds": None}
         for run in ("one", "again", "other")
@@ -267,7 +271,7 @@ def test_sample_only_draws_what_the_training_drew(first, main, vqvae_run, tmp_pa
     assert sample("--seed=3", "--top-k=2") != drawn
     sample("--samples-per-class=2")
     with Image.open(out / "samples.png") as image:
-        assert image.size == (3 * (10 * 30 - 2), 3 * (2 * 30 - 2))
+        assert image.size == (3 * (10 * 30 - 2), 28 + 3 * (2 * 30 - 2))
     assert {path: path.read_bytes() for path in others} == others
 
 
@@ -357,49 +361,87 @@ def test_flags_at_the_ends_of_their_ranges(vqvae_run, tmp_path):
     flags = ("--temperature=1e-9", f"--top-k={K}", "--dropout=0", "--width=4", "--limit=1")
     args = train_prior.parse_args([f"--vqvae={vqvae_run}", f"--out={tmp_path / 'a' / 'b'}", *flags])
     assert (args.temperature, args.top_k, args.limit) == (1e-9, K, 1)
-    assert (tmp_path / "a" / "b").is_dir()
+    # it is made when the training begins
+    assert not (tmp_path / "a").exists()
 
 
 def test_no_flag_that_names_the_vqvae(capsys):
     assert "the following arguments are required: --vqvae" in error_of(capsys)
 
 
-def test_sample_only_cannot_change_the_prior(first, capsys, vqvae_run):
-    flags = (f"--vqvae={vqvae_run}", "--sample-only")
+@pytest.mark.parametrize("mode", ["--sample-only", "--resume"])
+def test_the_prior_cannot_be_made_another(first, capsys, vqvae_run, mode):
     for flag, message in {
         # the default, and not what it was
-        "--width=96": "argument --width: it is 16 in ",
-        "--lr=0.1": "argument --lr: it is 0.003 in ",
-        "--limit=7": "argument --limit: it is 1000 in ",
+        "--width=96": "argument --width: 96; it was 16 in ",
+        "--lr=0.1": "argument --lr: 0.1; it was 0.003 in ",
+        "--limit=7": "argument --limit: 7; it was 1000 in ",
     }.items():
-        error = error_of(capsys, *flags, flag)
+        error = error_of(capsys, f"--vqvae={vqvae_run}", mode, flag)
         assert message in error
-        assert error.endswith("which cannot be changed")
+        assert error.endswith("and can be no other")
+
+
+def contents(out: Path) -> dict[str, object]:
+    """What must repeat: all but the times."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    del metrics["seconds"]
+    return metrics | {"picture": (out / "samples.png").read_bytes()}
+
+
+@pytest.mark.parametrize("after", [1, 7, 10])
+def test_stopped_and_resumed_it_is_the_same_prior(main, tmp_path, monkeypatch, capsys, after):
+    flags = (*SMALL, "--limit=100", "--dropout=0.1")
+    main(*flags, f"--out={tmp_path / 'whole'}")
+    step = train_prior.PriorTrainer.train_on
+
+    def interrupted(self, *args):
+        if self.step + 1 == after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_prior.PriorTrainer, "train_on", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            main(*flags, f"--out={out}")
+    assert caught.value.code == 128 + signal.SIGINT
+    assert f"stopped at step {after}; --resume goes on" in capsys.readouterr().err
+    main("--resume", f"--out={out}")
+    assert contents(out) == contents(tmp_path / "whole")
+    # complete: it is left as it is, and another one does not replace it
+    with pytest.raises(SystemExit) as caught:
+        main("--resume", f"--out={out}")
+    assert caught.value.code == 0
+    assert "already complete (2 of 2 epochs)" in capsys.readouterr().out
+    kept = contents(out)
+    main(*flags, "--epochs=1", f"--out={out}")
+    assert contents(tmp_path / "stopped-1") == kept
 
 
 def test_a_prior_of_another_vqvae(first, capsys, vqvae_run, tmp_path):
-    tensors, info = checkpoints.load_checkpoint(vqvae_run / "checkpoint.safetensors")
+    tensors, info = run_files.load_checkpoint(vqvae_run / "checkpoint.safetensors")
     for name in ("model.vq.codebook", "model.decoder.0.bias"):
         changed = tensors | {name: tensors[name].clone()}
         changed[name].view(-1)[0] += 1e-3
-        checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", changed, info)
+        run_files.save_checkpoint(tmp_path / "checkpoint.safetensors", changed, info)
         out = vqvae_run / "prior"
-        error = error_of(capsys, f"--vqvae={tmp_path}", f"--out={out}", "--sample-only")
-        prior = out / "prior.safetensors"
-        assert error.endswith(f"{prior} is not a prior of the VQ-VAE in {tmp_path}")
+        for mode in ("--resume", "--sample-only"):
+            error = error_of(capsys, f"--vqvae={tmp_path}", f"--out={out}", mode)
+            assert error.endswith(f"{out} is not a prior of the VQ-VAE in {tmp_path}")
     # unchanged it is the same wherever it lies
-    checkpoints.save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, info)
+    run_files.save_checkpoint(tmp_path / "checkpoint.safetensors", tensors, info)
     args = train_prior.parse_args([f"--vqvae={tmp_path}", f"--out={out}", "--sample-only"])
     assert args.width == 16
 
 
 def test_files_that_are_no_checkpoints(first, capsys, vqvae_run, tmp_path):
     whole = (vqvae_run / "checkpoint.safetensors").read_bytes()
-    prior = (vqvae_run / "prior" / "prior.safetensors").read_bytes()
+    prior = (vqvae_run / "prior" / "checkpoint.safetensors").read_bytes()
     foreign = safetensors.torch.save({"x": torch.zeros(3)})
     for flags, name, contents in (
         (("--out=" + str(tmp_path / "out"),), "checkpoint", (whole[:-1], b"", foreign, prior)),
-        (("--sample-only",), "prior/prior", (prior[:-1], b"", foreign, whole)),
+        (("--sample-only",), "prior/checkpoint", (prior[:-1], b"", foreign)),
     ):
         folder = tmp_path / name.replace("/", "-")
         path = folder / f"{name}.safetensors"
@@ -421,15 +463,15 @@ def test_errors_as_users_see_them(vqvae_run, tmp_path):
 
 def test_data_that_cannot_be_had(main, monkeypatch, tmp_path):
     monkeypatch.setattr(train_prior, "load", mnist_data.load)
-    with pytest.raises(SystemExit, match=r"^train_prior.py: .*train-images-idx3-ubyte"):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
         main(f"--out={tmp_path}", f"--data-dir={tmp_path}")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(main, tmp_path):
-    with pytest.raises(SystemExit, match=r"epoch 1/2: the loss is (nan|inf); try a lower --lr"):
+    with pytest.raises(SystemExit, match=r"step \d: the loss is (nan|inf); try a lower --lr"):
         main(*SMALL, f"--out={tmp_path}", "--lr=1e30")
     # nothing that could be taken for a result
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
 def test_a_training_set_of_one_image(main, tmp_path):
@@ -444,5 +486,5 @@ def test_help_names_the_defaults(capsys):
         train_prior.parse_args(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "passes over the training set (default: 3)" in text
-    assert "(default: prior in that folder)" in text
+    assert "with --resume, more than before (default: 3)" in text
+    assert "(default: prior in that of --vqvae)" in text

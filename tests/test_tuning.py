@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import timeit
 import warnings
@@ -35,7 +37,6 @@ measure = pytest.importorskip("vqtriton.tuning.measure")
 predict = pytest.importorskip("vqtriton.tuning.predict")
 
 CPU = torch.device("cpu")
-once = pytest.mark.skipif(INTERPRETED, reason="once is enough")
 PROBLEM = Problem("nearest_code", "float32", 8, 1024, 4096)
 OTHER = tunables.screen_candidates(8)[5]
 
@@ -70,7 +71,7 @@ def choose(problem: Problem = PROBLEM):
 # --- what is chosen ---
 
 
-@once
+@pytest.mark.once
 def test_without_a_table_it_is_the_default(caplog) -> None:
     with caplog.at_level("INFO", logger="vqtriton"), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -80,7 +81,7 @@ def test_without_a_table_it_is_the_default(caplog) -> None:
     assert len(caplog.records) == len(tables.device_names(CPU))
 
 
-@once
+@pytest.mark.once
 def test_the_nearest_row_is_chosen(folder) -> None:
     configs = tunables.screen_candidates(8)
     rows = [
@@ -102,7 +103,7 @@ def test_the_nearest_row_is_chosen(folder) -> None:
     assert choose(PROBLEM._replace(op="grad_x")) is None
 
 
-@once
+@pytest.mark.once
 def test_a_row_for_a_shape_is_chosen_for_it(folder) -> None:
     """Though both have as many bits."""
     configs = tunables.screen_candidates(8)
@@ -112,7 +113,7 @@ def test_a_row_for_a_shape_is_chosen_for_it(folder) -> None:
     assert choose(PROBLEM._replace(num_rows=8000)) == configs[4]
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["nowhere", "a file", "~nobody-of-that-name/x", "x" * 300])
 def test_a_folder_that_is_none_is_said(tmp_path, monkeypatch, name) -> None:
     (tmp_path / "a file").write_text("")
@@ -126,7 +127,7 @@ def test_a_folder_that_is_none_is_said(tmp_path, monkeypatch, name) -> None:
         assert "(default)" in environment.describe([(9, 9, 9, "float32")])
 
 
-@once
+@pytest.mark.once
 def test_a_tilde_is_the_same_for_reading_and_writing(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv(tables.VARIABLE, "~/tabs")
@@ -134,7 +135,7 @@ def test_a_tilde_is_the_same_for_reading_and_writing(tmp_path, monkeypatch) -> N
     assert tune.folder_of(argparse.Namespace(out=None)) == tmp_path / "tabs"
 
 
-@once
+@pytest.mark.once
 def test_the_users_folder_and_the_device_come_first(folder) -> None:
     configs = tunables.screen_candidates(8)
     (folder / "bundled").mkdir()
@@ -146,7 +147,7 @@ def test_the_users_folder_and_the_device_come_first(folder) -> None:
     assert choose() == configs[5]
 
 
-@once
+@pytest.mark.once
 def test_where_the_default_is_best_no_row_of_another_shape_is_chosen(folder) -> None:
     """Nor are its tiles written: they may be others in another version."""
     path, near = folder / "sm_90.json", PROBLEM._replace(num_rows=8192)
@@ -168,7 +169,7 @@ def test_where_the_default_is_best_no_row_of_another_shape_is_chosen(folder) -> 
     assert "default_is_best" not in json.loads(path.read_text())
 
 
-@once
+@pytest.mark.once
 def test_what_does_not_fit_is_not_chosen(folder, monkeypatch) -> None:
     write(folder / "sm_90.json", [row(shared=100_000), row(tiles=tunables.screen_candidates(8)[6])])
     monkeypatch.setattr(tables, "shared_limit", lambda device: 99_999)
@@ -179,7 +180,7 @@ def test_what_does_not_fit_is_not_chosen(folder, monkeypatch) -> None:
     assert choose() is None
 
 
-@once
+@pytest.mark.once
 def test_a_look_up_takes_less_than_two_microseconds(folder) -> None:
     write(folder / "sm_90.json", [row()])
     assert choose() == OTHER
@@ -189,7 +190,7 @@ def test_a_look_up_takes_less_than_two_microseconds(folder) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter, for which the table is")
+@pytest.mark.needs_interpreter
 def test_the_search_uses_the_row(folder, monkeypatch) -> None:
     from vqtriton.kernels import nearest_code as module
 
@@ -210,7 +211,7 @@ def test_the_search_uses_the_row(folder, monkeypatch) -> None:
     assert torch.equal(want, vqtriton.reference.nearest_code(x, codebook))
 
 
-@once
+@pytest.mark.once
 def test_env_shows_what_is_chosen(folder) -> None:
     write(folder / "sm_90.json", [row()])
     lines = environment.describe([(4096, 1024, 8, "float32")]).splitlines()
@@ -260,7 +261,7 @@ def spoil(path: Path, kind: str) -> None:
             pytest.skip("this user may read everything")
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     "kind",
     [
@@ -289,7 +290,7 @@ def test_a_broken_table_is_named_and_not_used(folder, kind) -> None:
         assert choose(PROBLEM._replace(num_rows=7)) is None
 
 
-@once
+@pytest.mark.once
 def test_a_table_that_may_not_be_read(folder, monkeypatch) -> None:
     write(folder / "sm_90.json", [row()])
 
@@ -301,7 +302,7 @@ def test_a_table_that_may_not_be_read(folder, monkeypatch) -> None:
         assert choose() is None
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -343,7 +344,7 @@ def test_a_broken_row_costs_no_other(folder, changes, message) -> None:
     assert 7 in kept
 
 
-@once
+@pytest.mark.once
 def test_many_rows_take_no_time_and_many_warnings_are_few(folder) -> None:
     problems = [PROBLEM._replace(num_rows=n) for n in range(1, 4001)]
     write(folder / "sm_90.json", [*map(row, problems), *[0] * 100_000])
@@ -355,7 +356,7 @@ def test_many_rows_take_no_time_and_many_warnings_are_few(folder) -> None:
     assert f"{100_000 - tables.MOST_NAMED} more rows of {folder}/sm_90.json" in str(caught[-1])
 
 
-@once
+@pytest.mark.once
 def test_no_table_is_written_that_cannot_be_read(folder, monkeypatch) -> None:
     path = folder / "sm_90.json"
     tables.merge(path, "sm_90", [row()])
@@ -367,7 +368,7 @@ def test_no_table_is_written_that_cannot_be_read(folder, monkeypatch) -> None:
     assert {p.name for p in folder.iterdir()} == {"sm_90.json", ".sm_90.json.lock"}
 
 
-@once
+@pytest.mark.once
 def test_a_link_stays_a_link(folder) -> None:
     (folder / "elsewhere").mkdir()
     (folder / "sm_90.json").symlink_to("elsewhere/mine.json")
@@ -382,7 +383,7 @@ def test_a_link_stays_a_link(folder) -> None:
 # --- writing ---
 
 
-@once
+@pytest.mark.once
 def test_measured_rows_replace_static_ones_and_not_the_reverse(folder) -> None:
     path, configs = folder / "sm_90.json", tunables.screen_candidates(8)
     for source, config, left in (
@@ -403,7 +404,7 @@ def merge_some(path: Path, start: int) -> None:
         tables.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=number + 1))])
 
 
-@once
+@pytest.mark.once
 def test_processes_into_one_folder_make_a_union(folder) -> None:
     context = multiprocessing.get_context("fork")
     path = folder / "sm_90.json"
@@ -439,7 +440,7 @@ def tune_quickly(folder: Path) -> None:
     main()
 
 
-@once
+@pytest.mark.once
 def test_interrupts_lose_nothing(folder) -> None:
     """Killed or interrupted at 20 random moments: the table can be read, and ends up whole."""
     context = multiprocessing.get_context("fork")
@@ -470,7 +471,7 @@ def test_interrupts_lose_nothing(folder) -> None:
 # --- tuning ---
 
 
-@once
+@pytest.mark.once
 def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monkeypatch) -> None:
     default = tunables.screen_candidates(8)[1]
     starved = replace(default, max_registers=32)
@@ -486,7 +487,7 @@ def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monk
     assert outcome.default_ms == outcome.best_ms > 0
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("target", tune.TARGETS)
 def test_every_target_is_predicted_or_keeps_a_default_that_can_be_used(monkeypatch, target) -> None:
     assert set(tune.TARGETS) == set(tunables.screen_codes.ACCUMULATOR_ORDER)
@@ -505,7 +506,7 @@ def test_every_target_is_predicted_or_keeps_a_default_that_can_be_used(monkeypat
     assert found["ms"] is None
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(("gain", "is_kept"), [(0.01, True), (0.029, True), (0.031, False)])
 def test_a_gain_that_may_be_noise_changes_nothing(gain, is_kept) -> None:
     candidates = tunables.screen_candidates(8)[:2]
@@ -516,7 +517,7 @@ def test_a_gain_that_may_be_noise_changes_nothing(gain, is_kept) -> None:
     assert ("none" in tune.summary([outcome], "measured")) == is_kept
 
 
-@once
+@pytest.mark.once
 def test_it_says_what_it_will_do(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
@@ -539,7 +540,7 @@ def test_it_says_what_it_will_do(folder, monkeypatch, capsys) -> None:
     assert "interpreter" in tune.plan([PROBLEM], "sm_90", "measured", math.inf, True)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("rows", "codes", "times"),
     [
@@ -559,7 +560,7 @@ def test_few_rows_leave_processors_idle(rows, codes, times) -> None:
     assert tunables.screen_unevenness(problem, tiles, 132) == pytest.approx(times, rel=1e-4)
 
 
-@once
+@pytest.mark.once
 def test_prediction_prefers_small_tiles_for_few_rows() -> None:
     few, many = (
         predict.predict(PROBLEM._replace(dim=32, num_rows=n, codebook_size=256), "sm_90")
@@ -569,7 +570,7 @@ def test_prediction_prefers_small_tiles_for_few_rows() -> None:
     assert many.row["config"]["block_n"] == 128
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 @pytest.mark.parametrize("dim", [1, 3, 8, 12, 64, 100, 256, 512, 4000])
 def test_a_default_may_stand_in_a_table(op, dim) -> None:
@@ -579,7 +580,7 @@ def test_a_default_may_stand_in_a_table(op, dim) -> None:
         assert tables.fault(row(problem, tunable.default(target, dim))) is None
 
 
-@once
+@pytest.mark.once
 def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
     """The fastest is off by one in a row of 4096; another leaves memory as it was; one raises."""
     configs = tunables.screen_candidates(8)
@@ -612,7 +613,7 @@ def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
     assert sum("out of shared memory" in text for text in said) == 1
 
 
-@once
+@pytest.mark.once
 def test_a_candidate_that_goes_wrong_later_never_wins(monkeypatch) -> None:
     """Right when it is first looked at: then wrong, or raising, and the fastest."""
     configs = tunables.screen_candidates(8)
@@ -645,7 +646,7 @@ def test_a_candidate_that_goes_wrong_later_never_wins(monkeypatch) -> None:
     assert sum("an illegal memory access" in text for text in said) == 1
 
 
-@once
+@pytest.mark.once
 def test_one_problem_costs_no_other(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
@@ -666,7 +667,7 @@ def test_one_problem_costs_no_other(folder, monkeypatch, capsys) -> None:
     assert all(len(kept["command"]) < 500 for kept in found)
 
 
-@once
+@pytest.mark.once
 def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
@@ -678,7 +679,7 @@ def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -
     assert "2 shapes, 1 of no use" in capsys.readouterr().out
 
 
-@once
+@pytest.mark.once
 def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
     """On a GPU: what spills or does not fit, and those that are predicted to be far behind."""
     gpu = torch.device("cuda")
@@ -709,7 +710,7 @@ def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
     assert all(about["shared"] <= sizes[1] for _, about in kept())
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 def test_tiles_that_are_tried_can_be_used(op) -> None:
     """Of the kernels that are not modelled all; of each, the default."""
@@ -719,7 +720,30 @@ def test_tiles_that_are_tried_can_be_used(op) -> None:
     assert [one.config for one in predict.usable(problem, "sm_90", few)] == few
 
 
-@once
+@pytest.mark.once
+def test_one_thread_parses_at_a_time(monkeypatch) -> None:
+    """Python 3.11 fails by chance where two do, and a good tile would be left out."""
+    problem = PROBLEM._replace(op="grad_x", dim=40)
+    threads, parse = set(), ast.parse
+
+    def slow_parse(*args, **kwargs):
+        threads.add(threading.get_ident())
+        assert len(threads) == 1
+        # others may run
+        time.sleep(0.01)
+        tree = parse(*args, **kwargs)
+        threads.clear()
+        return tree
+
+    monkeypatch.setattr(ast, "parse", slow_parse)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    # so that nothing is found among what was compiled before
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    candidates = tunables.candidates_of(problem, "sm_90")[:6]
+    assert len(predict.usable(problem, "sm_90", candidates)) == 6
+
+
+@pytest.mark.once
 def test_what_cannot_be_counted_can_be_used() -> None:
     """Tensor memory's products do not tell their shape, so nothing is predicted of such a loop."""
     problem = PROBLEM._replace(dim=64)
@@ -728,7 +752,7 @@ def test_what_cannot_be_counted_can_be_used() -> None:
     assert one.about["shared"] > 0
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_progress(monkeypatch, capsys, is_terminal) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
@@ -743,7 +767,7 @@ def test_progress(monkeypatch, capsys, is_terminal) -> None:
     assert re.fullmatch(r"\[#####\.{15}\] 1/4 +\d+ s left  second", lines[2])
 
 
-@once
+@pytest.mark.once
 def test_a_case_that_takes_long_shows_that_it_goes_on(monkeypatch, capsys) -> None:
     monkeypatch.setattr(tune, "HEARTBEAT_SECONDS", 0.02)
     progress = tune.Progress(4)
@@ -758,7 +782,7 @@ def test_a_case_that_takes_long_shows_that_it_goes_on(monkeypatch, capsys) -> No
 
 
 @pytest.mark.kernel
-@pytest.mark.skipif(not BACKENDS or BACKENDS[0].name != "triton", reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
     """With kernels: results are right with every candidate; a wrong one is told from them."""
@@ -778,7 +802,7 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.skipif(not BACKENDS or BACKENDS[0].name != "triton", reason="needs the kernels")
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 @pytest.mark.parametrize("dim", [8, 136])
 def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
@@ -800,7 +824,7 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
         assert tunable.is_right(inputs, results), config
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -832,7 +856,7 @@ def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message) -> Non
     assert message in capsys.readouterr().err
 
 
-@once
+@pytest.mark.once
 def test_a_broken_table_stops_tuning_before_it_begins(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
@@ -848,7 +872,7 @@ def test_a_broken_table_stops_tuning_before_it_begins(folder, monkeypatch, capsy
 # --- traces and warm-up ---
 
 
-@once
+@pytest.mark.once
 def test_a_trace_has_each_shape_once(tmp_path, monkeypatch) -> None:
     file = tmp_path / "trace.jsonl"
     monkeypatch.setenv(trace.VARIABLE, str(file))
@@ -873,7 +897,7 @@ def test_a_trace_has_each_shape_once(tmp_path, monkeypatch) -> None:
     assert set(trace.read(file)) - set(found) == {Problem("nearest_code", "float32", 6, 30, 9)}
 
 
-@once
+@pytest.mark.once
 def test_tuning_from_a_trace_is_for_exactly_its_shapes(tmp_path, monkeypatch) -> None:
     file = tmp_path / "trace.jsonl"
     rows = [PROBLEM, PROBLEM._replace(op="grad_x"), PROBLEM._replace(dim=9)]
@@ -895,7 +919,7 @@ def test_tuning_from_a_trace_is_for_exactly_its_shapes(tmp_path, monkeypatch) ->
     assert tuned == [PROBLEM, PROBLEM._replace(dim=9)]
 
 
-@once
+@pytest.mark.once
 def test_a_trace_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(trace.VARIABLE, str(tmp_path))
     x, codebook = torch.randn(5, 4), torch.randn(7, 4)
@@ -904,7 +928,7 @@ def test_a_trace_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, monk
     assert torch.equal(indices, vqtriton.reference.nearest_code(x, codebook))
 
 
-@once
+@pytest.mark.once
 def test_a_line_that_is_no_shape_is_named(tmp_path) -> None:
     file = tmp_path / "trace.jsonl"
     good = json.dumps(PROBLEM._asdict())
@@ -932,7 +956,7 @@ def test_a_line_that_is_no_shape_is_named(tmp_path) -> None:
             trace.read(file)
 
 
-@once
+@pytest.mark.once
 def test_a_trace_into_a_pipe_holds_nothing_up(tmp_path, monkeypatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setenv(trace.VARIABLE, str(tmp_path / "pipe"))
@@ -940,7 +964,7 @@ def test_a_trace_into_a_pipe_holds_nothing_up(tmp_path, monkeypatch) -> None:
         vqtriton.nearest_code(torch.randn(5, 4), torch.randn(7, 4))
 
 
-@once
+@pytest.mark.once
 def test_warmup_takes_the_steps_of_training(monkeypatch) -> None:
     """Compiled for the strides of a decoder's gradient; with hooks, contexts and frozen codes."""
     vq = vqtriton.VectorQuantize(4, 9, codebook_update="gradient").requires_grad_(False)
@@ -962,7 +986,7 @@ def test_warmup_takes_the_steps_of_training(monkeypatch) -> None:
             vqtriton.warmup(vq, (7, 4), dtype=dtype)
 
 
-@once
+@pytest.mark.once
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_warmup_leaves_the_module_as_it_is(monkeypatch, update) -> None:
     vq = vqtriton.VectorQuantize(4, 9, codebook_update=update, kmeans_init=True)

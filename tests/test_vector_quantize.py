@@ -6,7 +6,6 @@ import oracle
 import pytest
 import torch
 from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend
-from conftest import INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -318,7 +317,7 @@ def test_double_backward_equals_the_reference(backend: Backend) -> None:
     assert all(g.abs().sum() > 0 for g in results[0])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels take no float64")
+@pytest.mark.once
 def test_gradcheck_in_float64() -> None:
     x, codebook = leaves(torch.randn(9, 3).double(), torch.randn(4, 3).double())
     # where the stop-gradients change nothing: β = 0 leaves the codebook's term, a constant x
@@ -336,7 +335,7 @@ def test_gradcheck_in_float64() -> None:
         assert torch.autograd.gradgradcheck(commitment_term, x)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code on every backend")
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -91,7 +91,7 @@ def test_a_code_in_the_middle_of_its_rows(backend: Backend) -> None:
     assert ((got - pulls.sum(0)).abs() <= 6 * 2**-24 * pulls.abs().sum(0)).all()
 
 
-@pytest.mark.skipif("triton" not in [b.name for b in BACKENDS], reason="needs the kernels")
+@pytest.mark.needs_kernels
 def test_heads_of_the_kernels() -> None:
     from vqtriton.kernels import vector_quantize_grad as kernels
 

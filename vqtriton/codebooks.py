@@ -128,7 +128,7 @@ class Codebook(nn.Module):
         codes = codes.detach().to(self.codebook.device, torch.float32)
         if not codes.isfinite().all():
             raise ValueError("codes holds NaN or infinity, or what is infinite in float32")
-        if not isinstance(cluster_size, Tensor | int | float):
+        if not isinstance(cluster_size, (Tensor, int, float)):
             kind = type(cluster_size).__name__
             raise TypeError(f"cluster_size is a {kind}; it must be a tensor or a number")
         size = torch.as_tensor(cluster_size, dtype=torch.float32)

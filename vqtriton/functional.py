@@ -197,7 +197,8 @@ def vector_quantize(
         ("commitment_weight", commitment_weight),
         ("codebook_weight", codebook_weight),
     ):
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        # tuples of types, as torch 2.8 compiles no `int | float`
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"{name} is {weight!r:.80}; it must be a number")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
@@ -273,7 +274,7 @@ def code_sums(
         )
     if indices.device != x.device:
         raise ValueError(f"indices is on {indices.device} but x is on {x.device}")
-    if isinstance(codebook_size, bool) or not isinstance(codebook_size, int | torch.SymInt):
+    if isinstance(codebook_size, bool) or not isinstance(codebook_size, (int, torch.SymInt)):
         raise TypeError(f"codebook_size is {codebook_size!r}; it must be an int")
     if codebook_size < 1:
         raise ValueError(f"codebook_size is {codebook_size}; it must be at least 1")

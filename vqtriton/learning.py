@@ -230,8 +230,10 @@ class LearnedCodebook(Codebook):
             local += distributed.sample_rows(
                 rows, self.codebook_size, keep=keep, sync=self.sync_codebook
             )
-        counts, *others = distributed.all_reduce(local, sync=self.sync_codebook)
-        averaged = others.pop(0) if self.codebook_update == "ema" else None
+        totals = distributed.all_reduce(local, sync=self.sync_codebook)
+        # one by one, as `counts, *others = totals` gives a compiled step of torch 2.8 a tuple
+        counts = totals.pop(0)
+        averaged = totals.pop(0) if self.codebook_update == "ema" else None
         if self._rates.device != self.cluster_size.device:
             self._rates = self._rates_on(self.cluster_size.device)
         is_own = self._owns_codebook()
@@ -241,7 +243,7 @@ class LearnedCodebook(Codebook):
             codebook,
             counts,
             averaged,
-            *(others or (None, None)),
+            *(totals or (None, None)),
             self._rates,
             self.backend,
         )

@@ -9,6 +9,7 @@ program calls are given theirs too. One implementation serves every device; it i
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,10 @@ def triton_is_installed() -> bool:
 def interpreter_is_on() -> bool:
     """Triton reads this when it decorates a kernel, so set it before the kernels are imported."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def may_run_kernels(backend: str, device: torch.device) -> bool:
+    return backend != "torch" and (device.type == "cuda" or interpreter_is_on())
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -381,11 +386,36 @@ def _grad_codebook_fake(
     return torch.empty(codebook.shape, dtype=grad_loss.dtype, device=x.device)
 
 
+# a kernel's first launch compiles it, so Triton parses its source. Two threads of Python 3.11 must
+# not parse at once, and Triton's interpreter cannot run two kernels at once
+_launching = threading.RLock()
+
+
+def _one_thread_launches(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation, for which a thread waits while another launches kernels."""
+    arguments = [argument.name for argument in _schema(name).arguments]
+    if "backend" not in arguments:
+        return implementation
+    place = arguments.index("backend")
+
+    def run(*args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if not may_run_kernels(args[place], device):
+            return implementation(*args)
+        with _launching:
+            return implementation(*args)
+
+    return run
+
+
+def _schema(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.vqtriton, packet), overload or "default")._schema
+
+
 def _where_float64_is(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation, which takes a detour by way of the CPU for devices without float64."""
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.vqtriton, packet), overload or "default")
-    is_changed = [argument.is_write for argument in op._schema.arguments]
+    is_changed = [argument.is_write for argument in _schema(name).arguments]
 
     def run(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
@@ -414,8 +444,9 @@ for _name, _implementation, _fake in (
     ("ema_update_", _ema_update_, _ema_update_fake),
     ("snapshot", _snapshot, _snapshot_fake),
 ):
-    IMPLEMENTATIONS[_name] = _where_float64_is(_name, _implementation)
-    _library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
+    _implementation = _where_float64_is(_name, _one_thread_launches(_name, _implementation))
+    IMPLEMENTATIONS[_name] = _implementation
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
 
 

@@ -107,7 +107,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ve
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        # safetensors 0.5 reads to the device that is set as the default, whatever it is asked for
+        with torch.device("cpu"), safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -11,6 +11,7 @@ import functools
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
+
+# Triton parses the source of a kernel, and of the functions that it calls, with `ast.parse`, which
+# fails by chance where two threads of Python 3.11 call it at once
+_parsing = threading.RLock()
 
 
 @dataclass
@@ -124,7 +129,24 @@ class Compiled:
         return run_cuda_tool("nvdisasm", ["-c"], self.binary)
 
 
+class Source(ASTSource):
+    """A kernel that threads may compile: those steps that parse are taken by one at a time.
+
+    They are Python, so threads take turns with them in any case. The passes, LLVM and ptxas, where
+    most of the time goes, run side by side.
+    """
+
+    def hash(self) -> str:
+        with _parsing:
+            return super().hash()
+
+    def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+        with _parsing:
+            return super().make_ir(*args, **kwargs)
+
+
 def compile_launch(launch: Launch, target: str) -> Compiled:
+    """May be called by several threads at once."""
     kernel, hip = launch.kernel, TARGETS[target].backend == "hip"
     signature, constants, attributes = {}, {}, {}
     values = launch.values
@@ -150,7 +172,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     options = launch.options
     if hip:
         options.pop("maxnreg", None)
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = Source(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     binary = compiled.asm["amdgcn" if hip else "cubin"]
     registers, spilled_bytes = amd_usage(binary) if hip else nvidia_usage(binary)

@@ -1,0 +1,91 @@
+"""What `make test` prints, and that it fails where a half fails, dies or tests nothing."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import halves
+import pytest
+
+PASSES = """
+    import os, pytest
+
+    @pytest.mark.parametrize("n", range(3))
+    def test_passes(n):
+        # each half has its own
+        assert n < 3 and os.environ["TRITON_INTERPRET"] in "01"
+
+    @pytest.mark.skip(reason="of a planted reason")
+    def test_skipped():
+        pass
+"""
+FAILS = """
+    import os
+
+    def test_fails():
+        assert os.environ["TRITON_INTERPRET"] == "0", "the planted failure"
+"""
+DIES = """
+    import os
+
+    def test_dies():
+        os._exit(7)
+"""
+IS_SLOW = """
+    import time
+
+    def test_is_slow():
+        time.sleep(3)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    # not for the project's kernels
+    monkeypatch.setitem(halves.HALVES, "interpreted", [])
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra -p no:cacheprovider\n")
+
+    def run(*modules: str, names=()) -> tuple[int, list[str]]:
+        for place, text in enumerate(modules):
+            (tmp_path / f"test_{place}.py").write_text(textwrap.dedent(text))
+        status = halves.main([*names, "-c", str(tmp_path / "pytest.ini"), str(tmp_path)])
+        return status, capfd.readouterr().out.splitlines()
+
+    return run
+
+
+def test_the_last_line_counts_both_halves(run) -> None:
+    status, lines = run(PASSES)
+    assert status == 0
+    assert lines[-1] == "6 passed, 0 failed, 2 skipped"
+    assert lines[0].startswith("compiled:      0 %")
+    assert "compiled:    1 skipped, of a planted reason" in lines
+    assert any(re.match(r"interpreted: 3 passed, 0 failed, 1 skipped in", line) for line in lines)
+
+
+def test_a_failure_is_shown_in_full(run) -> None:
+    status, lines = run(PASSES, FAILS)
+    assert status == 1
+    assert lines[-1] == "7 passed, 1 failed, 2 skipped"
+    # at once, and all of it when the half has ended
+    assert any(re.match(r"interpreted: FAILED .*::test_fails", line) for line in lines)
+    assert any("AssertionError: the planted failure" in line for line in lines)
+
+
+@pytest.mark.parametrize("module", [DIES, "", "import nothing_of_that_name"])
+def test_a_half_that_dies_or_tests_nothing_has_failed(run, module: str) -> None:
+    status, lines = run(module, names=["compiled"])
+    assert status == 1
+    assert lines[-1] == "0 passed, 1 failed, 0 skipped"
+    assert any("pytest ended with status" in line for line in lines)
+
+
+def test_a_slow_test_gives_signs_of_life(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "SECONDS_BETWEEN_SIGNS", 0.5)
+    status, lines = run(IS_SLOW, names=["compiled"])
+    signs = [line for line in lines if line.endswith("now test_0.py::test_is_slow")]
+    assert status == 0
+    assert len(signs) >= 4
+    assert "0 of 1 passed, 0 failed" in signs[-1]
