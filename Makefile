@@ -11,7 +11,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 # OpenMP threads that spin while they wait starve one another on a busy machine
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv train test test-compiled test-interpreted lint format bench sass gpu-check clean
+.PHONY: help venv train test test-compiled test-interpreted test-slow lint format bench sass gpu-check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,11 +32,17 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/
 	$(PYTHON) examples/train_mnist.py --out runs/mnist
 
-test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter; says how far it is
-	$(PYTHON) tests/halves.py
+test: $(READY) ## all tests, some of them in Triton's interpreter; says how far it is
+	$(PYTHON) tests/parts.py
 
-test-compiled test-interpreted: test-%: $(READY)
-	$(PYTHON) tests/halves.py $*
+test-compiled: $(READY)
+	$(PYTHON) tests/parts.py package programs
+
+test-interpreted: $(READY)
+	$(PYTHON) tests/parts.py interpreted
+
+test-slow: $(READY) ## what takes minutes: a million rows, a training run that is killed ten times
+	$(PYTHON) -m pytest -m slow
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .
