@@ -8,7 +8,7 @@ BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 TRITONS := 3.6.0 3.7.1 3.9.0
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help venv train test test-compiled test-interpreted test-versions lint format api bench sass gpu-check clean
+.PHONY: help venv train test test-compiled test-interpreted test-slow test-versions lint format api bench sass gpu-check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,11 +30,17 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/; FLAGS='--resume' and the like
 	$(PYTHON) examples/train_mnist.py --out runs/mnist $(FLAGS)
 
-test: $(READY) ## all tests, and beside them the kernels in Triton's interpreter; says how far it is
-	$(PYTHON) tests/halves.py
+test: $(READY) ## all tests, some of them in Triton's interpreter; says how far it is
+	$(PYTHON) tests/parts.py
 
-test-compiled test-interpreted: test-%: $(READY)
-	$(PYTHON) tests/halves.py $*
+test-compiled: $(READY)
+	$(PYTHON) tests/parts.py package programs
+
+test-interpreted: $(READY)
+	$(PYTHON) tests/parts.py interpreted
+
+test-slow: $(READY) ## what takes minutes: a million rows, a training run that is killed ten times
+	$(PYTHON) -m pytest -m slow
 
 test-versions: $(READY) ## core tests on older and newer versions: 20 minutes a row; ROWS='floor newest', KEEP=1
 	$(PYTHON) tests/versions.py $(ROWS) $(if $(KEEP),--keep)

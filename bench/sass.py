@@ -50,9 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     # what the process of a version does
     parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rows:
-        print(dumped(compile_all()))
+        print(dumped(compile_all(targets=options.targets)))
         return 0
 
     rows: list[Row] = []
@@ -93,7 +94,7 @@ def where(name: str) -> str | None:
         return None
 
 
-def rows_of(name: str, path: str) -> list[Row]:
+def rows_of(name: str, path: str, targets: Sequence[str] = TARGETS) -> list[Row]:
     """Compiles with another version.
 
     Raises:
@@ -101,7 +102,7 @@ def rows_of(name: str, path: str) -> list[Row]:
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [path, env.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "bench.sass", "--rows"]
+    command = [sys.executable, "-m", "bench.sass", "--rows", "--targets", *targets]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"Triton {name} does not compile the kernels:\n{done.stderr}")

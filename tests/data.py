@@ -310,6 +310,9 @@ HARD = {
     )
 }
 
+# what the hard cases are searched in
+DIMS = (1, 2, 3, 4, 8, 12, 16, 32, 64, 100, 128, 256, 512, 1024)
+
 LAYOUTS = ("contiguous", "transposed", "every other", "offset", "expanded")
 
 

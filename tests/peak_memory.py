@@ -1,4 +1,4 @@
-"""Peak memory of the search on the CPU: ``.venv/bin/python tests/peak_memory.py N K D CASE...``.
+"""Peak memory of the search on the CPU: ``.venv/bin/python tests/peak_memory.py K D CASE=N...``.
 
 Prints, as JSON, the bytes that each case of `data.HARD` takes above its inputs, indices included,
 whoever allocated them: see `bench.devices`. Linux only. Needs a process of its own, where nothing
@@ -29,7 +29,8 @@ def peak_memory(device: devices.Cpu, case: str, n: int, k: int, d: int) -> int:
 
 
 def main() -> None:
-    n, k, d = map(int, sys.argv[1:4])
+    k, d = map(int, sys.argv[1:3])
+    rows = {case: int(n) for case, n in (word.split("=") for word in sys.argv[3:])}
     torch.set_num_threads(1)
     # code, thread pools and the buffers of the BLAS are paid for once a process
     for make in data.HARD.values():
@@ -38,7 +39,7 @@ def main() -> None:
     square @ square
     del square
     device = devices.Cpu()
-    print(json.dumps({case: peak_memory(device, case, n, k, d) for case in sys.argv[4:]}))
+    print(json.dumps({case: peak_memory(device, case, n, k, d) for case, n in rows.items()}))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def run(
 
     It calls `join` when it wants to. A rank that fails or hangs fails the test, and none survives.
     """
-    context = multiprocessing.get_context("spawn")
+    # a server that has imported torch once is forked for each rank
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "vqtriton", "torch._dynamo"])
     results: Any = context.Queue()
     arguments = (world_size, str(folder / "meeting_point"), results)
     processes = [

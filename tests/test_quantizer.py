@@ -146,17 +146,17 @@ def test_an_unused_code_stays(backend: Backend, decay: float) -> None:
 
 @on_every_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_bad_row_never_reaches_the_codebook(backend: Backend, update: str, bad: float) -> None:
+def test_a_bad_row_never_reaches_the_codebook(backend: Backend, update: str) -> None:
     torch.manual_seed(5)
     vq = VectorQuantize(
         6, 10, codebook_update=update, threshold_ema_dead_code=0.5, backend=backend.name
     ).to(backend.device)
     without = copy.deepcopy(vq)
-    for step in range(10):
-        x = torch.randn(128, 6, device=backend.device)
-        keep = torch.ones(128, dtype=torch.bool, device=backend.device)
-        if step == 3:
+    for step in range(5):
+        x = torch.randn(40, 6, device=backend.device)
+        keep = torch.ones(40, dtype=torch.bool, device=backend.device)
+        bad = {1: torch.nan, 3: torch.inf}.get(step)
+        if bad:
             x[17, 2] = bad
             keep[17] = False
         # the same random draws for both
@@ -164,7 +164,7 @@ def test_a_bad_row_never_reaches_the_codebook(backend: Backend, update: str, bad
         out = vq(x)
         torch.manual_seed(step)
         without(x, mask=keep)
-        assert out.loss.isfinite() == (step != 3)
+        assert out.loss.isfinite() == (bad is None)
         for module in (vq, without):
             if module.codebook.requires_grad:
                 loss = module(x, mask=keep, freeze_codebook=False).loss
@@ -184,7 +184,7 @@ def test_statistics_stay_float32(backend: Backend, cast: str) -> None:
     plain = copy.deepcopy(vq)
     # from inside a model as well as directly
     getattr(torch.nn.Sequential(vq), cast)()
-    for _ in range(20 if INTERPRETED else 300):
+    for _ in range(5 if INTERPRETED else 300):
         x = getattr(torch.randn(64, 6, device=backend.device), cast)()
         out = vq(x)
         plain(x)
@@ -251,23 +251,24 @@ def test_a_start_whose_sums_overflow_is_finite() -> None:
 @on_every_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_dead_codes_come_back(backend: Backend, update: str) -> None:
-    x = torch.randn(200, 6, device=backend.device) + 50
+    n, size, steps = (60, 12, 6) if INTERPRETED else (200, 32, 20)
+    x = torch.randn(n, 6, device=backend.device) + 50
     used = {}
     for threshold in (0, 1):
         torch.manual_seed(0)
         vq = VectorQuantize(
             6,
-            32,
+            size,
             codebook_update=update,
             decay=0.8,
             threshold_ema_dead_code=threshold,
             backend=backend.name,
         ).to(backend.device)
-        for _ in range(20):
+        for _ in range(steps):
             vq(x)
         used[threshold] = vq.eval()(x).indices.unique().numel()
-    assert used[0] < 8
-    assert used[1] > 20
+    assert used[0] < size / 4
+    assert used[1] > size * 5 / 8
 
 
 @on_every_backend
@@ -355,7 +356,7 @@ def test_state_dict_round_trip(backend: Backend) -> None:
 
 @pytest.mark.filterwarnings("ignore:threshold_ema_dead_code is")
 @on_every_backend
-@pytest.mark.parametrize("threshold", [0, 3])
+@pytest.mark.parametrize("threshold", [3] if INTERPRETED else [0, 3])
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_a_training_step_compiles_as_one_graph(
     backend: Backend, update: str, threshold: float

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
-from pathlib import Path
-
 import data
 import emulation
 import oracle
@@ -36,13 +31,6 @@ from vqtriton.kernels.screen_codes import (
     choose_splits,
     screen_codes,
 )
-
-# bench is not installed, and plain `pytest` does not look for modules in the root
-sys.path.insert(0, str(Path(__file__).parents[1]))
-compiling = importlib.import_module("vqtriton.tuning.compiling")
-machines = importlib.import_module("vqtriton.tuning.machines")
-sass_kernels = importlib.import_module("bench.sass_kernels")
-TARGETS = compiling.TARGETS
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
@@ -329,48 +317,3 @@ def test_heads_are_searched_apart(splits: int) -> None:
         assert alone.is_certified.any()
         for a, b in zip(out, alone, strict=True):
             assert torch.equal(a[head].cpu(), b)
-
-
-# --- the machine code ---
-
-COMPILED_DIMS = (4, 8, 12, 32, 64, 100, 128, 256, 512, 1024)
-
-
-def launches_of(target: str, dim: int, layout: str = "contiguous") -> list[compiling.Launch]:
-    """Of the screen, then of the merge of its splits."""
-    x = torch.zeros(dim, 47).T if layout == "strided" else torch.zeros(48, dim)
-    return sass_kernels.record_nearest_code(x, target)
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dim", COMPILED_DIMS)
-@pytest.mark.parametrize("layout", ["contiguous", "strided"])
-def test_fits_the_target(target: str, dim: int, layout: str) -> None:
-    launch = launches_of(target, dim, layout)[0]
-    result = compiling.compile_launch(launch, target)
-    assert result.spilled_bytes == 0
-    assert result.shared <= machines.ARCHITECTURES[target].shared_limit
-    offsets = re.findall(r"tt\.addptr .*: (.*), (.*?)(?: loc.*)?$", result.ttir, re.M)
-    assert offsets
-    # an int32 offset wraps at 2**31 elements
-    assert {offset for _, offset in offsets if not offset.rstrip(">").endswith("i64")} == set()
-    dots = re.findall(r"tt\.dot .*: tensor<\d+x(\d+)xf16> \* tensor<(\d+)x\d+xf16>", result.ttir)
-    assert dots
-    assert all(int(inner) >= 16 for pair in dots for inner in pair)
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("target", TARGETS)
-def test_merge_fits_the_target(target: str) -> None:
-    launch = launches_of(target, 64)[1]
-    assert compiling.compile_launch(launch, target).spilled_bytes == 0
-
-
-@pytest.mark.once
-def test_sizes_are_not_part_of_the_program() -> None:
-    for launch in launches_of("sm_90", 64):
-        for param in launch.kernel.params:
-            if param.name in ("N", "K", "codes_per_split", "splits"):
-                assert not param.is_constexpr
-                assert param.do_not_specialize

@@ -1,8 +1,9 @@
-"""Both halves of the suite at once: ``python tests/halves.py [compiled] [interpreted]``.
+"""The parts of the suite, all at once: ``python tests/parts.py [PART...] [FLAG...]``.
 
-Triton decides at import whether kernels are interpreted, so each half is a pytest of its own. Every
-few seconds a line says how far each is, and what takes long; failures are shown in full when their
-half ends. The last line is ``N passed, N failed, N skipped`` of both.
+Each is a pytest of its own: Triton decides at import whether kernels are interpreted, and three
+processes keep two cores busy until the end. Every few seconds a line says how far each is and what
+takes long. Failures are shown in full when their part ends. The last line is that of all parts:
+``N passed, N failed, N skipped``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HALVES = {"compiled": [], "interpreted": ["-m", "kernel"]}
+# what is not the package itself: examples, benchmarks, machine code
+PROGRAMS = ("train", "mnist", "bench", "gpu_check", "packaging", "readme", "compile", "sass")
+FILES = [
+    str(path)
+    for path in sorted((ROOT / "tests").glob("test_*.py"))
+    if path.stem.removeprefix("test_").startswith(PROGRAMS)
+]
+PARTS = {
+    "package": ["-m", "not slow", *(f"--ignore={file}" for file in FILES)],
+    "programs": ["-m", "not slow", *FILES],
+    "interpreted": ["-m", "kernel and not slow"],
+}
 SECONDS_BETWEEN_SIGNS = 8
 OUTCOMES = {
     **{"PASSED": "passed", "XFAIL": "passed", "FAILED": "failed", "XPASS": "failed"},
@@ -28,7 +40,7 @@ SKIPPED = re.compile(r"SKIPPED \[(\d+)\] [^ ]*: (.*)")
 DONE = re.compile(rf"(.*?::.*?) ({'|'.join(OUTCOMES)})\b.*\[ *\d+%\]$")
 
 
-class Half:
+class Part:
     """A pytest, and what its lines have said so far."""
 
     def __init__(self, name: str, flags: list[str]) -> None:
@@ -39,7 +51,7 @@ class Half:
         self.current_since = self.start = time.monotonic()
         self.other_lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "pytest", "-v", *HALVES[name], *flags],
+            [sys.executable, "-u", "-m", "pytest", "-v", *PARTS[name], *flags],
             cwd=ROOT,
             env=os.environ | {"TRITON_INTERPRET": str(int(name == "interpreted"))},
             stdin=subprocess.DEVNULL,
@@ -122,24 +134,24 @@ def say(*lines: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    names = [name for name in arguments if name in HALVES] or list(HALVES)
-    flags = [argument for argument in arguments if argument not in HALVES]
-    running = [Half(name, flags) for name in names]
+    names = [name for name in arguments if name in PARTS] or list(PARTS)
+    flags = [argument for argument in arguments if argument not in PARTS]
+    running = [Part(name, flags) for name in names]
     total: Counter[str] = Counter()
     are_well = True
     try:
         while running:
-            say(*(half.sign() for half in running))
+            say(*(part.sign() for part in running))
             until = time.monotonic() + SECONDS_BETWEEN_SIGNS
-            while time.monotonic() < until and all(half.is_running for half in running):
+            while time.monotonic() < until and all(part.is_running for part in running):
                 time.sleep(0.2)
-            for half in [half for half in running if not half.is_running]:
-                running.remove(half)
-                are_well &= half.end()
-                total += half.counts
+            for part in [part for part in running if not part.is_running]:
+                running.remove(part)
+                are_well &= part.end()
+                total += part.counts
     finally:
-        for half in running:
-            half.process.kill()
+        for part in running:
+            part.process.kill()
     say(closing(total))
     return int(not are_well)
 

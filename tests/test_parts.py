@@ -1,4 +1,4 @@
-"""What `make test` prints, and that it fails where a half fails, dies or tests nothing."""
+"""What `make test` prints, and that it fails where a part fails, dies or tests nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
-import halves
+import parts
 import pytest
 
 PASSES = """
@@ -14,7 +14,7 @@ PASSES = """
 
     @pytest.mark.parametrize("n", range(3))
     def test_passes(n):
-        # each half has its own
+        # each part has its own
         assert n < 3 and os.environ["TRITON_INTERPRET"] in "01"
 
     @pytest.mark.skip(reason="of a planted reason")
@@ -43,25 +43,24 @@ IS_SLOW = """
 
 @pytest.fixture
 def run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    # not for the project's kernels
-    monkeypatch.setitem(halves.HALVES, "interpreted", [])
+    monkeypatch.setattr(parts, "PARTS", {"package": [], "interpreted": []})
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra -p no:cacheprovider\n")
 
     def run(*modules: str, names=()) -> tuple[int, list[str]]:
         for place, text in enumerate(modules):
             (tmp_path / f"test_{place}.py").write_text(textwrap.dedent(text))
-        status = halves.main([*names, "-c", str(tmp_path / "pytest.ini"), str(tmp_path)])
+        status = parts.main([*names, "-c", str(tmp_path / "pytest.ini"), str(tmp_path)])
         return status, capfd.readouterr().out.splitlines()
 
     return run
 
 
-def test_the_last_line_counts_both_halves(run) -> None:
+def test_the_last_line_counts_all_parts(run) -> None:
     status, lines = run(PASSES)
     assert status == 0
     assert lines[-1] == "6 passed, 0 failed, 2 skipped"
-    assert lines[0].startswith("compiled:      0 %")
-    assert "compiled:    1 skipped, of a planted reason" in lines
+    assert lines[0].startswith("package:       0 %")
+    assert "package:     1 skipped, of a planted reason" in lines
     assert any(re.match(r"interpreted: 3 passed, 0 failed, 1 skipped in", line) for line in lines)
 
 
@@ -69,22 +68,22 @@ def test_a_failure_is_shown_in_full(run) -> None:
     status, lines = run(PASSES, FAILS)
     assert status == 1
     assert lines[-1] == "7 passed, 1 failed, 2 skipped"
-    # at once, and all of it when the half has ended
+    # at once, and all of it when the part has ended
     assert any(re.match(r"interpreted: FAILED .*::test_fails", line) for line in lines)
     assert any("AssertionError: the planted failure" in line for line in lines)
 
 
 @pytest.mark.parametrize("module", [DIES, "", "import nothing_of_that_name"])
-def test_a_half_that_dies_or_tests_nothing_has_failed(run, module: str) -> None:
-    status, lines = run(module, names=["compiled"])
+def test_a_part_that_dies_or_tests_nothing_has_failed(run, module: str) -> None:
+    status, lines = run(module, names=["package"])
     assert status == 1
     assert lines[-1] == "0 passed, 1 failed, 0 skipped"
     assert any("pytest ended with status" in line for line in lines)
 
 
 def test_a_slow_test_gives_signs_of_life(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "SECONDS_BETWEEN_SIGNS", 0.5)
-    status, lines = run(IS_SLOW, names=["compiled"])
+    monkeypatch.setattr(parts, "SECONDS_BETWEEN_SIGNS", 0.5)
+    status, lines = run(IS_SLOW, names=["package"])
     signs = [line for line in lines if line.endswith("now test_0.py::test_is_slow")]
     assert status == 0
     assert len(signs) >= 4
