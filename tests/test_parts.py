@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
 import textwrap
+import threading
 from pathlib import Path
 
 import parts
@@ -37,7 +41,7 @@ IS_SLOW = """
     import time
 
     def test_is_slow():
-        time.sleep(3)
+        time.sleep(4)
 """
 
 
@@ -71,6 +75,20 @@ def test_a_failure_is_shown_in_full(run) -> None:
     # at once, and all of it when the part has ended
     assert any(re.match(r"interpreted: FAILED .*::test_fails", line) for line in lines)
     assert any("AssertionError: the planted failure" in line for line in lines)
+
+
+def test_an_interrupt_ends_all_parts(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+    timer = threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    status, lines = run(IS_SLOW)
+    assert status == 1
+    assert lines[-1] == "0 passed, 2 failed, 0 skipped"
+    assert [process.wait(10) for process in started] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.parametrize("module", [DIES, "", "import nothing_of_that_name"])
