@@ -102,7 +102,8 @@ def test_a_part_that_dies_or_tests_nothing_has_failed(run, module: str) -> None:
 def test_a_slow_test_gives_signs_of_life(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "SECONDS_BETWEEN_SIGNS", 0.5)
     status, lines = run(IS_SLOW, names=["package"])
-    signs = [line for line in lines if line.endswith("now test_0.py::test_is_slow")]
+    signs = [line for line in lines if "now test_0.py::test_is_slow" in line]
     assert status == 0
-    assert len(signs) >= 4
+    # on a busy machine there are fewer
+    assert len(signs) >= 3
     assert "0 of 1 passed, 0 failed" in signs[-1]
