@@ -106,4 +106,4 @@ def test_a_slow_test_gives_signs_of_life(run, monkeypatch: pytest.MonkeyPatch) -
     assert status == 0
     # on a busy machine there are fewer
     assert len(signs) >= 3
-    assert "0 of 1 passed, 0 failed" in signs[-1]
+    assert "0 of 1 passed, 0 failed" in signs[0]
