@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -58,14 +59,14 @@ class Part:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        self.reader = threading.Thread(target=self.read)
+        self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
     def read(self) -> None:
         line = b""
-        with self.process as process:
+        with self.process.stdout as output:
             # the name of a test arrives when it starts, and the rest of its line when it ends
-            while part := process.stdout.read1():
+            while part := output.read1():
                 *lines, line = (line + part).split(b"\n")
                 for text in lines:
                     self.take(text.decode(errors="replace").rstrip())
@@ -88,7 +89,11 @@ class Part:
 
     @property
     def is_running(self) -> bool:
-        return self.reader.is_alive()
+        if self.process.poll() is None:
+            return True
+        # all that it has said; whoever inherited its output may live longer
+        self.reader.join(timeout=5)
+        return False
 
     def sign(self) -> str:
         now = time.monotonic()
@@ -149,12 +154,18 @@ def main(arguments: list[str]) -> int:
                 running.remove(part)
                 are_well &= part.end()
                 total += part.counts
+    except KeyboardInterrupt:
+        are_well = False
     finally:
         for part in running:
             part.process.kill()
+            # it did not end, so something in it did not pass
+            total += part.counts + Counter(failed=1)
     say(closing(total))
     return int(not are_well)
 
 
 if __name__ == "__main__":
+    # as Ctrl-C: the parts end as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

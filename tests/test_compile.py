@@ -49,7 +49,7 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ("screen_codes", "merge_splits"),
         (
             *((4, FLOAT32, "contiguous"), (8, FLOAT32, "strided"), (12, FLOAT32, "contiguous")),
-            *((64, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (100, FLOAT32, "contiguous")),
+            *((64, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (128, FLOAT32, "contiguous")),
             *((100, FLOAT32, "strided"), (256, FLOAT32, "contiguous"), (512, FLOAT32, "strided")),
             *((1024, FLOAT32, "contiguous"), (1024, BFLOAT16, "strided")),
         ),

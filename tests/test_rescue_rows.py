@@ -62,7 +62,7 @@ def search(
     )
 
 
-@pytest.mark.parametrize(("dim", "programs"), [(3, 1), (12, 3), (40, 100), (40, 1)])
+@pytest.mark.parametrize(("dim", "programs"), [(3, 3), (12, 15), (40, 100), (40, 1)])
 def test_exact_when_every_row_is_in_doubt(dim: int, programs: int) -> None:
     x, codebook = data.gaussian(40, 300, dim)
     rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
