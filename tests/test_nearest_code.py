@@ -39,8 +39,9 @@ def check_hard_data(backend: Backend, case: str, dim: int, n: int, k: int) -> No
 def test_equals_the_oracle_on_hard_data(backend: Backend, case: str, monkeypatch) -> None:
     # several blocks of rows
     monkeypatch.setattr(blocked, "BLOCK_SCORES", 1 << 15)
-    for dim in (1, 12, 100) if INTERPRETED else data.DIMS:
-        n, k = (70, 70) if INTERPRETED else (300, min(700, max(33, (1 << 15) // dim)))
+    # both planes, a plane with the bias, a plane without it
+    for dim in (3, 12, 64) if INTERPRETED else data.DIMS:
+        n, k = (33, 70) if INTERPRETED else (300, min(700, max(33, (1 << 15) // dim)))
         check_hard_data(backend, case, dim, n, k)
 
 
