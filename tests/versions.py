@@ -61,9 +61,11 @@ CLEAN.setdefault("HYPOTHESIS_PROFILE", "few")
 def output_of(*command: str | Path, cwd: Path = FOLDER) -> str:
     done = subprocess.run(command, cwd=cwd, env=CLEAN, capture_output=True, text=True)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        # after its error pip may say more
-        raise RuntimeError(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
+        # pip says much else, before its error and after it
+        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        raise RuntimeError(
+            (errors or [f"{Path(command[0]).name}: exit code {done.returncode}"])[-1]
+        )
     return done.stdout
 
 
