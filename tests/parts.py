@@ -156,6 +156,9 @@ def main(arguments: list[str]) -> int:
                 total += part.counts
     except KeyboardInterrupt:
         are_well = False
+        # make passes on what it was sent itself, so it comes twice
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     finally:
         for part in running:
             part.process.kill()

@@ -85,7 +85,12 @@ def test_an_interrupt_ends_all_parts(run, monkeypatch: pytest.MonkeyPatch) -> No
     )
     timer = threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
-    status, lines = run(IS_SLOW)
+    was = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status, lines = run(IS_SLOW)
+    finally:
+        for number, handler in was.items():
+            signal.signal(number, handler)
     assert status == 1
     assert lines[-1] == "0 passed, 2 failed, 0 skipped"
     assert [process.wait(10) for process in started] == [-signal.SIGKILL] * 2

@@ -64,10 +64,11 @@ def search(
 
 @pytest.mark.parametrize(("dim", "programs"), [(3, 3), (12, 15), (40, 100), (40, 1)])
 def test_exact_when_every_row_is_in_doubt(dim: int, programs: int) -> None:
-    x, codebook = data.gaussian(40, 300, dim)
+    # three tiles of rows; with 15 programs five parts of the codes, which eight tiles do not fill
+    x, codebook = data.gaussian(33, 400, dim)
     rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
     out = search(x[None], codebook[None], NO_BOUND, rescue)
-    assert out.num_doubtful.tolist() == [40]
+    assert out.num_doubtful.tolist() == [33]
     assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
 
 
