@@ -39,7 +39,7 @@ test-compiled: $(READY)
 test-interpreted: $(READY)
 	$(PYTHON) tests/parts.py interpreted
 
-test-slow: $(READY) ## what takes minutes: a million rows, a training run that is killed ten times
+test-slow: $(READY) ## what takes longest: a million rows, several ranks, torch.compile of a training run
 	$(PYTHON) -m pytest -m slow
 
 test-versions: $(READY) ## core tests on older and newer versions: 20 minutes a row; ROWS='floor newest', KEEP=1

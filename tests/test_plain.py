@@ -392,6 +392,7 @@ class Everything(nn.Module):
         return self.rows(rows), self.images(images), self.hard(hard, buffers)
 
 
+@pytest.mark.slow
 def test_aot_inductor(tmp_path):
     k, d = 65, 16
     inputs, models = [], []

@@ -75,6 +75,8 @@ def shape_and_limit(backend: Backend) -> tuple[tuple[int, int, int], int, int]:
 @on_every_backend
 # in the interpreter the second takes seconds, and its kernels take the same memory
 @pytest.mark.parametrize("update", ["ema"] if INTERPRETED else ["ema", "gradient"])
+# a threshold that revives codes in every step
+@pytest.mark.filterwarnings("ignore:threshold_ema_dead_code is:UserWarning")
 def test_memory_of_a_step(backend: Backend, update: str) -> None:
     """Outputs, 2·N·D·4 bytes, and O(N + K·D)."""
     shape, limit, matrix = shape_and_limit(backend)

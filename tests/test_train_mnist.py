@@ -252,7 +252,7 @@ def test_codes_are_revived_until_80_percent(few_images, tmp_path, monkeypatch):
     "flags",
     [
         ("--amp",),
-        ("--compile", "--limit=512", "--epochs=1"),
+        pytest.param(("--compile", "--limit=512", "--epochs=1"), marks=pytest.mark.slow),
         ("--no-kmeans-init", "--kmeans-iters=1", "--codebook-weight=2"),
         ("--precision=fast", "--backend=torch", "--no-sync-codebook", "--commitment-weight=1"),
         ("--limit=1", "--epochs=1", "--threshold-ema-dead-code=0"),
@@ -695,6 +695,7 @@ def test_an_extra_that_is_missing(few_images, tmp_path, monkeypatch, package):
         train(tmp_path, f"--log-to={package}")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_model(tmp_path):
     """Under torchrun, as its users run it; both learn, and a signal stops both."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
