@@ -7,7 +7,6 @@ Asked for "check", "seconds" or "peak_memory", it answers with a line of JSON.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -46,8 +45,6 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", json.dumps(spec)],
             cwd=root,
-            # threads that wait leave the cores to the others
-            env=os.environ | {"OMP_WAIT_POLICY": "passive"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

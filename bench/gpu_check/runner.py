@@ -81,7 +81,7 @@ def _write_summary(outcomes: Sequence[Outcome], out: Path, is_dry: bool) -> None
 
 def run_part(part: Part, out: Path, is_dry: bool, limit: float, make: Command = command) -> Outcome:
     start = time.monotonic()
-    env = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
     env.pop("TRITON_INTERPRET", None)
     if is_dry and part.is_interpreted:
         env["TRITON_INTERPRET"] = "1"
