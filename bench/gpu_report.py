@@ -125,7 +125,7 @@ def sums() -> str:
 
 
 def kmeans() -> str:
-    return markdown("N, K, D | | 10 iterations and the start, ms | inertia per row", [
+    return markdown("N, K, D | subject, start | 10 iterations and start, ms | inertia per row", [
         [f"{row['N']}, {row['K']}, {row['D']}", row["subject"], f"{row['ms']:.1f}",
          f"{row['inertia_per_row']:.3f}"]
         for row in rows_of("kmeans")

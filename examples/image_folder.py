@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +46,16 @@ class ImageFolder:
     ) -> None:
         suffixes = Image.registered_extensions()
         readable = {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN}
-        files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in readable)[
-            :limit
-        ]
+        files = sorted(
+            path
+            for path in Path(folder).rglob("*")
+            if path.suffix.lower() in readable and path.is_file() and path.name[0] != "."
+        )[:limit]
         if len(files) < 2:
             raise ValueError(f"{folder} has {len(files)} images; it must have at least 2")
+        # a run cannot go on with others: what was trained on could be tested on
+        names = "\0".join(str(path.relative_to(folder)) for path in files)
+        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()
         random.Random(0).shuffle(files)
         number = min(max(len(files) // 10, 1), MAX_TEST)
         self.test_files, self.train_files = files[:number], files[number:]
@@ -63,11 +70,16 @@ class ImageFolder:
     def batches(self, places: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
         squares = Squares(self.train_files, self.size, (self.seed, epoch))
         places = [batch.tolist() for batch in places]
-        return iter(DataLoader(squares, batch_sampler=places, num_workers=self.workers))
+        return iter(self._loader(squares, batch_sampler=places))
 
     def test_batches(self) -> Iterable[Tensor]:
         squares = Squares(self.test_files, self.size)
-        return DataLoader(squares, batch_size=50, num_workers=self.workers)
+        return self._loader(squares, batch_size=50)
+
+    def _loader(self, squares: Squares, **options: Any) -> DataLoader[Tensor]:
+        # without a generator of its own it would draw from that of the training, once per start
+        generator = torch.Generator()
+        return DataLoader(squares, num_workers=self.workers, generator=generator, **options)
 
 
 class Squares(Dataset[Tensor]):
@@ -96,6 +108,10 @@ class Squares(Dataset[Tensor]):
             image.draft("RGB", (2 * self.size, 2 * self.size))
             # cameras write how they were held
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # 16 bits of grey, which convert would cut off at 255
+                grey = np.asarray(image).astype(np.float64) / 257
+                image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -38,6 +39,8 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(f"{SCRIPT}: {error}") from error
 
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+is_script = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+# a process that reads images may import the script again; Ctrl-C is for its parent to answer
+if is_script and multiprocessing.parent_process() is None:
     # imports take seconds, in which Ctrl-C would print a traceback; `run` ends this
     signal.signal(signal.SIGINT, signal.SIG_DFL)

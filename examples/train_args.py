@@ -32,7 +32,7 @@ QUANTIZER = {
     "kmeans_init": "start the codes from k-means of the first batch, not uniform in ±1/K",
     "kmeans_iters": "iterations of that",
     "threshold_ema_dead_code": "revive codes that fewer vectors a step choose, until 80 %% of "
-    f"training; 0 is never (default: {REVIVE_BELOW} of an even share, batch · 49 / K)",
+    f"training; 0 is never (default: {REVIVE_BELOW} · indices of a batch / K)",
     "sync_codebook": "learn from the vectors of all ranks",
     "precision": "exact, or fast, which has no certificate",
     "backend": "auto, triton or torch",

@@ -32,6 +32,8 @@ from vqvae_trainer import train
 class Mnist:
     """The data set in the memory of the device."""
 
+    fingerprint = ""
+
     def __init__(self, args: Namespace) -> None:
         print(f"Training a VQ-VAE on {args.dataset}.", flush=True)
         data = load(args.dataset, args.data_dir)

@@ -111,8 +111,11 @@ class Trainer:
 
     def _start_cycle(self) -> None:
         begin, end = self.cycle
+        steps = end - begin
+        # a rise of exactly one step would divide by zero
+        warmup = self.warmup if self.warmup * steps != 1 else 2 / steps
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, self.args.lr, total_steps=end - begin, pct_start=self.warmup
+            self.optimizer, self.args.lr, total_steps=steps, pct_start=warmup
         )
 
     def run(self, open_report: Callable[[], Report] = lambda: no_report) -> None:

@@ -30,6 +30,8 @@ class Images(Protocol):
 
     # number of images to train on
     count: int
+    # differs where the images do
+    fingerprint: str
     # to be shown above their reconstructions, [rows, columns, C, H, W]
     shown: Tensor
 
@@ -123,7 +125,13 @@ class VQVAETrainer(Trainer):
         return describe(record)
 
     def configs(self) -> dict[str, Any]:
-        return super().configs() | {"quantizer": self.vq.config}
+        images = self.images.fingerprint
+        return super().configs() | {"quantizer": self.vq.config, "images": images}
+
+    def restore(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        if info.get("images", "") != self.images.fingerprint:
+            raise ValueError("it was trained on other images: one was added, renamed or taken away")
+        super().restore(tensors, info)
 
     def facts(self) -> dict[str, Any]:
         return {"codebook_sha256": self.digests} | super().facts()
@@ -147,8 +155,11 @@ def evaluate(
 ) -> tuple[dict[str, Any], Tensor]:
     """What the model does with all the images, and how often it chooses each code."""
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    parts: list[tuple[Tensor, ...]] = []
+    vq = model.vq
+    double = {"dtype": torch.float64, "device": device}
+    # of the images; of the vectors: squared errors, squares, the vectors themselves
+    sums, vectors = torch.zeros(3, **double), torch.zeros(2 + vq.dim, **double)
+    counts = torch.zeros(vq.codebook_size, **double)
     number = 0
     for batch in batches:
         target = batch.to(device).float() / 255
@@ -159,22 +170,22 @@ def evaluate(
         # of grey pixels as Bernoulli variables: no model can be below
         floor = (torch.special.entr(target) + torch.special.entr(1 - target)).double().sum()
         sums += torch.stack([sq_error, nats, floor])
-        rows = [t.movedim(1, -1).flatten(0, -2) for t in (x, quantized)]
-        parts.append((*rows, indices.flatten()))
-    x, quantized, indices = map(torch.cat, zip(*parts, strict=True))
-    counts = vqtriton.metrics.counts(indices, model.vq.codebook_size)
+        rows = x.double()
+        squares = torch.stack([(rows - quantized).square().sum(), rows.square().sum()])
+        vectors += torch.cat([squares, rows.sum((0, 2, 3))])
+        counts += vqtriton.metrics.counts(indices, vq.codebook_size)
     mse, nats, floor = (sums / number).tolist()
+    error, square, *mean = (vectors / counts.sum()).tolist()
     metrics = {"test_mse": mse}
     if model.reconstruction == "bce":
         metrics |= {"test_bce_nats": nats, "test_bce_floor_nats": floor}
-    error = vqtriton.metrics.quantization_error(x, quantized)
     metrics |= {
         "perplexity": vqtriton.metrics.perplexity(counts).item(),
         "usage": vqtriton.metrics.usage(counts).item(),
         "codes_used": (counts > 0).sum().item(),
-        "quantization_error": error.item(),
+        "quantization_error": error,
         # 1 would be a codebook with nothing but the mean
-        "quantization_error_relative": (error / x.double().var(0, correction=0).sum()).item(),
+        "quantization_error_relative": error / (square - sum(value**2 for value in mean)),
     }
     return metrics, counts
 

@@ -474,6 +474,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(main, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
+def test_a_training_of_ten_steps(main, tmp_path):
+    """The rate would rise in a tenth of them: in one step."""
+    main(*SMALL, "--limit=160", "--epochs=1", f"--out={tmp_path}")
+    assert json.loads((tmp_path / "metrics.json").read_text())["epoch"] == 1
+
+
 def test_a_training_set_of_one_image(main, tmp_path):
     main(*SMALL, "--limit=1", "--epochs=1", f"--out={tmp_path}")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
