@@ -8,6 +8,7 @@ whether its kernels are interpreted, so that is a process of its own: ``TRITON_I
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 # deterministic algorithms need it for matmuls on a GPU, before the first of them
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# a shell that starts pytest in the background lets it ignore SIGINT, and so its children, to which
+# tests send one
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
