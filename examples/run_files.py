@@ -54,7 +54,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: it was not written by `save_checkpoint`, or not as a whole.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {}).get(FORMAT, "null"))
@@ -106,7 +106,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
 
 
 def _what_is_in(folder: Path, resume: bool) -> str:
-    """The run that is to be kept, in words; "" if there is none."""
+    """Describes the run that has to be kept, or returns "" if nothing has to be kept."""
     checkpoint = folder / RESULTS[0]
     if (resume and checkpoint.exists()) or not any((folder / name).exists() for name in RESULTS):
         return ""

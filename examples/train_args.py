@@ -190,7 +190,7 @@ def add_training_flags(parser: Parser, **other_defaults: Any) -> None:
     parser.begin("results")
     text = "folder for the results (default: runs/ and the name of the data); a run that is there "
     parser.add("out", text + "is kept by another name", type=Path)
-    parser.add("resume", "go on from the checkpoint in --out; start if there is none", False)
+    parser.add("resume", "continue from the checkpoint in --out; without one, start", False)
     parser.add("log_to", "send the values there as well", choices=("tensorboard", "wandb"))
 
 

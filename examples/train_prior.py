@@ -176,11 +176,11 @@ class PriorTrainer(Trainer):
         return {"bits a code": bits} if is_looked_at else {}
 
     def end_epoch(self) -> dict[str, Any]:
-        # of the prior as it was at each step
+        # each step was measured before the prior learned from it
         return {"train_bits_per_code": self.sums["bits"].item()}
 
     def publish(self, record: dict[str, Any]) -> None:
-        # of the prior as it is now
+        # the prior after this epoch
         bits = bits_per_code(self.model, *self.test)
         record |= {"test_bits_per_code": bits, "test_bits_per_dim": bits * INDICES / PIXELS}
         draw(self.model, self.args)
@@ -284,7 +284,7 @@ def build_parser() -> Parser:
     parser.begin("results")
     text = "folder for the results (default: prior in that of --vqvae); a run that is there is kept"
     add("out", f"{text} by another name", type=Path)
-    add("resume", "go on from the checkpoint in --out; start if there is none", False)
+    add("resume", "continue from the checkpoint in --out; without one, start", False)
     add("temperature", "of the samples: divides the logits", 1.0)
     add("top_k", "of the samples: choose among so many codes (default: all)", type=int)
     add("samples_per_class", "rows of samples.png", 8)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -36,7 +36,7 @@ def no_report(values: Values, step: int) -> None:
     pass
 
 
-class Trainer:
+class Trainer(abc.ABC):
     """A model, its optimizer, and where the run stands: what a checkpoint holds.
 
     A subclass has `batches`, `train_on`, `end_epoch`, `publish` and `describe`.
@@ -61,8 +61,8 @@ class Trainer:
         warmup: float = 0.3,
     ) -> None:
         self.args, self.model, self.optimizer, self.warmup = args, model, optimizer, warmup
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = dist.get_rank() if self.world > 1 else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.available, self.count = count, count - count % self.world
         self.steps_per_epoch = math.ceil(self.count / args.batch_size)
         self.step, self.seconds = 0, 0.0
@@ -75,25 +75,25 @@ class Trainer:
         self.cycles: list[int] = [args.epochs]
         self._start_cycle()
 
+    @abc.abstractmethod
     def batches(self, places: Iterable[Tensor], epoch: int) -> Iterator[Any]:
         """What to train on, for the places of each batch."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def train_on(self, batch: Any, is_looked_at: bool) -> Values:
         """A step of the optimizer. The values to show; an empty dict unless it is looked at."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def end_epoch(self) -> dict[str, Any]:
         """What the epoch came to in training. All ranks call it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def publish(self, record: dict[str, Any]) -> None:
         """Adds to the record what the model does on the test set, and writes pictures."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def describe(self, record: dict[str, Any]) -> str:
         """A record in words."""
-        raise NotImplementedError
 
     @property
     def total_steps(self) -> int:

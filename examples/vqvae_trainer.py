@@ -157,7 +157,8 @@ def evaluate(
     model.eval()
     vq = model.vq
     double = {"dtype": torch.float64, "device": device}
-    # of the images; of the vectors: squared errors, squares, the vectors themselves
+    # sums over the images: squared error, nats, entropy; sums over the encoder's vectors: squared
+    # quantization errors, squared norms, the vectors themselves
     sums, vectors = torch.zeros(3, **double), torch.zeros(2 + vq.dim, **double)
     counts = torch.zeros(vq.codebook_size, **double)
     number = 0
@@ -167,7 +168,7 @@ def evaluate(
         output, x, (quantized, indices, _) = model(target)
         sq_error = (model.pixels(output) - target).double().square().sum() / target[0].numel()
         nats = model.reconstruction_loss(output, target).double() * target.numel()
-        # of grey pixels as Bernoulli variables: no model can be below
+        # the entropy of the pixels as Bernoulli variables: no model has fewer nats
         floor = (torch.special.entr(target) + torch.special.entr(1 - target)).double().sum()
         sums += torch.stack([sq_error, nats, floor])
         rows = x.double()

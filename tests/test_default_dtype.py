@@ -11,7 +11,7 @@ import torch
 import vqtriton
 import vqtriton.kernels
 
-# of the package that is tested, installed or in the checkout
+# the folder of the package under test, installed or in the checkout
 FOLDERS = [Path(vqtriton.__file__).parent, *map(Path, vqtriton.kernels.__path__)]
 FILES = sorted({file for folder in FOLDERS for file in folder.glob("**/*.py")})
 # those of torch that give a tensor of the default dtype, or of one that follows from the values

@@ -307,7 +307,7 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (Path.unlink, "there is no checkpoint"),
+        (Path.unlink, "does not exist"),
         (truncate, "is not a whole safetensors file"),
         (lambda path: path.write_bytes(b""), "is not a whole safetensors file"),
         (

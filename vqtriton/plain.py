@@ -38,7 +38,8 @@ class PlainQuantizer(nn.Module):
     the last bit, so any of them may be chosen.
 
     A row with NaN or infinity gets index 0, as in `vqtriton.nearest_code`, and NaN in
-    ``quantized``: there is no loss that could show the fault.
+    ``quantized``: a `VectorQuantize` shows the fault in the loss,
+    which is not computed here.
 
     Args:
         vq: a `VectorQuantize`. Its codebook is copied, so later changes do not reach this module.

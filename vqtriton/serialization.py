@@ -91,7 +91,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ve
         `VectorQuantize`, with the configuration that it was saved with.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         IsADirectoryError: ``path`` is a directory.
         ValueError: the file was not written by `save`, is truncated, or holds tensors that do not
             fit its configuration or are not finite. The message says which.
