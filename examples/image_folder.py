@@ -36,6 +36,8 @@ class ImageFolder:
         ValueError: fewer than two images.
     """
 
+    unit = "squares"
+
     def __init__(
         self,
         folder: str | Path,

@@ -122,7 +122,7 @@ def parse_args(
     parser: Parser,
     argv: list[str] | None,
     out: Callable[[argparse.Namespace], Path],
-    grid: Callable[[argparse.Namespace], tuple[int, int]],
+    indices: Callable[[argparse.Namespace], int],
 ) -> argparse.Namespace:
     """The flags, checked, and three things more.
 
@@ -131,18 +131,17 @@ def parse_args(
 
     Args:
         out: the default of --out.
-        grid: rows and columns of the indices of an image.
+        indices: how many an image becomes; it may also check flags of its own.
     """
     args = parser.parse_args(argv)
     args.out = args.out or out(args)
     args = parser.resume(args, argv)
     check(parser, args)
-    height, width = grid(args)
+    rows = args.batch_size * indices(args)
     if args.reconstruction_weight is None:
         args.reconstruction_weight = RECONSTRUCTION_WEIGHT[args.reconstruction]
     if args.threshold_ema_dead_code is None:
-        even_share = args.batch_size * height * width / max(args.codebook_size, 1)
-        args.threshold_ema_dead_code = REVIVE_BELOW * even_share
+        args.threshold_ema_dead_code = REVIVE_BELOW * rows / max(args.codebook_size, 1)
     args.recorded = {name: value for name, value in vars(args).items() if name not in PASSING}
     args.quantizer = {name: getattr(args, name) for name in QUANTIZER} | {"accept_image_fmap": True}
     try:

@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """See `train_args.parse_args`."""
     parser = build_parser()
 
-    def grid(args: Namespace) -> tuple[int, int]:
+    def indices(args: Namespace) -> int:
         parser.check(args, "size", 1, 2**13)
         parser.check(args, "workers", 0, 2**10)
         parser.check(args, "downsample", 2, 2**13)
@@ -53,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             parser.fail("size", f"{args.size}; not a multiple of --downsample {args.downsample}")
         if not args.folder.is_dir():
             parser.error(f"argument FOLDER: {args.folder} is not a folder")
-        return args.size // args.downsample, args.size // args.downsample
+        return (args.size // args.downsample) ** 2
 
-    return parse(parser, argv, lambda args: Path("runs", args.folder.resolve().name), grid)
+    return parse(parser, argv, lambda args: Path("runs", args.folder.resolve().name), indices)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,7 @@ from vqvae_trainer import train
 class Mnist:
     """The data set in the memory of the device."""
 
-    fingerprint = ""
+    unit, fingerprint = "images", ""
 
     def __init__(self, args: Namespace) -> None:
         print(f"Training a VQ-VAE on {args.dataset}.", flush=True)
@@ -63,7 +63,7 @@ def build_parser() -> Parser:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """See `train_args.parse_args`."""
-    return parse(build_parser(), argv, lambda args: Path("runs", args.dataset), lambda args: (7, 7))
+    return parse(build_parser(), argv, lambda args: Path("runs", args.dataset), lambda args: 7 * 7)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -140,10 +140,19 @@ def baselines(train: Tensor, test: Tensor, codebook_size: int) -> dict[str, floa
     }
 
 
+def describe(record: dict[str, Any]) -> str:
+    return (
+        f"{record['test_bits_per_code']:.4g} bits a code on the test set, "
+        f"{record['test_bits_per_dim']:.4g} bits a pixel "
+        f"({record['train_bits_per_code']:.4g} bits a code in training)"
+    )
+
+
 class PriorTrainer(Trainer):
     """Trains on indices [N, 49] and labels [N]; ``test``: two such tensors."""
 
     shown = ("bits a code",)
+    describe = staticmethod(describe)
 
     def __init__(
         self, args: argparse.Namespace, prior: Prior, train: tuple[Tensor, Tensor], test: Any
@@ -185,22 +194,11 @@ class PriorTrainer(Trainer):
         record |= {"test_bits_per_code": bits, "test_bits_per_dim": bits * INDICES / PIXELS}
         draw(self.model, self.args)
 
-    def describe(self, record: dict[str, Any]) -> str:
-        return describe(record)
-
     def configs(self) -> dict[str, Any]:
         return super().configs() | {"vqvae_sha256": self.args.vqvae_sha256}
 
     def facts(self) -> dict[str, Any]:
         return self.baselines | {"vqvae_sha256": self.args.vqvae_sha256} | super().facts()
-
-
-def describe(record: dict[str, Any]) -> str:
-    return (
-        f"{record['test_bits_per_code']:.4g} bits a code on the test set, "
-        f"{record['test_bits_per_dim']:.4g} bits a pixel "
-        f"({record['train_bits_per_code']:.4g} bits a code in training)"
-    )
 
 
 def draw(prior: Prior, args: argparse.Namespace) -> None:

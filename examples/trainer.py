@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -48,8 +49,9 @@ class Trainer(abc.ABC):
         warmup: part of the steps in which the learning rate rises.
     """
 
-    # what an example is called, and the values that a line has room for
+    # what an example is called
     unit = "images"
+    # the values that a line has room for
     shown: tuple[str, ...] = ("loss", "perplexity")
 
     def __init__(
@@ -295,6 +297,8 @@ def end_if_complete(args: Namespace, describe: Callable[[dict[str, Any]], str]) 
     if args.checkpoint:
         log = args.checkpoint[1].get("log", [])
         if len(log) == args.epochs:
+            if int(os.environ.get("RANK", 0)) > 0:
+                raise SystemExit(0)
             print(f"already complete ({len(log)} of {args.epochs} epochs)")
             print_end(args, describe(log[-1]))
             print(f"More: --resume --epochs {2 * len(log)}. Anew: without --resume.")

@@ -28,8 +28,9 @@ REVIVE_UNTIL = 0.8
 class Images(Protocol):
     """What to train on and to test with: images uint8 [B, C, H, W]."""
 
-    # number of images to train on
+    # number of images to train on, and what they are called
     count: int
+    unit: str
     # differs where the images do
     fingerprint: str
     # to be shown above their reconstructions, [rows, columns, C, H, W]
@@ -42,15 +43,29 @@ class Images(Protocol):
         """The whole test set."""
 
 
+def describe(record: dict[str, Any]) -> str:
+    """What a model does on the test set, in words."""
+    nats = record.get("test_bce_nats")
+    codebook_size = round(record["codes_used"] / record["usage"])
+    return (
+        f"on the test set MSE {record['test_mse']:.4g}"
+        + (f", BCE {nats:.4g} nats an image" if nats is not None else "")
+        + f", perplexity {record['perplexity']:.3g}, "
+        f"{record['codes_used']} of {codebook_size} codes used"
+    )
+
+
 class VQVAETrainer(Trainer):
+    describe = staticmethod(describe)
+
     def __init__(self, args: Namespace, model: VQVAE, images: Images) -> None:
         optimizer = torch.optim.Adam(model.parameters(), args.lr)
         super().__init__(args, model, optimizer, images.count)
-        self.images, self.vq = images, model.vq
+        self.images, self.vq, self.unit = images, model.vq, images.unit
+        double = {"dtype": torch.float64, "device": args.device}
         # loss terms; how often each code was chosen
-        zeros = {"sums": 3, "counts": args.codebook_size}
-        options = {"dtype": torch.float64, "device": args.device}
-        self.sums = {name: torch.zeros(size, **options) for name, size in zeros.items()}
+        self.sums = {"sums": torch.zeros(3, **double)}
+        self.sums["counts"] = torch.zeros(args.codebook_size, **double)
         self.digests: list[str] = []
         eager = DistributedDataParallel(model) if self.world > 1 else model
         self.eager = self.forward = eager
@@ -121,9 +136,6 @@ class VQVAETrainer(Trainer):
         }.items():
             write_atomically(self.args.out / name, content)
 
-    def describe(self, record: dict[str, Any]) -> str:
-        return describe(record)
-
     def configs(self) -> dict[str, Any]:
         images = self.images.fingerprint
         return super().configs() | {"quantizer": self.vq.config, "images": images}
@@ -137,30 +149,17 @@ class VQVAETrainer(Trainer):
         return {"codebook_sha256": self.digests} | super().facts()
 
 
-def describe(record: dict[str, Any]) -> str:
-    """What a model does on the test set, in words."""
-    nats = record.get("test_bce_nats")
-    codebook_size = round(record["codes_used"] / record["usage"])
-    return (
-        f"on the test set MSE {record['test_mse']:.4g}"
-        + (f", BCE {nats:.4g} nats an image" if nats is not None else "")
-        + f", perplexity {record['perplexity']:.3g}, "
-        f"{record['codes_used']} of {codebook_size} codes used"
-    )
-
-
 @torch.no_grad()
 def evaluate(
     model: VQVAE, batches: Iterable[Tensor], device: torch.device
 ) -> tuple[dict[str, Any], Tensor]:
     """What the model does with all the images, and how often it chooses each code."""
     model.eval()
-    vq = model.vq
+    meter = vqtriton.metrics.Meter(model.vq.codebook_size)
     double = {"dtype": torch.float64, "device": device}
-    # sums over the images: squared error, nats, entropy; sums over the encoder's vectors: squared
-    # quantization errors, squared norms, the vectors themselves
-    sums, vectors = torch.zeros(3, **double), torch.zeros(2 + vq.dim, **double)
-    counts = torch.zeros(vq.codebook_size, **double)
+    # sums over the images: squared error, nats, entropy; over the encoder's vectors: error of
+    # quantization, squared norm, the vector itself
+    sums, vectors = torch.zeros(3, **double), torch.zeros(2 + model.vq.dim, **double)
     number = 0
     for batch in batches:
         target = batch.to(device).float() / 255
@@ -171,18 +170,20 @@ def evaluate(
         # the entropy of the pixels as Bernoulli variables: no model has fewer nats
         floor = (torch.special.entr(target) + torch.special.entr(1 - target)).double().sum()
         sums += torch.stack([sq_error, nats, floor])
-        rows = x.double()
-        squares = torch.stack([(rows - quantized).square().sum(), rows.square().sum()])
-        vectors += torch.cat([squares, rows.sum((0, 2, 3))])
-        counts += vqtriton.metrics.counts(indices, vq.codebook_size)
+        rows, codes = (t.movedim(1, -1).flatten(0, -2) for t in (x.double(), quantized))
+        error = vqtriton.metrics.quantization_error(rows, codes) * len(rows)
+        vectors += torch.cat([torch.stack([error, rows.square().sum()]), rows.sum(0)])
+        meter.update(indices)
+    # of this rank, which alone has the test set
+    counts, perplexity, usage = meter.compute(sync=False)
     mse, nats, floor = (sums / number).tolist()
     error, square, *mean = (vectors / counts.sum()).tolist()
     metrics = {"test_mse": mse}
     if model.reconstruction == "bce":
         metrics |= {"test_bce_nats": nats, "test_bce_floor_nats": floor}
     metrics |= {
-        "perplexity": vqtriton.metrics.perplexity(counts).item(),
-        "usage": vqtriton.metrics.usage(counts).item(),
+        "perplexity": perplexity.item(),
+        "usage": usage.item(),
         "codes_used": (counts > 0).sum().item(),
         "quantization_error": error,
         # 1 would be a codebook with nothing but the mean

@@ -74,7 +74,7 @@ def test_a_folder_becomes_a_model(folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Training a VQ-VAE on the images in {folder}."
     assert lines[1] == "14 images to train on, 1 to test on, each cut to squares of 16×16 pixels."
-    assert lines[2].startswith("Epochs: 2 of 4 steps, on 28 images, ")
+    assert lines[2].startswith("Epochs: 2 of 4 steps, on 28 squares, ")
     assert 0 < metrics["test_mse"] < 0.2
     assert "test_bce_nats" not in metrics
     model = vqvae.VQVAE.from_checkpoint(out / "checkpoint.safetensors")

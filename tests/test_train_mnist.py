@@ -815,6 +815,7 @@ def test_what_is_missing_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("module", "folder"), [("startup", EXAMPLES), ("bench", EXAMPLES.parent)])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -823,12 +824,13 @@ def test_what_is_missing_is_named(tmp_path):
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
     ],
 )
-def test_openmp_waits_as_the_user_says(before, after):
+def test_openmp_waits_as_the_user_says(module, folder, before, after):
+    """Set before torch is loaded, the same in the examples and in the bench."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {k: v for k, v in os.environ.items() if k not in names} | before
     code = f"shown = {{n: os.environ[n] for n in {names} if n in os.environ}}"
-    code = f"import os, sys, startup; {code}; print(shown, 'torch' in sys.modules)"
+    code = f"import os, sys, {module}; {code}; print(shown, 'torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=EXAMPLES, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True
     )
     assert done.stdout.strip() == f"{after} False"
