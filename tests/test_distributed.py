@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -320,17 +322,23 @@ def nearest(x: Tensor) -> Tensor:
 
 def clustered_badly(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
     ranks.join(rank, world_size, meeting_point)
-    passes = iter(range(100))
     x = batch(0)
 
-    def fails_later():
-        if rank == 1 and next(passes) == 1:
-            raise OSError("the disk is gone")
-        return [x]
+    def fails_in_pass(number: int) -> Callable[[], list[Tensor]]:
+        passes = itertools.count()
+
+        def rows() -> list[Tensor]:
+            if rank == 1 and next(passes) == number:
+                raise OSError("the disk is gone")
+            return [x]
+
+        return rows
 
     texts = []
     for rows in (
-        fails_later,
+        # once: the first pass draws the codes to start from
+        fails_in_pass(0),
+        fails_in_pass(1),
         [x] if rank == 0 else ["x"],
         x if rank == 0 else x[:, 1:],
         x * torch.nan,
@@ -343,6 +351,7 @@ def clustered_badly(rank: int, world_size: int, meeting_point: str) -> dict[str,
             kmeans(rows, SIZE, sync=True)
         texts.append(str(raised.value))
     want = [
+        ["1 other ranks failed", "the disk is gone"][rank],
         ["1 other ranks failed", "the disk is gone"][rank],
         ["1 other ranks failed", "batch 0 of x: x is a str"][rank],
         "x has vectors of size 4 on one rank and 5 on another",

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from test_readme import ROOT, blocks
 
+import vqtriton
+
 EXAMPLES = ROOT / "examples"
 # examples are scripts, not a package; there they import one another by their bare names
 sys.path.insert(0, str(EXAMPLES))
@@ -225,6 +227,16 @@ def test_a_bad_flag_is_a_line(folder, tmp_path, capsys, flag, message):
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("downsample", [2, 4, 8])
+def test_an_index_is_a_square_of_pixels(downsample):
+    vq = vqtriton.VectorQuantize(4, 16, accept_image_fmap=True)
+    model = vqvae.VQVAE(vq, 4, "mse", 3, downsample).eval()
+    images = torch.randint(256, (2, 3, 16, 32), dtype=torch.uint8)
+    indices = model.encode(images)
+    assert indices.shape == (2, 16 // downsample, 32 // downsample)
+    assert model.decode(indices).shape == images.shape
 
 
 def test_a_bad_folder_is_a_line(tmp_path, capsys):
