@@ -282,9 +282,7 @@ class Trainer(abc.ABC):
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": info["groups"]})
-        # at the first step of a cycle, the schedule is that of the cycle before
-        if self.step > self.cycle[0]:
-            self.schedule.load_state_dict(info["schedule"])
+        self.schedule.load_state_dict(info["schedule"])
         for name, tensor in self.sums.items():
             tensor.copy_(tensors[name])
         torch.set_rng_state(tensors["rng.cpu"])
