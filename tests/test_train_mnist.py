@@ -787,7 +787,7 @@ def test_times_in_words(seconds, text):
 def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
     # as soon as Python is up: it has begun with the imports of the script
     process = subprocess.Popen(
-        [sys.executable, "-v", *run(f"--out={tmp_path / 'out'}")[3:]],
+        [sys.executable, "-v", *run("--limit=20", f"--out={tmp_path / 'out'}")[3:]],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -800,6 +800,14 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
         assert "Traceback" not in process.stderr.read()
     assert process.wait() == -signal.SIGINT
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_a_process_that_reads_images_is_left_to_its_parent(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "train_images.py")])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(exec, ("import startup",))
+        handler = pool.apply(eval, ("__import__('signal').getsignal(2)",))
+    assert handler is signal.default_int_handler
 
 
 def test_what_is_missing_is_named(tmp_path):
