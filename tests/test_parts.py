@@ -25,6 +25,13 @@ PASSES = """
     def test_skipped():
         pass
 """
+SKIPS = """
+    import pytest
+
+    @pytest.mark.skip(reason="of a planted reason")
+    def test_skipped():
+        pass
+"""
 FAILS = """
     import os
 
@@ -96,11 +103,20 @@ def test_an_interrupt_ends_all_parts(run, monkeypatch: pytest.MonkeyPatch) -> No
     assert [process.wait(10) for process in started] == [-signal.SIGKILL] * 2
 
 
-@pytest.mark.parametrize("module", [DIES, "", "import nothing_of_that_name"])
-def test_a_part_that_dies_or_tests_nothing_has_failed(run, module: str) -> None:
-    status, lines = run(module, names=["package"])
+@pytest.mark.parametrize(
+    ("modules", "counts"),
+    [
+        ([DIES], "0 passed, 1 failed, 0 skipped"),
+        ([PASSES, DIES], "3 passed, 1 failed, 1 skipped"),
+        ([""], "0 passed, 1 failed, 0 skipped"),
+        (["import nothing_of_that_name"], "0 passed, 1 failed, 0 skipped"),
+        ([SKIPS], "0 passed, 1 failed, 1 skipped"),
+    ],
+)
+def test_a_part_that_dies_or_tests_nothing_has_failed(run, modules: list[str], counts: str) -> None:
+    status, lines = run(*modules, names=["package"])
     assert status == 1
-    assert lines[-1] == "0 passed, 1 failed, 0 skipped"
+    assert lines[-1] == counts
     assert any("pytest ended with status" in line for line in lines)
 
 

@@ -282,6 +282,8 @@ def test_a_threshold_that_is_not_below_the_even_share_is_said(backend: Backend) 
 
     # below it, without learning, and where more rows are to come, nothing is said
     quantizer(2.4)(x)
+    with pytest.warns(UserWarning, match=r"threshold_ema_dead_code is 2.5, .* only 2.5 rows"):
+        quantizer(2.5)(x)
     vq = quantizer(5)
     vq.eval()(x)
     vq.train()(x, freeze_codebook=True)

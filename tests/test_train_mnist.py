@@ -137,8 +137,15 @@ def test_the_files_hold_what_was_measured(as_users_run_it):
     model = vqvae.VQVAE.from_checkpoint(out / "checkpoint.safetensors")
     images = mnist_data.load("mnist").test_images / 255
     with torch.no_grad():
-        indices = model.vq(model.encoder(images[:, None])).indices
-        pixels = model.decoder(model.vq.get_output_from_indices(indices))[:, 0].sigmoid().double()
+        x = model.encoder(images[:, None])
+        indices = model.vq(x).indices
+        codes = model.vq.get_output_from_indices(indices)
+        pixels = model.decoder(codes)[:, 0].sigmoid().double()
+    error = (x - codes).double().square().sum(1)
+    assert metrics["quantization_error"] == pytest.approx(error.mean().item(), rel=1e-4)
+    variance = x.double().var((0, 2, 3), correction=0).sum().item()
+    relative = error.mean().item() / variance
+    assert metrics["quantization_error_relative"] == pytest.approx(relative, rel=1e-4)
     mse = (pixels - images).square().mean().item()
     assert metrics["test_mse"] == pytest.approx(mse, rel=1e-4)
     target = images.double()
@@ -409,14 +416,16 @@ def test_a_finished_run_survives_another_in_its_folder(
 
 
 def test_more_epochs_are_a_second_cycle(finished, few_images, tmp_path, monkeypatch):
-    rates = []
+    rates, thresholds = [], []
     step = vqvae_trainer.VQVAETrainer.train_on
 
     def interrupted(self, *args):
         rates.append(self.optimizer.param_groups[0]["lr"])
         if self.step == 21 and len(rates) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
+        values = step(self, *args)
+        thresholds.append(self.vq.threshold_ema_dead_code)
+        return values
 
     # asked for before the first two are done, and in between stopped: it is all the same
     with monkeypatch.context() as patch:
@@ -429,6 +438,8 @@ def test_more_epochs_are_a_second_cycle(finished, few_images, tmp_path, monkeypa
     assert rates[0] == pytest.approx(0.01 / 25)
     assert max(rates) == pytest.approx(0.01, rel=0.05)
     assert rates[-1] < 1e-4
+    # codes are revived until 80 percent of it
+    assert thresholds == [20] * 7 + [0]
     metrics = metrics_of(finished)
     assert (metrics["epoch"], metrics["arguments"]["epochs"]) == (3, 3)
     with pytest.raises(SystemExit) as caught:
