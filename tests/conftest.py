@@ -1,5 +1,7 @@
 """One suite, three ways: blocked torch code, the kernels on a GPU, the kernels interpreted.
 
+Interpreted kernels work on a stub of a GPU (`stub_gpu`), which refuses what a GPU would refuse.
+
 The tests marked ``kernel`` run on every backend that the process has. Triton decides at import
 whether its kernels are interpreted, so that is a process of its own: ``TRITON_INTERPRET=1 pytest
 -m kernel``.
@@ -25,6 +27,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# where tests put what they hand to the kernels, and where those do that a stub cannot play
+REAL_DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DEVICE = "lazy" if INTERPRETED else REAL_DEVICE
 
 settings.register_profile(
     "default",
@@ -66,6 +71,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def is_on_stub(item: pytest.Item) -> bool:
+    """Whether it is to show that it puts its tensors where a GPU needs them."""
+    if not INTERPRETED or item.get_closest_marker("real_device"):
+        return False
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    is_parametrized = any(getattr(value, "device", None) == DEVICE for value in values)
+    return is_parametrized or item.get_closest_marker("needs_kernels") is not None
+
+
+@pytest.fixture(autouse=True)
+def stub_device(request: pytest.FixtureRequest):
+    if not is_on_stub(request.node):
+        yield
+        return
+    from stub_gpu import stub_gpu
+
+    with stub_gpu():
+        yield
 
 
 @pytest.fixture(autouse=True)

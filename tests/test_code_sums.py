@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend
-from conftest import INTERPRETED
+from conftest import DEVICE, INTERPRETED
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,7 +84,7 @@ def test_what_is_rounded_away_is_kept(n: int, small: float, tiles: dict) -> None
     from vqtriton.kernels.code_sums import CodeSumsConfig
     from vqtriton.kernels.code_sums import code_sums as kernel
 
-    x = torch.full((1, n, 1), small, device=BACKENDS[0].device)
+    x = torch.full((1, n, 1), small, device=DEVICE)
     x[0, 0] = 1
     indices = torch.zeros(1, n, dtype=torch.int64, device=x.device)
     sums, _ = kernel(x, indices, 1, config=CodeSumsConfig(**tiles))
@@ -171,7 +171,7 @@ def test_heads_and_chunks_of_the_kernels(config: dict) -> None:
     from vqtriton.kernels.code_sums import CodeSumsConfig
     from vqtriton.kernels.code_sums import code_sums as kernel
 
-    device = BACKENDS[0].device
+    device = DEVICE
     # heads are not neighbours in memory, nor rows, nor dimensions
     x = torch.randn(7, 50, 3).permute(2, 1, 0)
     x[1, 17, 6] = torch.nan
@@ -223,7 +223,7 @@ def test_rows_are_cut_into_chunks(heads, n, k, chunk, skew, seed) -> None:
     indices = torch.stack([data.SKEWS[skew](n, k) for _ in range(heads)])
     # left out, as -1 is
     indices = indices.where(torch.rand(indices.shape) < 0.9, k)
-    on_device = indices.to(BACKENDS[0].device)
+    on_device = indices.to(DEVICE)
     found = cut_into_chunks(on_device, k, chunk)
     order, segment_start, chunk_start, chunk_segment = (t.cpu() for t in found)
     first = torch.arange(heads)[:, None] * k
@@ -242,7 +242,7 @@ def test_rows_are_cut_into_chunks(heads, n, k, chunk, skew, seed) -> None:
 def test_launches_of_a_sum() -> None:
     """Beside the kernels: for small batches it is launches that take the time."""
     x, indices = torch.randn(1, 40, 3), torch.randint(7, (1, 40))
-    arguments = x.to(BACKENDS[0].device), indices.to(BACKENDS[0].device), 7
+    arguments = x.to(DEVICE), indices.to(DEVICE), 7
     from vqtriton.kernels import code_sums as module
 
     class Silent:
@@ -274,7 +274,7 @@ def test_launches_of_a_sum() -> None:
 def test_sums_by_atomics(config: dict, dtype: torch.dtype) -> None:
     from vqtriton.kernels.atomic_sums import AtomicSumsConfig, atomic_sums
 
-    device = BACKENDS[0].device
+    device = DEVICE
     x = torch.randn(7, 50, 3).to(dtype).permute(2, 1, 0)
     x[1, 17, 6] = torch.nan
     x[0, 3, 0] = torch.inf

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from backends import BACKENDS, Backend, on_every_backend
+from backends import BACKENDS, Backend, on_every_backend, on_every_real_backend
 from conftest import INTERPRETED
+from stub_device import StubDevice
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, parametrize
@@ -524,7 +525,7 @@ def test_a_codebook_that_waits_and_is_frozen_gets_no_start() -> None:
 # --- export and compile ---
 
 
-@on_every_backend
+@on_every_real_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_encoder_has_straight_through_gradients(backend, update, strict) -> None:
@@ -555,7 +556,7 @@ def test_an_exported_encoder_has_straight_through_gradients(backend, update, str
     assert all(grad.abs().sum() > 0 for grad in grads[0])
 
 
-@on_every_backend
+@on_every_real_backend
 def test_decoding_compiles_and_exports(backend: Backend) -> None:
     vq = VectorQuantize(3, 8, accept_image_fmap=True, backend=backend.name).to(backend.device)
     indices = torch.randint(-1, 8, (2, 4, 4), device=backend.device)
@@ -579,7 +580,7 @@ def test_decoding_compiles_and_exports(backend: Backend) -> None:
         vq.get_codes_from_indices(torch.tensor([0, 8]))
 
 
-@on_every_backend
+@on_every_real_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_a_schedule_is_one_graph(backend: Backend, update: str) -> None:
     options = {"threshold_ema_dead_code": 3.0, "codebook_update": update, "kmeans_init": True}
@@ -979,7 +980,7 @@ def preparations(monkeypatch) -> list[Tensor]:
     return seen
 
 
-@on_every_backend
+@on_every_real_backend
 def test_inference_prepares_once(backend: Backend, preparations: list[Tensor]) -> None:
     vq = trained(backend).eval()
     vq.frozen = True
@@ -996,7 +997,7 @@ def test_inference_prepares_once(backend: Backend, preparations: list[Tensor]) -
     assert len(pickle.dumps(vq)) < 1.1 * len(pickle.dumps(trained(backend)))
 
 
-@on_every_backend
+@on_every_real_backend
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_what_one_mode_prepares_another_can_use(backend, update, preparations) -> None:
     vq = trained(backend, codebook_update=update).eval()
@@ -1093,7 +1094,7 @@ TRACELESS = {
 }
 
 
-@on_every_backend
+@on_every_real_backend
 @pytest.mark.parametrize("write", ["set", "data"] if INTERPRETED else [*WRITES, *TRACELESS])
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_no_write_is_missed(backend: Backend, write: str, is_frozen: bool) -> None:
@@ -1212,26 +1213,25 @@ def test_a_state_of_before_inside_a_model() -> None:
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_a_device_without_float64(update: str, monkeypatch) -> None:
     """All of a step, and of k-means, is what it is on a CPU."""
-    from no_float64 import DEVICE, Elsewhere, NoFloat64
-
-    monkeypatch.setattr(screening, "NO_FLOAT64", (DEVICE.type,))
+    stub = StubDevice(has_float64=False)
+    monkeypatch.setattr(screening, "NO_FLOAT64", (stub.device.type,))
 
     options = {"codebook_update": update, "threshold_ema_dead_code": 1e-9, "kmeans_init": True}
     here = VectorQuantize(3, 6, **options)
     # `topk` of random keys, which the device draws by itself, is not to decide
     codes, x = torch.randn(6, 3), torch.randn(40, 3)
     found = {}
-    with NoFloat64():
+    with stub:
         with pytest.raises(TypeError, match="no float64"):
-            Elsewhere(x).double()
+            stub.put(x).double()
         there = copy.deepcopy(here)
         for name, tensor in (*there.named_parameters(), *there.named_buffers()):
-            moved = Elsewhere(tensor.detach().clone())
+            moved = stub.put(tensor.detach().clone())
             if isinstance(tensor, nn.Parameter):
                 there._parameters[name] = nn.Parameter(moved)
             else:
                 there._buffers[name] = moved
-        for name, vq, rows in (("here", here, x), ("there", there, Elsewhere(x))):
+        for name, vq, rows in (("here", here, x), ("there", there, stub.put(x))):
             vq.set_codebook(codes)
             leaf = rows.detach().requires_grad_()
             quantized, indices, loss = vq(leaf)

@@ -6,8 +6,8 @@ import data
 import oracle
 import pytest
 import torch
-from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend
-from conftest import INTERPRETED
+from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend, on_every_real_backend
+from conftest import DEVICE, INTERPRETED
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -264,6 +264,7 @@ def test_bad_input_is_named(x, codebook, options, error, message) -> None:
 
 @pytest.mark.once
 def test_kernels_refuse_cpu_tensors() -> None:
+    pytest.importorskip("triton")
     with pytest.raises(ValueError, match="backend='triton' cannot run on cpu tensors"):
         vqtriton.nearest_code(X, CODEBOOK, backend="triton")
 
@@ -301,7 +302,7 @@ def test_prepared_codebook_stays_as_it_was(backend: Backend) -> None:
     assert torch.equal(vqtriton.nearest_code(x.to(backend.device), prepared).cpu(), want)
 
 
-@on_every_backend
+@on_every_real_backend
 def test_prepared_codebook_compiles(backend: Backend) -> None:
     x, codebook = (t.to(backend.device) for t in data.gaussian(40, 70, 12))
     prepared = vqtriton.prepare_codebook(codebook, backend=backend.name)
@@ -318,19 +319,21 @@ def test_codebook_prepared_for_another_precision() -> None:
     assert torch.equal(got, want)
 
 
-def test_bad_preparation_is_named() -> None:
-    name = BACKENDS[0].name
+@on_every_backend
+def test_bad_preparation_is_named(backend: Backend) -> None:
+    name, device = backend
     other = "torch" if name == "triton" else "triton"
     for bad in (torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(3)):
         with pytest.raises(ValueError, match="codebook has shape"):
-            vqtriton.prepare_codebook(bad, backend=name)
+            vqtriton.prepare_codebook(bad.to(device), backend=name)
     with pytest.raises(TypeError, match="codebook is a list"):
         vqtriton.prepare_codebook([[1.0]], backend=name)
-    prepared = vqtriton.prepare_codebook(CODEBOOK, backend=name)
+    x = X.to(device)
+    prepared = vqtriton.prepare_codebook(CODEBOOK.to(device), backend=name)
     with pytest.raises(ValueError, match=f"backend is '{other}', but codebook was prepared for"):
-        vqtriton.nearest_code(X, prepared, backend=other)
+        vqtriton.nearest_code(x, prepared, backend=other)
     with pytest.raises(ValueError, match="codebook has 3 columns but x has 2"):
-        vqtriton.nearest_code(X[:, :2], prepared)
+        vqtriton.nearest_code(x[:, :2], prepared)
 
 
 @pytest.mark.needs_kernels
@@ -340,7 +343,7 @@ def test_more_dimensions_than_the_bound_covers_are_refused() -> None:
         corners = torch.sign(torch.randn(16, dim)) * 1.9999
         codebook = torch.cat([torch.zeros(1, dim), corners, -corners])
         x = torch.stack([codebook[12] * 0.4, codebook[25] * 0.45])
-        device = BACKENDS[0].device
+        device = DEVICE
         args = x.to(device), codebook.to(device)
         if dim == 4094:
             assert vqtriton.nearest_code(*args, backend="triton").tolist() == [0, 0]

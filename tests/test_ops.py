@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import Backend, on_every_backend
+from backends import Backend, on_every_backend, on_every_real_backend
 from conftest import INTERPRETED
 from torch._dynamo.testing import CompileCounter
 
@@ -18,7 +18,7 @@ from vqtriton import ops
 pytestmark = pytest.mark.kernel
 
 
-@on_every_backend
+@on_every_real_backend
 def test_opcheck(backend: Backend) -> None:
     x, codebook = torch.randn(9, 5, device=backend.device), torch.randn(4, 5, device=backend.device)
     indices = torch.randint(-1, 4, (9,), device=backend.device)
@@ -95,7 +95,7 @@ def step(x, codebook, backend):
     return out.loss + (out.quantized * torch.arange(5.0, device=x.device)).sum(), out.indices
 
 
-@on_every_backend
+@on_every_real_backend
 @pytest.mark.parametrize("dynamic", [True] if INTERPRETED else [False, True])
 def test_compiles_as_one_graph(backend: Backend, dynamic: bool) -> None:
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
@@ -110,7 +110,7 @@ def test_compiles_as_one_graph(backend: Backend, dynamic: bool) -> None:
         torch.testing.assert_close(results[0][1:], results[1][1:])
 
 
-@on_every_backend
+@on_every_real_backend
 def test_batch_sizes_do_not_recompile(backend: Backend) -> None:
     count = CompileCounter()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
@@ -120,7 +120,7 @@ def test_batch_sizes_do_not_recompile(backend: Backend) -> None:
     assert count.frame_count == 1
 
 
-@on_every_backend
+@on_every_real_backend
 def test_exports(backend: Backend, tmp_path: Path) -> None:
     class Tokenizer(torch.nn.Module):
         def __init__(self) -> None:
@@ -155,7 +155,7 @@ def test_functional_transforms(backend: Backend) -> None:
     torch.testing.assert_close(got, want)
 
 
-@on_every_backend
+@on_every_real_backend
 def test_autocast_changes_no_index(backend: Backend) -> None:
     x, codebook = torch.randn(65, 32, device=backend.device), torch.randn(70, 32)
     codebook = codebook.to(backend.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import data
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import DEVICE, INTERPRETED
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,8 +22,6 @@ pytest.importorskip("triton")
 from vqtriton.kernels import prepare_planes as kernels
 from vqtriton.kernels.prepare_planes import PreparePlanesConfig
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 # either side of what is split and of the columns for the bias; powers of two and not
 DIMS = (1, 5, 12, 64, 150)
 # several tiles in a part and several parts, of few codes

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from backends import Backend, on_every_backend
+from backends import Backend, on_every_backend, on_every_real_backend
 from conftest import INTERPRETED
 from torch import Tensor
 
@@ -357,7 +357,7 @@ def test_state_dict_round_trip(backend: Backend) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:threshold_ema_dead_code is")
-@on_every_backend
+@on_every_real_backend
 @pytest.mark.parametrize("threshold", [3] if INTERPRETED else [0, 3])
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_a_training_step_compiles_as_one_graph(

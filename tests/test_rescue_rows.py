@@ -12,7 +12,7 @@ import data
 import oracle
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,12 +30,10 @@ from vqtriton.kernels.screen_codes import ScreenCodesConfig, screen_codes
 sys.path.insert(0, str(Path(__file__).parents[1]))
 compiling = importlib.import_module("vqtriton.tuning.compiling")
 
-HAS_GPU = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.needs_kernels,
 ]
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 SCREEN = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)
 RESCUE = RescueRowsConfig(block_n=16, num_stages=1)
 # every row is in doubt, and every code a rival
@@ -171,9 +169,9 @@ def expected(x: Tensor, codebook: Tensor, planes: CodePlanes) -> tuple[Tensor, T
     """How far each row is from being in doubt, what it is compared with, and its threshold."""
     bound, own = screen_bound(planes, SCREEN.block_k), error_bound(x.shape[1], torch.float32)
     groups, _, second, error, row_scale = (
-        t[0].cpu().double() for t in screen_codes(x[None], planes, bound, config=SCREEN)
+        t[0].cpu().double() for t in screen_codes(x[None].to(DEVICE), planes, bound, config=SCREEN)
     )
-    mean, scale = planes.mean[0].double(), planes.scale[0].double()
+    mean, scale = (t[0].cpu().double() for t in (planes.mean, planes.scale))
     ratio = row_scale / scale
     y, e = (x.double() - mean) * row_scale[:, None], (codebook.double() - mean) * scale
     sqnorm = e.square().sum(1)
@@ -211,7 +209,7 @@ def along_a_line(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 def test_doubt_and_thresholds_are_what_the_bounds_say(size: int, far: float, dim: int) -> None:
     x, codebook = along_a_line(300, size, dim)
     x[::2, -1] *= far
-    planes = prepare_planes(codebook[None])
+    planes = prepare_planes(codebook[None].to(DEVICE))
     margin, threshold, error = expected(x, codebook, planes)
     launches = []
     recorder = compiling.Recorder(module.rescue_rows_kernel, launches)

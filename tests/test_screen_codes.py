@@ -7,7 +7,7 @@ import emulation
 import oracle
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import DEVICE, INTERPRETED
 from emulation import Screened
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -32,8 +32,6 @@ from vqtriton.kernels.screen_codes import (
     screen_codes,
 )
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 # either side of what is split, of the columns for the bias, and of the parts of the inner size
 DIMS = (1, 3, 4, 5, 8, 9, 12, 14, 16, 33, 64, 100, 150)
 SEEDS = st.integers(0, 2**32 - 1)

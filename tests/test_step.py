@@ -6,8 +6,8 @@ import gc
 
 import pytest
 import torch
-from backends import BACKENDS, Backend, on_every_backend
-from conftest import INTERPRETED
+from backends import Backend, on_every_backend
+from conftest import DEVICE, INTERPRETED
 from data import SKEWS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -216,7 +216,7 @@ def test_chunks_are_as_counted(skew: str, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "combine_chunks_kernel", Recorder())
     indices = SKEWS[skew](n, k)
-    device = BACKENDS[0].device
+    device = DEVICE
     x, indices_there = torch.randn(1, n, 3, device=device), indices[None].to(device)
     module.code_sums(x, indices_there, k, config=module.CodeSumsConfig(least_chunk=1))
     # the square root of N at least: here 32, which the default is above

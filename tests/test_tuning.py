@@ -22,8 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS
-from conftest import INTERPRETED
+from conftest import INTERPRETED, REAL_DEVICE
 
 import vqtriton
 from vqtriton import blocked, environment
@@ -783,6 +782,7 @@ def test_a_case_that_takes_long_shows_that_it_goes_on(monkeypatch, capsys) -> No
 
 @pytest.mark.kernel
 @pytest.mark.needs_kernels
+@pytest.mark.real_device
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
     """With kernels: results are right with every candidate; a wrong one is told from them."""
@@ -790,7 +790,7 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
     tunable = tunables.TUNABLES[op]
     few = tunable.candidates(8)[-2:]
     monkeypatch.setitem(tunables.TUNABLES, op, replace(tunable, candidates=lambda dim: few))
-    device = torch.device(BACKENDS[0].device)
+    device = torch.device(REAL_DEVICE)
     outcome = measure.measure(problem, device)
     assert outcome.left_out == 0
     assert outcome.tried >= 2
@@ -803,11 +803,12 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.needs_kernels
+@pytest.mark.real_device
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 @pytest.mark.parametrize("dim", [8, 136])
 def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
     """Held and streamed rows; on a GPU what does not fit is no candidate."""
-    device = torch.device(BACKENDS[0].device)
+    device = torch.device(REAL_DEVICE)
     problem = Problem(op, "float16" if op != "ema_update" else "float32", dim, 40, 60)
     inputs = tunables.make_inputs(problem, device)
     tunable = tunables.TUNABLES[op]

@@ -8,7 +8,7 @@ import data
 import pytest
 import torch
 from backends import BACKENDS, EXACT_DTYPES, Backend, on_every_backend
-from conftest import INTERPRETED
+from conftest import DEVICE, INTERPRETED
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -95,7 +95,7 @@ def test_a_code_in_the_middle_of_its_rows(backend: Backend) -> None:
 def test_heads_of_the_kernels() -> None:
     from vqtriton.kernels import vector_quantize_grad as kernels
 
-    device = BACKENDS[0].device
+    device = DEVICE
     x, grad_quantized = torch.randn(3, 20, 5, device=device), torch.randn(20, 3, 5).to(device)
     codebook = torch.randn(3, 4, 5, device=device)
     indices = torch.randint(-1, 4, (3, 20), device=device)
