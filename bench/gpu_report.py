@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import fit
 from bench.report import RESULTS, Row, by_case, fill, mebibytes, milliseconds, read_rows
 
 FILES = RESULTS / "h200"
@@ -133,21 +134,22 @@ def kmeans() -> str:
 
 
 def predictions() -> str:
-    """What the model of docs/design.md said of an H100, and what the H200 took."""
-    rows = rows_of("predictions")
-    steps = {row["step"]: row for row in rows if "step" in row}
+    """The screen of each shape as measured and as predicted."""
+    shapes = defaultdict(list)
+    for row in fit.rows():
+        shapes[fit.shape_of(row)].append(row)
     lines = []
-    for row in rows:
-        if "screen" in row:
-            name = f"{row['N']}, {row['K']}, {row['D']}"
-            step = steps[name]
-            pairs = [(row["sum"], row["screen"])]
-            pairs += [(step["predicted_ms"][k], step["measured_ms"][k]) for k in PREDICTED]
-            lines.append([name, *(f"{p:.2g}, {m:.2g} ({m / p:.1f}×)" for p, m in pairs)])
-    return markdown("N, K, D: predicted, measured ms | screen | " + " | ".join(PREDICTED), lines)
+    for (n, k, d), rows in sorted(shapes.items(), key=lambda one: one[1][0]["screen_ms"]):
+        ratios = [fit.ratio(row) for row in rows]
+        first = rows[0]
+        lines.append([
+            f"{n}, {k}, {d}", milliseconds(first["screen_ms"] / 1e3), f"{ratios[0]:.2f}",
+            f"{min(ratios):.2f} to {max(ratios):.2f} ({len(rows)})" if len(rows) > 1 else "–",
+        ])  # fmt: skip
+    header = "N, K, D | measured ms, default tiles | predicted / measured | with all tiles tried"
+    return markdown(header, lines)
 
 
-PREDICTED = ("sums", "grad_x", "grad_codebook", "ema_update")
 MADE = {
     "predictions": predictions,
     "run": run_line,

@@ -126,18 +126,14 @@ class Machine(Rates):
     l2: float
 
 
-# an H100 SXM; dot and memory are what a matmul and a copy reach there, clock and L2 are assumed
+# an H100 SXM: dot and memory are what a matmul and a copy reach there, the clock is assumed. L2 gave
+# as many bytes to a screen with tiles of 64 rows, at D = 512, on an H200
 H100 = Machine(
-    dot=798e12, memory=3.0e12, clock=1.755e9, multiprocessors=132, alu=64, issue=128, l2=5.5e12
+    dot=798e12, memory=3.0e12, clock=1.755e9, multiprocessors=132, alu=64, issue=128, l2=7.1e12
 )
 
-# an A100 SXM with 80 GB: the same parts of its data sheet's products and bytes that an H100 reaches
-A100 = Machine(
-    dot=252e12, memory=1.8e12, clock=1.41e9, multiprocessors=108, alu=64, issue=128, l2=3.6e12
-)
-# of the targets whose loops can be counted: sm_100 keeps the shape of its products in descriptors,
-# and gfx942 has another assembly
-MACHINES = {"sm_80": A100, "sm_90": H100}
+# targets for which `predict_screen` was held to measured times
+MACHINES = {"sm_90": H100}
 
 
 @dataclass(frozen=True)
@@ -204,27 +200,34 @@ def floors(
     return {name: 1e3 * value for name, value in seconds.items()}
 
 
-def step_bytes(shape: Shape, element_size: int) -> dict[str, int]:
-    """Bytes that each kernel of the rest of a training step has to move, once.
+# what each of `screen_terms` costs: least squares of measured times, by `python -m bench.fit`
+SCREEN_COSTS = {"start": 3.15, "inner": 2.2, "memory": 0.793, "issue": 1.84, "lone_dot": 1.17}
 
-    sums: x, an order of 8 bytes a row, sums of 4 bytes. With the sort of the indices, whose radix
-    passes read and write a key (of as many bytes as hold K) and a place of 8 bytes.
-    grad_x: x, what comes back and what goes on, indices; the codes come out of L2.
-    grad_codebook: as sums, and a gradient of 4 bytes a row.
-    ema_update: codes (read and written), sums of the batch.
+
+def screen_terms(
+    least: dict[str, float], inner: int, ctas: int, unevenness: float
+) -> dict[str, float]:
+    """What the time of a screen is the sum of, in milliseconds, each times its cost.
+
+    start, inner: a launch, and until the first rows and codes are there. lone_dot: a CTA waits for
+    its dot products, while another one on the multiprocessor may have work. L2 explains nothing
+    that these leave open.
+
+    Args:
+        least: of `floors`.
+        inner: products of a pair.
+        ctas: that a multiprocessor holds at a time.
+        unevenness: how many times as much the busiest multiprocessor has to do as all on average.
     """
-    rows, size = shape.num_rows, shape.codebook_size
-    vectors, codes = rows * shape.dim * element_size, 4 * size * shape.dim
-    key = 1 if size < 2**8 else 2 if size < 2**15 else 4
-    sort = 8 * rows + 2 * key * (key + 8) * rows
     return {
-        "sums": sort + 8 * rows + vectors + codes,
-        "grad_x": 3 * vectors + 8 * rows,
-        "grad_codebook": sort + 12 * rows + vectors + 2 * codes,
-        "ema_update": 3 * codes,
+        "start": 0.001,
+        "inner": 0.001 * inner / 128,
+        "memory": least["memory"],
+        "issue": unevenness * least["issue"],
+        "lone_dot": unevenness * least["dot"] / ctas,
     }
 
 
-def in_turns(least: dict[str, float]) -> float:
-    """Milliseconds if dot and instructions take turns, because no other warps fill the gap."""
-    return max(least["memory"], least["L2"], least["dot"] + max(least["alu"], least["issue"]))
+def predict_screen(terms: dict[str, float], costs: dict[str, float] = SCREEN_COSTS) -> float:
+    """Milliseconds."""
+    return sum(costs[name] * value for name, value in terms.items())

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from vqtriton.tuning.compiling import Launch, compile_launch
 from vqtriton.tuning.disassembly import Disassembly
-from vqtriton.tuning.machines import ARCHITECTURES, MACHINES, Shape, Work, floors, in_turns
+from vqtriton.tuning.machines import (
+    ARCHITECTURES,
+    MACHINES,
+    Shape,
+    Work,
+    floors,
+    predict_screen,
+    screen_terms,
+)
 from vqtriton.tuning.outcomes import Found, Outcome, decide
 from vqtriton.tuning.tables import Problem
 from vqtriton.tuning.tunables import TUNABLES, candidates_of
@@ -59,31 +67,33 @@ def usable(
 ) -> list[Found]:
     """Those that compile, do not spill and fit, the best predicted first.
 
-    The time is `machines.in_turns` of the target's machine: dot products and instructions take
-    turns, unless memory or L2 take longer; of the busiest multiprocessor, where there is not enough
-    to do for all. Of equal ones those come first of which more programs fit into a multiprocessor.
-    Where nothing is predicted the time is NaN, and the order that given: of kernels that move the
-    same bytes whatever their tiles, of targets without a machine, and where the loop cannot be
-    counted.
+    Where nothing is predicted the time is NaN, and the order that given: of kernels other than the
+    screen, of targets on which nothing was measured, and where the loop cannot be counted.
     """
-    machine = MACHINES.get(target)
-    shape = Shape(problem.num_rows, problem.codebook_size, problem.dim)
-    unevenness = TUNABLES[problem.op].unevenness
     found = []
     for place, usage in enumerate(usages(problem, target, configs, say)):
         if usage is None:
             continue
-        ms, order = math.nan, (math.inf, 0, place)
-        if usage.work and machine:
-            least = floors(shape, usage.work, usage.alu, usage.total, machine)
-            if unevenness:
-                times = unevenness(problem, configs[place], machine.multiprocessors)
-                least |= {name: times * least[name] for name in ("dot", "alu", "issue")}
-            ms = in_turns(least)
-            order = (ms, -usage.ctas, place)
+        terms = usage_terms(problem, target, configs[place], usage)
+        ms = predict_screen(terms) if terms else math.nan
         about = {"shared": usage.shared, "registers": usage.registers}
+        order = (0, ms) if terms else (1, place)
         found.append((order, Found(configs[place], ms, about)))
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+def usage_terms(problem: Problem, target: str, config: Any, usage: Usage) -> dict[str, float]:
+    """`machines.screen_terms`; empty where nothing is predicted."""
+    machine, unevenness = MACHINES.get(target), TUNABLES[problem.op].unevenness
+    if not (usage.work and machine and unevenness):
+        return {}
+    shape = Shape(problem.num_rows, problem.codebook_size, problem.dim)
+    return screen_terms(
+        floors(shape, usage.work, usage.alu, usage.total, machine),
+        usage.work.inner,
+        usage.ctas,
+        unevenness(problem, config, machine.multiprocessors),
+    )
 
 
 # N and K are not compiled for
