@@ -126,8 +126,8 @@ class Machine(Rates):
     l2: float
 
 
-# an H100 SXM: dot and memory are what a matmul and a copy reach there, the clock is assumed. L2: what
-# a screen with tiles of 64 rows read on an H200, at D = 512
+# an H100 SXM: dot and memory are what a matmul and a copy reach there, the clock is assumed, and L2
+# is what a screen with tiles of 64 rows read on an H200, at D = 512
 H100 = Machine(
     dot=798e12, memory=3.0e12, clock=1.755e9, multiprocessors=132, alu=64, issue=128, l2=7.1e12
 )
