@@ -42,7 +42,7 @@ test-interpreted: $(READY)
 test-slow: $(READY) ## what takes longest: a million rows, several ranks, torch.compile of a training run
 	$(PYTHON) -m pytest -m slow
 
-test-versions: $(READY) ## core tests on older and newer versions: 20 minutes a row; ROWS='floor newest', KEEP=1
+test-versions: $(READY) ## core tests on older and newer versions: 10 minutes a row; ROWS='floor newest', KEEP=1
 	$(PYTHON) tests/versions.py $(ROWS) $(if $(KEEP),--keep)
 
 lint: $(READY) ## ruff and mypy

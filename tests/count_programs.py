@@ -1,0 +1,122 @@
+"""How often each kernel is compiled for 50 batch sizes: ``python tests/count_programs.py``.
+
+Prints a line of JSON for each function. Without a GPU nothing is launched: what would be is compiled
+for an H100. A process of its own, since Triton has no way back from a driver that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from vqtriton import ops
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+# 1 and multiples of 16 are what Triton makes programs of their own for
+SIZES = (1, 2, 15, 16, 17, 64, 256, 4096, 100_000, *(33 + 613 * i for i in range(41)))
+CODEBOOK_SIZE = 600
+# 12: a stride that 16 does not divide
+DIMS = (12, 64) if HAS_GPU else (12,)
+
+
+def functions(dim: int) -> dict[str, Callable[[int], object]]:
+    codebook = torch.randn(CODEBOOK_SIZE, dim, device=DEVICE)
+
+    def vectors(rows: int) -> torch.Tensor:
+        return torch.zeros(rows, dim, device=DEVICE)
+
+    def indices(rows: int) -> torch.Tensor:
+        return torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+
+    def masked(rows: int) -> object:
+        mask = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+        return ops.run_kernels(vectors(rows), codebook, exact=True, mask=mask, gather=True)
+
+    def sums(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        from vqtriton.kernels.code_sums import code_sums
+
+        return code_sums(vectors(rows)[None], indices(rows)[None], CODEBOOK_SIZE)
+
+    def gradients(rows: int) -> object:
+        from vqtriton.kernels.vector_quantize_grad import grad_codebook, grad_x
+
+        x, one_head = vectors(rows)[None], codebook[None]
+        grads = (torch.ones(1, rows, device=DEVICE), x, one_head, indices(rows)[None], 1.0)
+        return grad_x(x, *grads), grad_codebook(*grads)
+
+    def update(rows: int) -> None:
+        from vqtriton.kernels.ema_update import ema_update_
+
+        (of_codes,), (counts,) = sums(rows)
+        rows_per_code = counts.float()
+        ema_update_(
+            *(t.clone() for t in (rows_per_code, codebook)),
+            rows_per_code,
+            of_codes,
+            # what may stand for a dead code, all of it there
+            codebook,
+            torch.ones_like(rows_per_code),
+            torch.tensor([0.1, 0.5], device=DEVICE),
+        )
+
+    return {
+        "nearest_code": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=True),
+        "vector_quantize": masked,
+        "code_sums": sums,
+        "gradients": gradients,
+        "update": update,
+        "fast": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=False),
+    }
+
+
+class CompileOnly:
+    """As much of a driver as Triton needs to compile for an H100 that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[None]:
+    """Launches compile what they would launch, and end there: outputs stay unwritten."""
+    launch = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(CompileOnly())
+    with mock.patch.object(JITFunction, "run", warm_up):
+        yield
+
+
+def main() -> None:
+    programs: Counter[str] = Counter()
+    # from disk or anew
+    triton.knobs.runtime.jit_post_compile_hook = lambda **given: programs.update([given["fn"].name])
+    with contextlib.nullcontext() if HAS_GPU else compile_only():
+        for dim in DIMS:
+            for name, function in functions(dim).items():
+                programs.clear()
+                for rows in SIZES:
+                    function(rows)
+                print(json.dumps({"step": name, "dim": dim, "programs": programs}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A small case of each kernel, for tools that look at every access: ``python small_cases.py KERNEL``.
+
+With ragged tiles, strided rows, rows in doubt, ties, a NaN, codes in two parts, masks. The results are
+those of the torch backend, so a case that looks at nothing fails by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from vqtriton import blocked, ops
+from vqtriton.planes import prepare_planes, screen_bound
+from vqtriton.screening import error_bound
+
+ROWS, CODES, DIM = 77, 300, 12
+Case = Callable[[torch.device | str], None]
+
+
+def make_data(device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, whose columns come one after the other; codebook; indices, -1 among them."""
+    torch.manual_seed(0)
+    codebook = torch.randn(CODES, DIM)
+    # ties, and rows that are certain
+    x = torch.cat([codebook[:40] + codebook[1:41], torch.randn(ROWS - 40, DIM)]) / 2
+    x[3, 0] = torch.nan
+    indices = torch.randint(-1, 20, (ROWS,))
+    return x.T.contiguous().to(device).T, codebook.to(device), indices.to(device)
+
+
+def expect(found: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(found.cpu(), want, equal_nan=True)
+
+
+def planes(device: torch.device | str) -> None:
+    _, codebook, _ = make_data(device)
+    found = ops._prepare_planes(codebook)
+    kind = {name: getattr(found, name) for name in ("group", "lanes", "vec")}
+    want = prepare_planes(codebook[None].cpu(), **kind)
+    for one, other in zip(found.tensors, want.tensors, strict=True):
+        expect(one, other)
+
+
+def search(device: torch.device | str) -> None:
+    from vqtriton.kernels.nearest_code import nearest_code, nearest_code_config
+    from vqtriton.kernels.screen_codes import architecture
+
+    x, codebook, _ = make_data(device)
+    prepared = ops._prepare_planes(codebook)
+    config = nearest_code_config(architecture(x.device), prepared.codes.shape[2], False)
+    mask = torch.arange(ROWS, device=device) % 5 > 0
+    out = nearest_code(
+        x[None],
+        codebook[None],
+        prepared,
+        screen_bound(prepared, config.screen.block_k),
+        error_bound(DIM, torch.float32),
+        exact=True,
+        mask=mask[None],
+        gather=True,
+        splits=2,
+        config=config,
+    )
+    want = blocked.nearest_code(x.cpu(), codebook.cpu(), "exact")
+    expect(out.indices[0], want.where(mask.cpu(), -1))
+
+
+def sums(device: torch.device | str) -> None:
+    x, _, indices = make_data(device)
+    found = ops.code_sums(x, indices, 20, "triton")
+    for one, other in zip(found, blocked.code_sums(x.cpu(), indices.cpu(), 20), strict=True):
+        expect(one, other)
+
+
+def atomic_sums(device: torch.device | str) -> None:
+    from vqtriton.kernels.atomic_sums import atomic_sums
+
+    x, _, indices = make_data(device)
+    found, counts = atomic_sums(x[None], indices[None], 20)
+    want, want_counts = blocked.code_sums(x.cpu(), indices.cpu(), 20)
+    expect(found[0], want)
+    expect(counts[0], want_counts)
+
+
+def gradient(device: torch.device | str) -> None:
+    x, codebook, indices = make_data(device)
+    of_loss = torch.ones(ROWS, device=device)
+    given = (torch.ones_like(x), of_loss, x, codebook, indices, 0.5)
+    on_cpu = [t.cpu() if isinstance(t, torch.Tensor) else t for t in given]
+    expect(ops.grad_x(*given, "triton"), blocked.grad_x(*on_cpu))
+
+
+def update(device: torch.device | str) -> None:
+    x, codebook, indices = make_data(device)
+    codebook, counts = codebook[:20].contiguous(), torch.ones(20, device=device)
+    of_batch, of_codes = ops.code_sums(x, indices, 20, "torch")
+    rates = torch.tensor([0.1, 0.5], device=device)
+    given = [counts, codebook, of_codes.float(), of_batch, None, None, rates]
+    on_cpu = [t.cpu().clone() if isinstance(t, torch.Tensor) else t for t in given]
+    ops.ema_update_(*given, "triton")
+    blocked.ema_update_(*on_cpu)
+    expect(codebook, on_cpu[1])
+
+
+# each kernel, and what launches it
+CASES: dict[str, Case] = {
+    **dict.fromkeys(("part_sums", "centred_norms", "planes"), planes),
+    **dict.fromkeys(
+        ("screen_codes", "merge_splits", "finish_rows", "rescue_rows", "settle_rows"), search
+    ),
+    **dict.fromkeys(
+        (
+            *("segment_keys", "segment_bounds", "chunk_segments", "chunk_sums"),
+            "combine_chunks",
+        ),
+        sums,
+    ),
+    "atomic_sums": atomic_sums,
+    "grad_x": gradient,
+    "ema_update": update,
+}
+
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]]("cuda")
+    torch.cuda.synchronize()
+    print("right")
