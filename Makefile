@@ -6,6 +6,7 @@ READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
 # what the kernels are compiled with; those not installed go to .triton/
 TRITONS := 3.6.0 3.7.1 3.9.0
+OUT := runs/gpu-check
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 .PHONY: help venv train test test-compiled test-interpreted test-slow test-versions lint format api bench sass gpu-check clean
@@ -63,8 +64,14 @@ bench: $(BENCH_READY) ## time and memory beside peers: minutes; FLAGS='--case al
 sass: $(READY) $(TRITONS:%=.triton/%/triton) ## registers, spills, instructions per pair; JSON=FILE for the rows
 	$(PYTHON) -m bench.sass --triton $(TRITONS) $(if $(JSON),--json $(JSON))
 
-gpu-check: $(READY) ## all that needs a GPU, in 9 minutes: runs/gpu-check/ or OUT=DIR; DRY=1: a walk on a CPU
-	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry) $(if $(OUT),--out "$(OUT)") $(FLAGS)
+# times first, alone on the quiet GPU; then the tests side by side
+gpu-check: $(READY) ## all that needs a GPU, in 6 minutes: runs/gpu-check/ or OUT=DIR; DRY=1: a walk on a CPU
+	@rm -f "$(OUT)"/*.jsonl; status=0; \
+	timeout 200 $(PYTHON) -m bench.gpu_times $(if $(DRY),--dry) --out "$(OUT)" || status=$$?; \
+	test $$status = 2 && exit 2; \
+	GPU_CHECK_TABLE="$(abspath $(OUT))/correctness.jsonl" HYPOTHESIS_PROFILE=few \
+		$(PYTHON) tests/parts.py $(if $(DRY),dry,gpu) || status=1; \
+	exit $$status
 
 # without a network it is left out, and bench.sass says so
 .triton/%/triton: | $(READY)

@@ -44,13 +44,23 @@ def correctness() -> str:
     wrong, rows, doubt = (sum(row[k] for row in exact) for k in ("mismatches", "rows", "in_doubt"))
     repeats, graphs, compiled = ([row for row in parts[p] if "outcome" not in row]
                                  for p in ("repeats", "graphs", "compiled"))  # fmt: skip
-    programs = sum(sum(row.get("programs", {}).values()) for row in parts["recompiles"])
+    programs = sum(sum(row.get("programs", {}).values())
+                   for row in [*parts["recompiles"], *parts["programs"]])  # fmt: skip
     large = next(row for row in parts["large"] if "elements" in row)
     kinds = len({row["case"] for row in exact})
 
     def differing(part: list[Row], name: str = "differing") -> str:
         return f"{sum(bool(row.get(name)) for row in part)} of {len(part)} differ"
 
+    accumulation = [row["part_of_bound"] for row in parts["accumulation"]]
+    unclean = [row for row in parts["sanitizer"] if row.get("found")]
+    # these two were not there at first
+    later = [
+        ["accumulation of the tensor cores", f"{len(accumulation)} sets of data built to err",
+         f"at most {max(accumulation, default=0):.2f} of the bound"],
+        ["memcheck and racecheck", f"{len(parts['sanitizer'])} runs, a kernel each",
+         f"{len(unclean)} found something"],
+    ]  # fmt: skip
     return markdown("what | on what | found", [
         ["`exact` against float64", f"{rows:,} rows, {kinds} kinds of hard data, "
          f"{doubt / rows:.1%} of them in doubt after the screen", f"{wrong} wrong indices"],
@@ -63,6 +73,7 @@ def correctness() -> str:
         ["programs compiled", "every op at 50 batch sizes", str(programs)],
         ["more than 2³¹ elements", f"{large['elements']:,} elements, two layouts",
          "0 wrong indices"],
+        *(later if accumulation else []),
     ])  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError
@@ -26,8 +27,12 @@ def processor() -> str:
 def commit() -> str:
     """Short hash of the checkout, "-dirty" where files had changed when it was first asked for.
 
-    A result file that is written meanwhile is no change of what is measured.
+    A result file that is written meanwhile is no change of what is measured. A copy that has no git
+    of its own may lie in another repository; of such a copy, VQTRITON_COMMIT can tell.
     """
+    top = _output(["git", "rev-parse", "--show-toplevel"])
+    if top is None or Path(top).resolve() != ROOT.resolve():
+        return os.environ.get("VQTRITON_COMMIT", "no commit")
     command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--exclude=*"]
     return _output(command) or "no commit"
 

@@ -1,7 +1,8 @@
 """How often each kernel is compiled for 50 batch sizes: ``python tests/count_programs.py``.
 
-Prints a line of JSON for each function. Without a GPU nothing is launched: what would be is compiled
-for an H100. A process of its own, since Triton has no way back from a driver that is not there.
+Prints a line of JSON for each function. Without a GPU nothing is launched: what would be is
+compiled for an H100. A process of its own, since Triton has no way back from a driver that is not
+there.
 """
 
 from __future__ import annotations

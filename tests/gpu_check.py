@@ -1,7 +1,7 @@
 """What the checks of a GPU share: `make gpu-check`, and tests/test_gpu_*.py.
 
-With a GPU they are large. Without one they walk through tiny inputs in Triton's interpreter, so that
-each of them is known to work before a GPU is at hand.
+With a GPU they are large. Without one they walk through tiny inputs in Triton's interpreter, so
+that each of them is known to work before a GPU is at hand.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of the suite, all at once: ``python tests/parts.py [PART...] [FLAG...]``.
+"""The parts of the suite, all at once: ``python tests/parts.py [GROUP | PART...] [FLAG...]``.
 
 Each is a pytest of its own: Triton decides at import whether kernels are interpreted, and three
 processes keep two cores busy until the end. Every few seconds a line says how far each is and what
@@ -20,17 +20,37 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# examples, benchmarks, and what compiles for GPUs: as much work as all the others
-PROGRAMS = ("train", "mnist", "bench", "gpu_check", "compile")
-FILES = [
-    str(path)
+FILES = {
+    path.stem.removeprefix("test_"): str(path)
     for path in sorted((ROOT / "tests").glob("test_*.py"))
-    if path.stem.removeprefix("test_").startswith(PROGRAMS)
+}
+# examples, benchmarks, and what compiles for GPUs: as much work as all the others
+PROGRAMS = [
+    file for name, file in FILES.items() if name.startswith(("train", "mnist", "bench", "compile"))
 ]
-PARTS = {
-    "package": ["-m", "not slow", *(f"--ignore={file}" for file in FILES)],
-    "programs": ["-m", "not slow", *FILES],
-    "interpreted": ["-m", "kernel and not slow"],
+# what a GPU is checked with; tiny where there is none
+CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
+HAVE_KERNELS = {
+    name: file
+    for name, file in FILES.items()
+    if re.search(r"mark\.(kernel|needs_kernels)\b", Path(file).read_text(encoding="utf-8"))
+}
+KERNELS = ["-m", "kernel and not slow"]
+# seconds that a part has on a GPU; what is not done by then has failed
+ON_GPU = [*KERNELS, "--session-timeout=180"]
+GROUPS = {
+    "all": {
+        "package": ["-m", "not slow", *(f"--ignore={file}" for file in PROGRAMS)],
+        "programs": ["-m", "not slow", *PROGRAMS],
+        "interpreted": KERNELS,
+    },
+    # a GPU has room for all of them at once
+    "gpu": {name: [*ON_GPU, file] for name, file in (CHECKS | HAVE_KERNELS).items()},
+    # a walk through its checks without one
+    "dry": {
+        "interpreted": [*KERNELS, *CHECKS.values()],
+        "others": ["-m", "once and kernel", *CHECKS.values()],
+    },
 }
 SECONDS_BETWEEN_SIGNS = 8
 OUTCOMES = {
@@ -45,7 +65,7 @@ DONE = re.compile(rf"(.*?::.*?) ({'|'.join(OUTCOMES)})\b.*\[ *\d+%\]$")
 class Part:
     """A pytest, and what its lines have said so far."""
 
-    def __init__(self, name: str, flags: list[str]) -> None:
+    def __init__(self, name: str, selection: list[str], flags: list[str]) -> None:
         self.name = name
         self.counts: Counter[str] = Counter()
         self.total = 0
@@ -55,7 +75,7 @@ class Part:
         # the longest part has a core to itself, and the other two share one
         nice = ["nice", "-n", "5"] if name != "interpreted" and shutil.which("nice") else []
         self.process = subprocess.Popen(
-            [*nice, sys.executable, "-u", "-m", "pytest", "-v", *PARTS[name], *flags],
+            [*nice, sys.executable, "-u", "-m", "pytest", "-v", *selection, *flags],
             cwd=ROOT,
             env=os.environ | {"TRITON_INTERPRET": str(int(name == "interpreted"))},
             stdin=subprocess.DEVNULL,
@@ -142,9 +162,11 @@ def say(*lines: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    names = [name for name in arguments if name in PARTS] or list(PARTS)
-    flags = [argument for argument in arguments if argument not in PARTS]
-    running = [Part(name, flags) for name in names]
+    group = next((name for name in arguments if name in GROUPS), "all")
+    arguments, parts = [name for name in arguments if name != group], GROUPS[group]
+    names = [name for name in arguments if name in parts] or list(parts)
+    flags = [argument for argument in arguments if argument not in parts]
+    running = [Part(name, parts[name], flags) for name in names]
     total: Counter[str] = Counter()
     are_well = True
     try:

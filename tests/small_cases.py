@@ -1,7 +1,7 @@
-"""A small case of each kernel, for tools that look at every access: ``python small_cases.py KERNEL``.
+"""A small case of each kernel, for tools that look at every access.
 
-With ragged tiles, strided rows, rows in doubt, ties, a NaN, codes in two parts, masks. The results are
-those of the torch backend, so a case that looks at nothing fails by itself.
+``python tests/small_cases.py KERNEL``. With ragged tiles, strided rows, rows in doubt, ties, a NaN,
+codes in two parts, masks. The results are compared with those of the torch backend.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def test_sums_whose_last_bit_does_not_repeat_are_found(monkeypatch: pytest.Monke
 
 
 def capture(step: Callable[[], Tensors]) -> Callable[[], Tensors]:
-    """Runs the step some times, then captures it; what comes back replays it. On a CPU: the step."""
+    """What replays the step, which is run and then captured; on a CPU the step itself."""
     if not IS_FULL:
         return step
     # as torch asks for: warm up on another stream

@@ -54,7 +54,7 @@ IS_SLOW = """
 
 @pytest.fixture
 def run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parts, "PARTS", {"package": [], "interpreted": []})
+    monkeypatch.setitem(parts.GROUPS, "all", {"package": [], "interpreted": []})
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra -p no:cacheprovider\n")
 
     def run(*modules: str, names=()) -> tuple[int, list[str]]:
@@ -128,3 +128,12 @@ def test_a_slow_test_gives_signs_of_life(run, monkeypatch: pytest.MonkeyPatch) -
     # on a busy machine there are fewer
     assert len(signs) >= 3
     assert "0 of 1 passed, 0 failed" in signs[0]
+
+
+def test_a_gpu_is_checked_with_every_file_that_has_kernels() -> None:
+    of_gpu = parts.GROUPS["gpu"]
+    assert {"gpu_exactness", "gpu_sanitizer", "nearest_code", "code_sums"} <= set(of_gpu)
+    assert "train_mnist" not in of_gpu
+    # each has a limit, as a borrowed machine is there for minutes
+    assert all("--session-timeout=180" in flags for flags in of_gpu.values())
+    assert set(parts.CHECKS) == {name for name in parts.FILES if name.startswith("gpu_")}
