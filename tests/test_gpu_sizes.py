@@ -88,3 +88,34 @@ def test_more_elements_than_an_int32_counts(layout: str) -> None:
     error = ((sums.double() - wanted).abs() / magnitude.clamp(min=1)).max().item()
     note("large", layout=layout, elements=x.numel(), code_sums_error=error)
     assert error <= 1.01 * 2.0**-24
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "change", [("screen_codes_kernel", 2), ("screen_codes_kernel", 0), ("another_kernel", 1)]
+)
+def test_a_program_too_many_or_too_few_is_found(monkeypatch, change: tuple[str, int]) -> None:
+    programs = dict.fromkeys(KERNELS - {"atomic_sums_kernel"}, 1) | dict([change])
+    programs = {name: count for name, count in programs.items() if count}
+    printed = json.dumps({"step": "all", "dim": 12, "programs": programs})
+    done = subprocess.CompletedProcess([], 0, printed, "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(AssertionError):
+        test_a_new_batch_size_compiles_nothing()
+
+
+@pytest.mark.kernel
+@pytest.mark.needs_interpreter
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("name", ["vector_quantize", "code_sums"])
+def test_a_row_that_an_int32_would_lose_is_found(monkeypatch, name: str) -> None:
+    right = getattr(vqtriton, name)
+
+    def wrong(x: Tensor, *args: object, **options: object) -> tuple:
+        """The last row is taken for the first."""
+        x = torch.cat([x[:-1], x[:1]])
+        return right(x, *args, **options)
+
+    monkeypatch.setattr(vqtriton, name, wrong)
+    with pytest.raises(AssertionError):
+        test_more_elements_than_an_int32_counts("rows")

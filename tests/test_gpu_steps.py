@@ -200,6 +200,21 @@ def test_a_replayed_search_is_an_eager_one(shape: tuple[int, int, int]) -> None:
     assert max(doubtful) > min(doubtful)
 
 
+@pytest.mark.kernel
+@pytest.mark.needs_interpreter
+@pytest.mark.needs_kernels
+def test_a_replay_of_old_inputs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(step: Callable[[], Tensors]) -> Callable[[], Tensors]:
+        outputs = step()
+        return lambda: outputs
+
+    monkeypatch.setattr(sys.modules[__name__], "capture", capture)
+    with pytest.raises(AssertionError):
+        test_a_replayed_search_is_an_eager_one(SHAPES[0])
+    with pytest.raises(AssertionError):
+        test_a_replayed_training_is_an_eager_one("ema", SHAPES[0])
+
+
 # --- torch.compile ---
 
 
@@ -223,3 +238,20 @@ def test_a_compiled_training_is_an_eager_one(update: str) -> None:
         torch.testing.assert_close(found, want)
         # and rounding is not to grow
         compiled.set(eager.state())
+
+
+@pytest.mark.kernel
+@pytest.mark.needs_interpreter
+@pytest.mark.needs_kernels
+@pytest.mark.real_device
+def test_a_compiled_step_with_another_index_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_wrongly(module: torch.nn.Module, fullgraph: bool) -> Callable:
+        def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            quantized, indices, loss = module(x)
+            return quantized, torch.cat([indices[:1] + 1, indices[1:]]), loss
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    with pytest.raises(AssertionError):
+        test_a_compiled_training_is_an_eager_one("ema")

@@ -741,6 +741,48 @@ def test_tiles_that_are_tried_can_be_used(op) -> None:
 
 
 @pytest.mark.once
+def test_time_that_is_the_hosts_is_said() -> None:
+    said = []
+    measure.say_whose_time(PROBLEM, 0.1, 0.15, said.append)
+    assert said == []
+    measure.say_whose_time(PROBLEM, 0.0312, 0.924, said.append)
+    assert "a call takes 0.924 ms, and the GPU works 0.031 ms of it" in said[0]
+
+
+@pytest.mark.once
+def test_on_a_gpu_replays_are_timed(monkeypatch) -> None:
+    """Each candidate is captured once for each copy of the inputs, or left out."""
+    captured, replayed, said = [], [], []
+
+    def capture(step, pool):
+        on, config = step.args
+        if config == "breaks":
+            raise RuntimeError("no capture")
+        captured.append((on, config))
+        return lambda: replayed.append((on, config))
+
+    def one_ms(step, device):
+        step()
+        return {"fast": 1.0, "slow": 3.0}[replayed[-1][1]]
+
+    empty = torch.empty
+    monkeypatch.setattr(measure, "captured", capture)
+    monkeypatch.setattr(measure, "one_ms", one_ms)
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 8)
+    monkeypatch.setattr(measure, "HEAD_START_BYTES", 8)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch, "empty", lambda *size, device, dtype: empty(*size, dtype=dtype))
+    run = pytest.fail
+    configs = ["slow", "breaks", "fast"]
+    found = measure.median_ms(run, configs, ["a", "b"], torch.device("cuda"), said.append)
+    assert (found[0], found[2]) == (3.0, 1.0)
+    assert math.isnan(found[1])
+    assert said == ["left out, breaks: no capture"]
+    assert captured == [("a", "slow"), ("a", "fast"), ("b", "slow"), ("b", "fast")]
+    assert len(replayed) == 2 * (measure.WARM_UP + measure.REPEATS)
+
+
+@pytest.mark.once
 def test_one_thread_parses_at_a_time(monkeypatch) -> None:
     """Python 3.11 fails by chance where two do, and a good tile would be left out."""
     problem = PROBLEM._replace(op="grad_x", dim=40)

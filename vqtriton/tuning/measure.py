@@ -21,7 +21,7 @@ from vqtriton.tuning.tunables import TUNABLES, Inputs, Tunable, candidates_of, m
 WARM_UP, REPEATS = 2, 9
 # of those that are modelled, so many are timed: the best predicted, and the default
 MOST_TIMED = 12
-# what writing takes longer than it takes to launch a step: 0.2 ms at 3 TB/s
+# what writing takes longer than it takes to launch a graph: 0.2 ms at 3 TB/s
 HEAD_START_BYTES = 1 << 29
 # bytes of inputs, beyond which no more copies of them are made
 MOST_COPIED = 4 << 30
@@ -48,7 +48,31 @@ def measure(problem: Problem, device: torch.device, say: Say = to_stderr) -> Out
     other = make_inputs(problem, device, len(copies))
     while found and not still_right(tunable, other, found[0].config, say):
         del found[0]
+    if found and device.type == "cuda":
+        step = functools.partial(tunable.run, prepared[0], found[0].config)
+        say_whose_time(problem, found[0].ms, wall_ms(step, device), say)
     return decide(problem, candidates, found)
+
+
+def say_whose_time(problem: Problem, device_ms: float, wall: float, say: Say) -> None:
+    """Tiles change the GPU's part alone, which may be the smaller one."""
+    if wall > 2 * device_ms:
+        say(
+            f"{problem}: a call takes {wall:.3f} ms, and the GPU works {device_ms:.3f} ms of it. "
+            "Most of the time is the host's, which tiles do not change"
+        )
+
+
+def wall_ms(step: Callable[[], object], device: torch.device) -> float:
+    """Median of some calls, from an idle device to an idle device."""
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        step()
+        torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(times)
 
 
 def promising(
@@ -120,20 +144,24 @@ def median_ms(
 ) -> list[float]:
     """Of each, NaN if it raises. They and the inputs take turns, so none has the quiet minute."""
     is_cuda = device.type == "cuda"
-    # written before each step: it empties the cache and gives the host a head start, so that it is
-    # not its launches that are timed
+    # written before each step: it empties the cache, and hides the launch of a graph
     written = max(HEAD_START_BYTES, 2 * cache_bytes(device)) if is_cuda else 0
     other = torch.empty(written, device=device, dtype=torch.uint8)
-    times: list[list[float]] = [[] for _ in configs]
     warm_up, repeats = (WARM_UP, REPEATS) if is_cuda else (0, 1)
+    pool = torch.cuda.graph_pool_handle() if is_cuda else None
+    steps: dict[tuple[int, int], Callable[[], object]] = {}
+    times: list[list[float]] = [[] for _ in configs]
     for turn in range(warm_up + repeats):
-        on = prepared[turn % len(prepared)]
-        for config, of_config in zip(configs, times, strict=True):
+        copy = turn % len(prepared)
+        for place, (config, of_config) in enumerate(zip(configs, times, strict=True)):
             if math.nan in of_config:
                 continue
-            other.zero_()
             try:
-                ms = one_ms(functools.partial(run, on, config), device)
+                if (place, copy) not in steps:
+                    step = functools.partial(run, prepared[copy], config)
+                    steps[place, copy] = captured(step, pool) if is_cuda else step
+                other.zero_()
+                ms = one_ms(steps[place, copy], device)
             except Exception as error:
                 say(f"left out, {config}: {str(error)[:200]}")
                 of_config[:] = [math.nan]
@@ -141,6 +169,21 @@ def median_ms(
             if turn >= warm_up:
                 of_config.append(ms)
     return [statistics.median(of_config) for of_config in times]
+
+
+def captured(step: Callable[[], object], pool: Any) -> Callable[[], None]:
+    """What replays the step, without the host's part of it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # what is compiled or looked up at first is not to be captured
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # one pool for all: they run one after the other, and nobody reads their results
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay
 
 
 def one_ms(step: Callable[[], object], device: torch.device) -> float:
