@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import fit
-from bench.report import RESULTS, Row, by_case, fill, mebibytes, milliseconds, read_rows
+from bench.report import (
+    RESULTS,
+    Row,
+    by_case,
+    fill,
+    mebibytes,
+    milliseconds,
+    read_rows,
+    save_picture,
+)
 
 FILES = RESULTS / "h200"
 
@@ -178,3 +188,54 @@ def with_tables(text: str) -> str:
 
 def write(path: Path) -> None:
     path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    save_picture(draw, FILES / "latency.jsonl", path.with_suffix(".svg"))
+
+
+def draw(rows: Sequence[Row]) -> Any:
+    """What a caller waits for, beside what the GPU works: training steps, and searches."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    for panel, (title, what, subjects) in zip(figure.subplots(2), PANELS, strict=True):
+        found = {(row["case"], row["subject"]): row for row in rows if row["what"] == what}
+        # those that all of them have
+        cases = [
+            case
+            for case in dict.fromkeys(case for case, _ in found)
+            if all((case, subject) in found for subject in subjects)
+        ]
+        width = 0.8 / len(subjects)
+        for place, (subject, name) in enumerate(subjects.items()):
+            left = [i + (place - (len(subjects) - 1) / 2) * width for i in range(len(cases))]
+            of_subject = [found[case, subject] for case in cases]
+            bars = panel.bar(left, [row["wall_us"] for row in of_subject], width, alpha=0.35)
+            color = bars.patches[0].get_facecolor()[:3]
+            panel.bar(left, [gpu_us(row) for row in of_subject], width, color=color, label=name)
+        panel.set_yscale("log")
+        panel.set_ylabel("µs: pale, wall; full, GPU")
+        panel.set_title(title, loc="left")
+        above = {"bbox_to_anchor": (1, 1), "loc": "lower right", "ncols": len(subjects)}
+        panel.legend(fontsize="small", frameon=False, **above)
+        panel.set_xticks(range(len(cases)), cases, fontsize="small")
+    return figure
+
+
+def gpu_us(row: Row) -> float:
+    """In a CUDA graph; where it was not captured, the sum of the kernels."""
+    return row.get("graph_us") or sum(us for _, _, us in row["kernels"])
+
+
+# title, kind of row, and subjects with the names that readers know
+PANELS = (
+    ("A training step", "train", {"ours": "vqtriton", "vqp": "vector-quantize-pytorch"}),
+    (
+        "A search",
+        "assign",
+        {
+            "ours exact": "vqtriton",
+            "addmm+argmin": "torch addmm + argmin (not exact)",
+            "flash-kmeans": "flash-kmeans (not exact)",
+        },
+    ),
+)

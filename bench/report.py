@@ -215,16 +215,21 @@ def sizes(name: str) -> str:
 def write_docs() -> None:
     for path in DOCS:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    save_picture(draw, RESULTS / "training_cpu.jsonl", PICTURE)
+
+
+def save_picture(draw: Callable[[list[Row]], Any], drawn: Path, picture: Path) -> None:
+    """Draws the rows of a file; the picture names the file, so that a test can hold it to that."""
     try:
         import matplotlib
     except ModuleNotFoundError:
-        print("the picture is left as it is: matplotlib is not installed")
+        print(f"{picture.name} is left as it is: matplotlib is not installed")
         return
     matplotlib.use("svg")
-    drawn = RESULTS / "training_cpu.jsonl"
-    # what it was drawn from, so that a test can hold it to that
+    # the same rows give the same file
+    matplotlib.rcParams |= {"svg.hashsalt": "vqtriton", "svg.fonttype": "none"}
     metadata = {"Date": None, "Description": f"{drawn.name}, sha256 {checksum(drawn)}"}
-    draw(read_rows(drawn)).savefig(PICTURE, metadata=metadata, bbox_inches="tight")
+    draw(read_rows(drawn)).savefig(picture, metadata=metadata, bbox_inches="tight")
 
 
 def checksum(path: Path) -> str:
@@ -233,11 +238,8 @@ def checksum(path: Path) -> str:
 
 def draw(rows: Iterable[Row]) -> Any:
     """Time and peak memory over ours, a group of bars for each case."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    # the same rows give the same file
-    matplotlib.rcParams |= {"svg.hashsalt": "vqtriton", "svg.fonttype": "none"}
     cases = by_case(rows)
     names = list(dict.fromkeys(row["subject"] for of in cases.values() for row in of))
     figure = Figure(figsize=(9, 6), layout="constrained")

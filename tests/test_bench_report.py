@@ -287,6 +287,23 @@ def test_the_floors_are_those_of_the_roofline():
 def test_the_picture_is_of_the_result_file() -> None:
     drawn = report.RESULTS / "training_cpu.jsonl"
     assert f"{drawn.name}, sha256 {report.checksum(drawn)}" in report.PICTURE.read_text()
+    drawn = gpu_report.FILES / "latency.jsonl"
+    text = (ROOT / "docs" / "gpu.svg").read_text()
+    assert f"{drawn.name}, sha256 {report.checksum(drawn)}" in text
+
+
+def test_the_picture_of_a_gpu_has_wall_and_gpu_time_of_each_subject() -> None:
+    pytest.importorskip("matplotlib")
+    panels = gpu_report.draw(gpu_report.rows_of("latency")).axes
+    # ten shapes that all subjects have been timed at
+    assert [len(panel.patches) for panel in panels] == [2 * 2 * 10, 2 * 3 * 10]
+    for panel in panels:
+        pairs = zip(panel.containers[::2], panel.containers[1::2], strict=True)
+        assert all(
+            0 < gpu.get_height() < 1.1 * wall.get_height()
+            for walls, gpus in pairs
+            for wall, gpu in zip(walls, gpus, strict=True)
+        )
 
 
 def test_clustering_is_as_good_as_that_of_others() -> None:
