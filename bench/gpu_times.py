@@ -195,8 +195,14 @@ def steps(case: Case, inputs: Any, context: Context) -> dict[tuple[str, str], St
     backend = "torch" if context.is_dry else "triton"
     prepared = vqtriton.prepare_codebook(codebook, backend=backend)
 
+    def start(subject: str, scope: str) -> Run:
+        run = Run(SUBJECTS[subject], scope, inputs)
+        with torch.no_grad():
+            run.reset()
+        return run
+
     def run(subject: str, scope: str) -> Step:
-        return Run(SUBJECTS[subject], scope, inputs).step
+        return start(subject, scope).step
 
     found: dict[tuple[str, str], Step] = {
         ("assign", "ours exact"): run("vqtriton exact", "assign"),
@@ -213,7 +219,7 @@ def steps(case: Case, inputs: Any, context: Context) -> dict[tuple[str, str], St
     if case.name in (*COMPILED, TINY.name):
         search = torch.compile(vqtriton.nearest_code, mode="reduce-overhead")
         found["assign", "ours exact, reduce-overhead"] = lambda: search(x, codebook)
-        compiled = Run(SUBJECTS["vqtriton exact"], "training", inputs)
+        compiled = start("vqtriton exact", "training")
         compiled._module = torch.compile(compiled._module, mode="reduce-overhead")
         found["train", "ours, reduce-overhead"] = compiled.step
     return found
