@@ -6,6 +6,7 @@ device refuses is refused: an operation on tensors of two devices; on Apple's GP
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from vqtriton import ops
 LAZY = torch.device("lazy")
 # they take tensors of two devices
 BETWEEN = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "set_data")
+
+# they ask a device for nothing
+FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "alias"}
+FREE |= {"lift_fresh", "_unsafe_view"}
 
 
 class Elsewhere(Tensor):
@@ -104,3 +109,23 @@ class StubDevice(TorchDispatchMode):
             return there[id(result)] if id(result) in there else self.put(result)
 
         return _pytree.tree_map_only(Tensor, placed, results)
+
+
+class CountingDevice(StubDevice):
+    """Counts what the device is asked for: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func.name().partition("::")[2].partition(".")[0]
+        given = func._schema.arguments
+        is_view = any(arg.alias_info and not arg.alias_info.is_write for arg in given)
+        values = _pytree.tree_leaves((results, args, kwargs))
+        is_there = any(isinstance(value, Elsewhere) for value in values)
+        # an op of ours is what it does inside
+        if is_there and not is_view and name not in FREE and func.namespace != "vqtriton":
+            self.counts[name] += 1
+        return results
