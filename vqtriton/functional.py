@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -298,9 +299,17 @@ def snapshot(tensor: Tensor) -> Tensor:
     return _Snapshot.apply(tensor)
 
 
-class _Snapshot(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """One that `torch.func` takes as well, and whose signature is not looked up in each call."""
+
     generate_vmap_rule = True
 
+    def __init_subclass__(cls) -> None:
+        # `apply` asks for it, and takes 30 µs to find out what does not change
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+
+class _Snapshot(_Function):
     @staticmethod
     def forward(tensor: Tensor) -> Tensor:
         return ops.snapshot(tensor)
@@ -314,9 +323,7 @@ class _Snapshot(torch.autograd.Function):
         return grad
 
 
-class _CodeSums(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _CodeSums(_Function):
     @staticmethod
     def forward(
         x: Tensor,
@@ -342,13 +349,11 @@ class _CodeSums(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
-class _VectorQuantize(torch.autograd.Function):
+class _VectorQuantize(_Function):
     """(x, codebook, mask) -> (quantized, loss of each row, indices).
 
     Backward can be differentiated again, with the stop-gradients of the paper where they belong.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -392,10 +397,8 @@ class _VectorQuantize(torch.autograd.Function):
         return grad_x, grad_codebook, *[None] * ctx.num_others
 
 
-class _GradX(torch.autograd.Function):
+class _GradX(_Function):
     """grad_quantized + weight·grad_loss·(x - codes), zero for masked rows."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -423,10 +426,8 @@ class _GradX(torch.autograd.Function):
         return grad, (grad * pull).sum(1), of_x, None, None, None, None
 
 
-class _GradCodebook(torch.autograd.Function):
+class _GradCodebook(_Function):
     """Sum of weight·grad_loss·(code - x) over the finite rows of each code, in the loss's dtype."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
