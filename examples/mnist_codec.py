@@ -20,7 +20,7 @@ import numpy as np
 import plots
 import safetensors.numpy
 import torch
-from mnist_data import load, read_images, to_idx
+from mnist_data import DATASETS, load, read_images, to_idx
 from PIL import Image
 from run_files import load_checkpoint, write_atomically
 from safetensors import SafetensorError, safe_open
@@ -161,6 +161,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out: {args.out} is read; it cannot be written as well")
         model = VQVAE.from_checkpoint(path)
         dataset = load_checkpoint(path)[1]["arguments"].get("dataset")
+        if dataset not in DATASETS:
+            raise ValueError(f"{path} is not of train_mnist.py (for others: docs/your-data.md)")
         result = args.command(model, source if args.command is decode else read(source, dataset))
         if args.command is not encode:
             print(f"images    {len(result)} of 28×28 pixels")

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.row_planes import register_limit, strides_of
 
 
@@ -90,14 +91,14 @@ def atomic_sums(
     """
     heads, num_rows, dim = x.shape
     config = config or AtomicSumsConfig()
-    block_d = min(config.block_d, triton.next_power_of_2(dim))
+    block_d = min(config.block_d, next_power_of_2(dim))
     block_rows = max(1, config.block_elements // block_d)
     size = (heads, codebook_size)
     sums = torch.zeros(*size, dim, dtype=torch.float64, device=x.device)
     counts = torch.zeros(size, dtype=torch.int64, device=x.device)
     if num_rows > 0:
         with torch.cuda.device_of(x):
-            atomic_sums_kernel[(triton.cdiv(num_rows, block_rows), heads)](
+            atomic_sums_kernel[(cdiv(num_rows, block_rows), heads)](
                 x,
                 indices.contiguous(),
                 sums,

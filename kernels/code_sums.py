@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.row_planes import register_limit, strides_of
 
 
@@ -38,7 +39,7 @@ class CodeSumsConfig:
 
     def chunk(self, num_rows: int) -> int:
         """So that one code with all rows has no more chunks than a chunk has rows."""
-        return max(self.least_chunk, triton.next_power_of_2(math.isqrt(num_rows)))
+        return max(self.least_chunk, next_power_of_2(math.isqrt(num_rows)))
 
 
 @triton.jit(do_not_specialize=["num_rows", "N", "K", "num_segments"])
@@ -259,9 +260,9 @@ def segment_sums(
     is_grad = codebook is not None and grad_loss is not None
     codes = codebook.reshape(num_segments, dim) if codebook is not None else sums
     grads = grad_loss.reshape(-1) if grad_loss is not None else sums
-    block_d = min(config.block_d, triton.next_power_of_2(dim))
+    block_d = min(config.block_d, next_power_of_2(dim))
     block_rows = min(64, max(1, config.block_elements // block_d))
-    blocks_d = triton.cdiv(dim, block_d)
+    blocks_d = cdiv(dim, block_d)
     with torch.cuda.device_of(x):
         if num_chunks > 0:
             chunk_sums_kernel[(num_chunks, blocks_d)](
@@ -326,11 +327,11 @@ def cut_into_chunks(
     options = {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False}
     with torch.cuda.device_of(indices):
         if total > 0:
-            segment_keys_kernel[(triton.cdiv(total, block),)](
+            segment_keys_kernel[(cdiv(total, block),)](
                 indices.contiguous(), keys, total, num_rows, codebook_size, num_segments, **options
             )
         keys, order = keys.sort(stable=True)
-        segment_bounds_kernel[(triton.cdiv(num_segments + 1, block),)](
+        segment_bounds_kernel[(cdiv(num_segments + 1, block),)](
             keys,
             segment_start,
             chunk_start,
@@ -342,7 +343,7 @@ def cut_into_chunks(
         )
         chunk_start.cumsum_(0)
         if num_chunks > 0:
-            chunk_segments_kernel[(triton.cdiv(num_chunks, block),)](
+            chunk_segments_kernel[(cdiv(num_chunks, block),)](
                 chunk_start,
                 chunk_segment,
                 num_chunks,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.row_planes import register_limit
 from vqtriton.kernels.screen_codes import num_processors
 
@@ -157,10 +158,10 @@ def ema_update_(
     """
     config = config or EmaUpdateConfig()
     size, dim = codebook.shape
-    block_d = min(config.block_d, triton.next_power_of_2(dim))
+    block_d = min(config.block_d, next_power_of_2(dim))
     block_k = min(config.block_k, max(1, config.block_elements // block_d))
-    programs = min(triton.cdiv(size, block_k), num_processors(codebook.device))
-    codes_per_program = triton.cdiv(triton.cdiv(size, programs), block_k) * block_k
+    programs = min(cdiv(size, block_k), num_processors(codebook.device))
+    codes_per_program = cdiv(cdiv(size, programs), block_k) * block_k
     counts = counts.contiguous()
     old_size, filled, num_filled = cluster_size, counts, counts
     if samples is not None and is_filled is not None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vqtriton.kernels.finish_rows import FinishRowsConfig, finish_rows_kernel
+from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.rescue_rows import RescueRowsConfig, rescue_rows_kernel, settle_rows_kernel
 from vqtriton.kernels.row_planes import plane_constants, register_limit, strides_of
 from vqtriton.kernels.screen_codes import (
@@ -106,12 +106,12 @@ def nearest_code(
     if mask is not None:
         mask = mask.contiguous()
     strides = (*strides_of(x), *strides_of(codebook))
-    width = triton.next_power_of_2(dim)
+    width = next_power_of_2(dim)
 
     with torch.cuda.device_of(x):
         block_d = min(config.finish.block_d, width)
         block_n = max(1, config.finish.block_elements // (planes.group * block_d))
-        finish_rows_kernel[(triton.cdiv(num_rows, block_n), heads)](
+        finish_rows_kernel[(cdiv(num_rows, block_n), heads)](
             x,
             codebook,
             planes.mean,
@@ -150,7 +150,7 @@ def nearest_code(
         programs = rescue.programs_per_processor * num_processors(x.device)
         tiles = padded_size // rescue.block_k
         # if every row is in doubt there is no more work than this
-        programs = min(triton.cdiv(programs, heads), triton.cdiv(num_rows, rescue.block_n) * tiles)
+        programs = min(cdiv(programs, heads), cdiv(num_rows, rescue.block_n) * tiles)
         list_size = 2 * rescue.chunk_tiles * rescue.block_k // planes.group
         counts = empty(heads, programs, rescue.block_n, dtype=torch.int32)
         lists = empty(heads, programs, rescue.block_n, list_size, dtype=torch.int32)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.grids import cdiv, next_power_of_2
+
 # as in vqtriton/planes.py
 PAD_CODES = 256
 EXPONENT = tl.constexpr(10)
@@ -285,12 +287,12 @@ def prepare_planes(
             f"group is {group}, lanes {lanes}, vec {vec}; group * lanes must divide {PAD_CODES}, "
             "and vec group"
         )
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     block_k = min(PAD_CODES, max(1, config.block_elements // block_d))
-    codes_per_part = triton.cdiv(triton.cdiv(size, block_k), config.most_parts) * block_k
-    parts = triton.cdiv(size, codes_per_part)
-    columns = triton.cdiv(size, PAD_CODES) * PAD_CODES
-    block_inner = triton.next_power_of_2(inner)
+    codes_per_part = cdiv(cdiv(size, block_k), config.most_parts) * block_k
+    parts = cdiv(size, codes_per_part)
+    columns = cdiv(size, PAD_CODES) * PAD_CODES
+    block_inner = next_power_of_2(inner)
     block_columns = min(PAD_CODES, max(1, config.block_elements // block_inner))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

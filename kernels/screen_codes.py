@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.grids import cdiv
 from vqtriton.kernels.row_planes import (
     plane_constants,
     register_limit,
@@ -283,9 +284,9 @@ def screen_codes(
     heads, num_rows, _ = x.shape
     size, inner = planes.codes.shape[1:]
     config = config or screen_codes_config(architecture(x.device), inner, rows_are_aligned(x))
-    tiles = triton.cdiv(size, config.block_k)
+    tiles = cdiv(size, config.block_k)
     if splits is None:
-        programs = heads * triton.cdiv(num_rows, config.block_n)
+        programs = heads * cdiv(num_rows, config.block_n)
         splits = choose_splits(programs, tiles, num_processors(x.device))
     if max(heads, splits) > 65535:
         raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
@@ -296,8 +297,8 @@ def screen_codes(
             f"divide the padded number of codes, {size}"
         )
     num = config.block_k // chunk
-    tiles_per_split = triton.cdiv(tiles, min(splits, tiles))
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles_per_split = cdiv(tiles, min(splits, tiles))
+    splits = cdiv(tiles, tiles_per_split)
 
     shape = (splits, heads, num_rows)
     groups = torch.empty(shape, dtype=torch.int32, device=x.device)
@@ -307,7 +308,7 @@ def screen_codes(
     row_scale = torch.empty_like(error)
     with torch.cuda.device_of(x):
         # rows first: programs that run together read the same codes
-        screen_codes_kernel[(triton.cdiv(num_rows, config.block_n), splits, heads)](
+        screen_codes_kernel[(cdiv(num_rows, config.block_n), splits, heads)](
             x,
             planes.codes,
             planes.offset,
@@ -337,7 +338,7 @@ def screen_codes(
         if splits == 1:
             return groups[0], best[0], second[0], error, row_scale
         merged = [torch.empty_like(t[0]) for t in (groups, best, second)]
-        merge_splits_kernel[(triton.cdiv(heads * num_rows, config.merge_block_n),)](
+        merge_splits_kernel[(cdiv(heads * num_rows, config.merge_block_n),)](
             groups,
             best,
             second,

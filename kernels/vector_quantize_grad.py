@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqtriton.kernels.code_sums import CodeSumsConfig, segment_sums
+from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.row_planes import strides_of
 
 
@@ -96,9 +97,9 @@ def grad_x(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    block_d = min(config.block_d, triton.next_power_of_2(dim))
+    block_d = min(config.block_d, next_power_of_2(dim))
     block_rows = max(1, config.block_elements // block_d)
-    grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(dim, block_d), heads)
+    grid = (cdiv(num_rows, block_rows), cdiv(dim, block_d), heads)
     with torch.cuda.device_of(x):
         grad_x_kernel[grid](
             grad_quantized,

@@ -549,6 +549,15 @@ def test_bad_images(trained, tmp_path, capsys, name, write, message):
         assert re.search(message, line)
 
 
+def test_a_model_of_other_images_is_named(trained, tmp_path, capsys, monkeypatch):
+    """That of train_images.py has no name of a data set."""
+    tensors, info = codec.load_checkpoint(trained / "checkpoint.safetensors")
+    del info["arguments"]["dataset"]
+    monkeypatch.setattr(codec, "load_checkpoint", lambda path: (tensors, info))
+    line = refused(capsys, tmp_path, "encode", trained, "--out", tmp_path / "out")
+    assert "is not of train_mnist.py (for others: docs/your-data.md)" in line
+
+
 def test_bad_outputs(trained, codes, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     for out in ("folder", "none/out", "three.idx/out"):

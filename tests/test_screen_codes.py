@@ -25,6 +25,9 @@ from vqtriton.planes import (
 )
 
 pytest.importorskip("triton")
+import triton
+
+from vqtriton.kernels import grids
 from vqtriton.kernels.screen_codes import (
     ACCUMULATOR_ORDER,
     ScreenCodesConfig,
@@ -315,3 +318,11 @@ def test_heads_are_searched_apart(splits: int) -> None:
         assert alone.is_certified.any()
         for a, b in zip(out, alone, strict=True):
             assert torch.equal(a[head].cpu(), b)
+
+
+@pytest.mark.once
+def test_sizes_of_grids_are_those_of_triton() -> None:
+    for number in (*range(1, 300), 2**20 - 1, 2**20, 2**20 + 1, 2**40 + 1):
+        assert grids.next_power_of_2(number) == triton.next_power_of_2(number)
+        for divisor in (1, 2, 7, 64, 100, 2**21):
+            assert grids.cdiv(number, divisor) == triton.cdiv(number, divisor)

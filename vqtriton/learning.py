@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from vqtriton import clustering, distributed, ops
 from vqtriton.codebooks import SHARDED, Codebook
-from vqtriton.functional import check_arguments, code_sums
+from vqtriton.functional import check_arguments
 from vqtriton.screening import finite_rows
 
 # what `reset_codes` puts between a code and its copy, in standard deviations of the codes
@@ -218,7 +218,8 @@ class LearnedCodebook(Codebook):
     @torch.no_grad()
     def _update(self, rows: Tensor, indices: Tensor) -> None:
         """One step of the statistics, and of what follows from them."""
-        sums, counts = code_sums(rows, indices, self.codebook_size, backend=self.backend)
+        # the op itself, as there is no gradient and nothing to check
+        sums, counts = ops.code_sums(rows, indices, self.codebook_size, self.backend)
         local = [counts, sums] if self.codebook_update == "ema" else [counts]
         if self._pending is not None:
             local = [now + before for now, before in zip(local, self._pending, strict=True)]
