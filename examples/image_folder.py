@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 MAX_TEST = 500
 # an epoch has at least as many squares: of few images, several of each
 MIN_SQUARES = 2000
+# these are the user's own files, however large
+Image.MAX_IMAGE_PIXELS = None
 
 
 class ImageFolder:
@@ -32,6 +35,8 @@ class ImageFolder:
         size: pixels of a side.
         limit: use the first so many files only.
         workers: processes that read files; 0 reads them in this one.
+    Files that are not whole images are left out, and named on stderr.
+
     Raises:
         ValueError: fewer than two images.
     """
@@ -53,14 +58,26 @@ class ImageFolder:
             for path in Path(folder).rglob("*")
             if path.suffix.lower() in readable and path.is_file() and path.name[0] != "."
         )[:limit]
+        files = [path for path in files if _is_said_to_be_read(path, _open)]
         if len(files) < 2:
-            raise ValueError(f"{folder} has {len(files)} images; it must have at least 2")
+            raise ValueError(f"{folder} has too few images: {len(files)}, where 2 are needed")
         # a run cannot go on with others: what was trained on could be tested on
-        names = "\0".join(str(path.relative_to(folder)) for path in files)
+        names = "\0".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
         self.fingerprint = hashlib.sha256(names.encode()).hexdigest()
         random.Random(0).shuffle(files)
         number = min(max(len(files) // 10, 1), MAX_TEST)
-        self.test_files, self.train_files = files[:number], files[number:]
+        # no other image may take the place of one that is tested
+        whole = Squares(files[:number], size)
+        self.test_files = [
+            path for path in files[:number] if _is_said_to_be_read(path, whole.square)
+        ]
+        self.train_files = files[number:]
+        # of those to train on one is enough to begin with; the others are read in their turn
+        while self.train_files and not _is_said_to_be_read(self.train_files[0], whole.square):
+            del self.train_files[0]
+        if not (self.test_files and self.train_files):
+            raise ValueError(f"{folder} has too few images that can be read")
+        number = len(self.test_files)
         self.size, self.workers, self.seed = size, workers, seed
         self.count = len(self.train_files) * math.ceil(MIN_SQUARES / len(self.train_files))
         columns = min(number, 8)
@@ -80,31 +97,69 @@ class ImageFolder:
 
     def _loader(self, squares: Squares, **options: Any) -> DataLoader[Tensor]:
         # without a generator of its own it would draw from that of the training, once per start
-        generator = torch.Generator()
-        return DataLoader(squares, num_workers=self.workers, generator=generator, **options)
+        options |= {"generator": torch.Generator(), "worker_init_fn": _leave_signals_to_parent}
+        return DataLoader(squares, num_workers=self.workers, **options)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Whoever stops a job sends its signal to all processes; the parent then stops the others."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _open(path: Path) -> None:
+    with Image.open(path):
+        pass
+
+
+def _is_said_to_be_read(path: Path, read: Callable[[Path], object]) -> bool:
+    """Whether a file can be read; one that cannot is named."""
+    try:
+        read(path)
+    # what Pillow raises for a damaged file has no common class
+    except Exception as error:
+        print(f"{path} is left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 class Squares(Dataset[Tensor]):
-    """A square of a file, uint8 [3, size, size]; without a seed always the same."""
+    """A square of a file, uint8 [3, size, size].
+
+    Without a seed it is always the same, and a damaged file is an error. With one, to train on, the
+    next file that can be read takes the place of a damaged one.
+    """
 
     def __init__(self, files: list[Path], size: int, seed: tuple[int, int] | None = None) -> None:
         self.files, self.size, self.seed = files, size, seed
+        self.damaged: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, place: int) -> Tensor:
-        rng = np.random.default_rng((*self.seed, place)) if self.seed else None
+        """
+        Raises:
+            ValueError: the file is damaged; with a seed, all files are.
+        """
+        if self.seed is None:
+            try:
+                return self.square(self.files[place])
+            except Exception as error:
+                raise ValueError(f"{self.files[place]} cannot be read: {error}") from error
+        rng = np.random.default_rng((*self.seed, place))
         for i in range(len(self.files)):
             path = self.files[(place + i) % len(self.files)]
+            if path in self.damaged:
+                continue
             try:
-                return self._square(path, rng)
-            # what Pillow raises for a damaged file has no common class
+                return self.square(path, rng)
             except Exception as error:
+                self.damaged.add(path)
                 print(f"{path} is left out: {error}", file=sys.stderr)
-        raise ValueError("none of the files can be read as an image")
+        raise ValueError("none of the files to train on can be read as an image")
 
-    def _square(self, path: Path, rng: np.random.Generator | None) -> Tensor:
+    def square(self, path: Path, rng: np.random.Generator | None = None) -> Tensor:
         with Image.open(path) as image:
             # a JPEG is read at a fraction of its size where that is enough, which is much faster
             image.draft("RGB", (2 * self.size, 2 * self.size))

@@ -1,4 +1,4 @@
-"""Trains a VQ-VAE on MNIST or Fashion-MNIST: two or three minutes on two CPU cores.
+"""Trains a VQ-VAE on MNIST or Fashion-MNIST: about four minutes on two CPU cores.
 
     .venv/bin/python examples/train_mnist.py
     .venv/bin/python examples/train_mnist.py --resume

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +185,7 @@ def test_sixteen_bits_of_grey_and_files_that_only_look_like_images(tmp_path):
     assert (square[0].float() - torch.from_numpy(ramp / 257)).abs().max() <= 1
     (tmp_path / "._a.png").write_bytes(b"of another system")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ValueError, match="has 1 images"):
+    with pytest.raises(ValueError, match="has too few images: 1, where 2 are needed"):
         image_folder.ImageFolder(tmp_path, 32)
 
 
@@ -199,14 +201,82 @@ def test_reading_images_draws_nothing_from_the_training(folder):
 def test_a_broken_file_is_left_out(folder, tmp_path, capsys):
     whole = (folder / "more" / "01.JPG").read_bytes()
     for path in folder.rglob("*.JPG"):
-        path.write_bytes(whole[: len(whole) // 2])
+        path.write_bytes(whole[: len(whole) * 9 // 10])
     train(folder, tmp_path / "run", "--epochs=1")
     assert re.search(r"\d\d.JPG is left out: .*[Tt]runcated", capsys.readouterr().err)
     for path in folder.rglob("*.*"):
         path.write_bytes(b"")
-    with pytest.raises(SystemExit, match="none of the files can be read as an image"):
+    with pytest.raises(SystemExit, match="has too few images: 0, where 2 are needed"):
         train(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_file_never_becomes_another(folder, capsys):
+    """Its header is whole, so that it is found only when it is read."""
+    whole = (folder / "more" / "01.JPG").read_bytes()
+    for name in ("zero.jpg", "text.png"):
+        (folder / name).write_bytes(b"no image"[: 8 * (name == "text.png")])
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) * 9 // 10])
+    images = image_folder.ImageFolder(folder, 16)
+    files = sorted(images.train_files + images.test_files)
+    assert not {"zero.jpg", "text.png"} & {path.name for path in files}
+    assert "zero.jpg is left out" in capsys.readouterr().err
+    squares = image_folder.Squares(files, 16)
+    for place, path in enumerate(files):
+        if path.name == "cut.jpg":
+            with pytest.raises(ValueError, match=r"cut.jpg cannot be read"):
+                squares[place]
+        else:
+            assert squares[place].shape == (3, 16, 16)
+    # in training another takes its place, and it is named once
+    training = image_folder.Squares(files, 16, (0, 0))
+    for _ in range(3):
+        assert training[files.index(folder / "cut.jpg")].shape == (3, 16, 16)
+    assert capsys.readouterr().err.count("cut.jpg is left out") == 1
+
+
+def test_a_folder_whose_images_cannot_be_trained_on_is_a_line(tmp_path, folder):
+    few = tmp_path / "few"
+    few.mkdir()
+    whole = (folder / "more" / "01.JPG").read_bytes()
+    for name in ("a.jpg", "b.jpg"):
+        (few / name).write_bytes(whole[: len(whole) * 9 // 10])
+    with pytest.raises(SystemExit, match="has too few images that can be read"):
+        train(few, tmp_path / "out")
+    (few / "a.jpg").write_bytes(whole)
+    with pytest.raises(SystemExit, match="has too few images that can be read"):
+        train(few, tmp_path / "out")
+
+
+def test_pictures_that_were_exchanged_are_other_images(folder):
+    before = image_folder.ImageFolder(folder, 16).fingerprint
+    assert image_folder.ImageFolder(folder, 16).fingerprint == before
+    Image.fromarray(picture(99, 50, 50)).save(folder / "grey.png")
+    assert image_folder.ImageFolder(folder, 16).fingerprint != before
+
+
+def test_a_signal_to_all_processes_leaves_a_checkpoint(folder, tmp_path):
+    """As a scheduler sends it, to the workers that read images as well."""
+    out = tmp_path / "out"
+    flags = [flag for flag in TINY if not flag.startswith(("--epochs", "--workers"))]
+    command = [sys.executable, str(EXAMPLES / "train_images.py"), str(folder), *flags]
+    process = subprocess.Popen(
+        [*command, "--epochs=500", "--workers=2", f"--out={out}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    with process.stdout:
+        # it has trained for an epoch at least
+        assert any(line.startswith("epoch 1 of 500: on") for line in process.stdout)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert re.search(r"stopped at step \d+; --resume goes on from there", errors)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +313,7 @@ def test_a_bad_folder_is_a_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_images.main([str(tmp_path / "none")])
     assert f"argument FOLDER: {tmp_path / 'none'} is not a folder" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="has 0 images; it must have at least 2"):
+    with pytest.raises(SystemExit, match="has too few images: 0, where 2 are needed"):
         train_images.main([str(tmp_path), f"--out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 
