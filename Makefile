@@ -65,7 +65,7 @@ sass: $(READY) $(TRITONS:%=.triton/%/triton) ## registers, spills, instructions 
 	$(PYTHON) -m bench.sass --triton $(TRITONS) $(if $(JSON),--json $(JSON))
 
 # times first, alone on the quiet GPU; then the tests side by side
-gpu-check: $(READY) ## all that needs a GPU, in 6 minutes: runs/gpu-check/ or OUT=DIR; DRY=1: a walk on a CPU
+gpu-check: $(READY) ## times and checks on a GPU: runs/gpu-check/ or OUT=DIR; DRY=1: with tiny inputs on a CPU
 	@rm -f "$(OUT)"/*.jsonl; status=0; \
 	timeout 200 $(PYTHON) -m bench.gpu_times $(if $(DRY),--dry) --out "$(OUT)" || status=$$?; \
 	test $$status = 2 && exit 2; \

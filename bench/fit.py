@@ -15,8 +15,6 @@ import torch
 
 from bench import provenance
 from bench.report import RESULTS, Row, read_rows, write_rows
-from vqtriton.kernels.screen_codes import ScreenCodesConfig
-from vqtriton.tuning import predict
 from vqtriton.tuning.machines import SCREEN_COSTS, predict_screen
 from vqtriton.tuning.tables import Problem
 
@@ -30,6 +28,10 @@ def rows() -> list[Row]:
 
 def count(row: Row) -> Row | None:
     """The row with the terms of its time, in milliseconds; None where the tiles spill."""
+    # they need Triton, and the tables of the docs do not
+    from vqtriton.kernels.screen_codes import ScreenCodesConfig
+    from vqtriton.tuning import predict
+
     problem = Problem("nearest_code", row["dtype"], row["D"], row["K"], row["N"])
     config = ScreenCodesConfig(**row["tiles"])
     (usage,) = predict.usages(problem, TARGET, [config])

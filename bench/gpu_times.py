@@ -27,9 +27,10 @@ from bench import provenance, report
 from bench.cases import CASES, Case
 from bench.check import nearest_codes
 from bench.devices import make_device
-from bench.measure import GIB, Options, measure, quantile
+from bench.measure import GIB, Options, measure
 from bench.subjects import SUBJECTS, Run, make_inputs
 from vqtriton import environment, ops
+from vqtriton.tuning.measure import captured, one_ms, wall_ms
 
 Step = Callable[[], object]
 REPEATS = 20
@@ -82,7 +83,8 @@ def times(step: Step, device: str) -> dict[str, Any]:
     """Microseconds of a step: wall, host, in a CUDA graph; its kernels, and how many there are."""
     for _ in range(3):
         step()
-    found: dict[str, Any] = {"wall_us": wall(step, device)}
+    wall_us = 1e3 * wall_ms(step, torch.device(device), REPEATS)
+    found: dict[str, Any] = {"wall_us": round(wall_us, 1)}
     if device == "cpu":
         return found
     torch.cuda.synchronize()
@@ -100,23 +102,6 @@ def times(step: Step, device: str) -> dict[str, Any]:
         found["no_graph"] = f"{type(error).__name__}: {error}"[:200]
         torch.cuda.synchronize()
     return found
-
-
-def wall(step: Step, device: str) -> float:
-    """The median, from a device that has nothing to do until it has nothing to do again."""
-    seconds = []
-    for _ in range(REPEATS):
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return round(1e6 * quantile(seconds, 0.5), 1)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def kernels(step: Step) -> list[tuple[str, int, float]]:
@@ -137,23 +122,10 @@ def kernels(step: Step) -> list[tuple[str, int, float]]:
 
 def in_graph(step: Step) -> float:
     """Microseconds of a replay, the mean of many in a row."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        # kept, so that the graph's memory is not given to others
-        _outputs = step()
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(REPEATS):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return round(1e3 * start.elapsed_time(end) / REPEATS, 1)
+    replay = captured(step)
+    replay()
+    ms = one_ms(lambda: [replay() for _ in range(REPEATS)], torch.device("cuda"))
+    return round(1e3 * ms / REPEATS, 1)
 
 
 # --- what is timed ---
@@ -301,16 +273,10 @@ def kmeans(context: Context) -> None:
             if context.is_late(f"k-means, {n}, {k}, {d}, {subject}"):
                 continue
             codebook = fit().to(x)
-            seconds = []
-            for _ in range(3):
-                synchronize(context.device)
-                start = time.perf_counter()
-                fit()
-                synchronize(context.device)
-                seconds.append(time.perf_counter() - start)
+            ms = wall_ms(fit, torch.device(context.device), 3)
             inertia = (x - codebook[nearest_codes(x, codebook)]).double().square().sum().item() / n
             row = {"N": n, "K": k, "D": d, "iters": ITERS, "subject": subject}
-            row |= {"ms": 1e3 * quantile(seconds, 0.5), "inertia_per_row": round(inertia, 4)}
+            row |= {"ms": ms, "inertia_per_row": round(inertia, 4)}
             context.write("kmeans", row)
 
 

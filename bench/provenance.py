@@ -27,8 +27,8 @@ def processor() -> str:
 def commit() -> str:
     """Short hash of the checkout, "-dirty" where files had changed when it was first asked for.
 
-    A result file that is written meanwhile is no change of what is measured. A copy that has no git
-    of its own may lie in another repository; of such a copy, VQTRITON_COMMIT can tell.
+    It is asked for once, so a result file that is written later does not make it dirty. A copy
+    without a repository of its own has no commit, unless the variable VQTRITON_COMMIT names one.
     """
     top = _output(["git", "rev-parse", "--show-toplevel"])
     if top is None or Path(top).resolve() != ROOT.resolve():

@@ -58,7 +58,7 @@ class ImageFolder:
             for path in Path(folder).rglob("*")
             if path.suffix.lower() in readable and path.is_file() and path.name[0] != "."
         )[:limit]
-        files = [path for path in files if _is_said_to_be_read(path, _open)]
+        files = [path for path in files if _can_be_read(path, _open)]
         if len(files) < 2:
             raise ValueError(f"{folder} has too few images: {len(files)}, where 2 are needed")
         # a run cannot go on with others: what was trained on could be tested on
@@ -68,12 +68,10 @@ class ImageFolder:
         number = min(max(len(files) // 10, 1), MAX_TEST)
         # no other image may take the place of one that is tested
         whole = Squares(files[:number], size)
-        self.test_files = [
-            path for path in files[:number] if _is_said_to_be_read(path, whole.square)
-        ]
+        self.test_files = [path for path in files[:number] if _can_be_read(path, whole.square)]
         self.train_files = files[number:]
-        # of those to train on one is enough to begin with; the others are read in their turn
-        while self.train_files and not _is_said_to_be_read(self.train_files[0], whole.square):
+        # one that can be read is enough to begin with; the others are read when they are used
+        while self.train_files and not _can_be_read(self.train_files[0], whole.square):
             del self.train_files[0]
         if not (self.test_files and self.train_files):
             raise ValueError(f"{folder} has too few images that can be read")
@@ -112,7 +110,7 @@ def _open(path: Path) -> None:
         pass
 
 
-def _is_said_to_be_read(path: Path, read: Callable[[Path], object]) -> bool:
+def _can_be_read(path: Path, read: Callable[[Path], object]) -> bool:
     """Whether a file can be read; one that cannot is named."""
     try:
         read(path)

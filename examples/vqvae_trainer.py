@@ -174,7 +174,7 @@ def evaluate(
         error = vqtriton.metrics.quantization_error(rows, codes) * len(rows)
         vectors += torch.cat([torch.stack([error, rows.square().sum()]), rows.sum(0)])
         meter.update(indices)
-    # of this rank, which alone has the test set
+    # this rank alone evaluates, so there is nothing to add up
     counts, perplexity, usage = meter.compute(sync=False)
     mse, nats, floor = (sums / number).tolist()
     error, square, *mean = (vectors / counts.sum()).tolist()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 IS_FULL = torch.cuda.is_available() and not INTERPRETED
 # where what was found goes, a line of JSON each
 TABLE = "GPU_CHECK_TABLE"
-# of the folder kernels/
+# every kernel in the folder kernels/
 KERNELS = {
     name
     for path in (ROOT / "kernels").glob("*.py")

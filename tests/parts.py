@@ -28,7 +28,7 @@ FILES = {
 PROGRAMS = [
     file for name, file in FILES.items() if name.startswith(("train", "mnist", "bench", "compile"))
 ]
-# what a GPU is checked with; tiny where there is none
+# the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
 HAVE_KERNELS = {
     name: file

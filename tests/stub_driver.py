@@ -1,6 +1,6 @@
 """As much of a driver as Triton needs to compile for an H100 that is not there.
 
-There is no way back: the process that uses it has no GPU, and should do nothing else with Triton.
+Triton cannot go back to another driver, so the process should do nothing else with it.
 """
 
 from __future__ import annotations

@@ -318,3 +318,23 @@ def test_clustering_is_as_good_as_that_of_others() -> None:
         of_seeds = (sum(r["inertia"]) / len(r["inertia"]) for r in (row, mine))
         theirs, of_ours = of_seeds
         assert theirs >= 0.99 * of_ours, (row["data"], row["subject"])
+
+
+def test_the_bench_and_its_tables_need_no_triton() -> None:
+    words = "import sys; sys.modules['triton'] = None; import bench.__main__"
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_later_runs_found_is_in_the_table(monkeypatch) -> None:
+    rows = gpu_report.rows_of("correctness")
+    for row in rows:
+        row["part"] = row["part"].replace("recompiles", "programs")
+    rows += [{"part": "accumulation", "part_of_bound": part} for part in (0.25, 0.5)]
+    rows += [{"part": "sanitizer", "found": found} for found in ("", "ERROR SUMMARY: 3 errors")]
+    before = gpu_report.correctness()
+    monkeypatch.setattr(gpu_report, "rows_of", lambda name: rows)
+    *same, accumulation, sanitizer = gpu_report.correctness().splitlines()
+    assert same == before.splitlines()
+    assert accumulation.endswith("| 2 sets of data built to err | at most 0.50 of the bound |")
+    assert sanitizer.endswith("| 2 runs, a kernel each | 1 found something |")

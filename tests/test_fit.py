@@ -45,6 +45,18 @@ def test_terms_are_those_of_the_tiles(dim: int) -> None:
     assert 6 < grown < 8.5
 
 
+def test_no_screen_read_more_from_l2_than_the_machine_can() -> None:
+    """Its rate is that of the screen that read most in its time, of those in the file."""
+    rates = []
+    for row in ROWS:
+        tiles = {name: row["tiles"][name] for name in ("block_n", "block_k", "hold_rows")}
+        # 2 bytes an element: each code, and each row again where rows are streamed
+        vectors = 1 if tiles["hold_rows"] else 1 + tiles["block_n"] / tiles["block_k"]
+        blocks = -(-row["N"] // tiles["block_n"])
+        rates.append(blocks * row["K"] * 2 * row["D"] * vectors / (row["screen_ms"] * 1e-3))
+    assert max(rates) == pytest.approx(machines.H100.l2, rel=0.02)
+
+
 def test_tiles_that_spill_are_not_counted() -> None:
     row = next(row for row in ROWS if row["D"] == 64)
     assert fit.count(row | {"tiles": row["tiles"] | {"max_registers": 32}}) is None

@@ -57,7 +57,7 @@ def make_rows() -> Tensor:
 
 @pytest.mark.kernel
 @pytest.mark.needs_kernels
-# of columns, element (n, d) is at d·N + n, so that the stride of a column is what is large
+# with "columns", element (n, d) is at d·N + n: the offsets of whole columns are large
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_more_elements_than_an_int32_counts(layout: str) -> None:
     if IS_FULL and torch.cuda.mem_get_info()[0] < NEEDED_BYTES:

@@ -19,6 +19,7 @@ from vqtriton import blocked, ops
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
 checks = importlib.import_module("bench.check")
+captured = pytest.importorskip("vqtriton.tuning.measure").captured
 
 # N, K, D
 SHAPES = ((16384, 1024, 8), (16384, 4001, 64)) if IS_FULL else ((40, 24, 8),)
@@ -135,22 +136,14 @@ def capture(step: Callable[[], Tensors]) -> Callable[[], Tensors]:
     """What replays the step, which is run and then captured; on a CPU the step itself."""
     if not IS_FULL:
         return step
-    # as torch asks for: warm up on another stream
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
+    outputs: Tensors = {}
+    replay = captured(lambda: outputs.update(step()))
 
-    def replay() -> Tensors:
-        graph.replay()
+    def replayed() -> Tensors:
+        replay()
         return outputs
 
-    return replay
+    return replayed
 
 
 @pytest.mark.kernel

@@ -248,6 +248,11 @@ def test_a_folder_whose_images_cannot_be_trained_on_is_a_line(tmp_path, folder):
         train(few, tmp_path / "out")
 
 
+def test_an_image_of_any_size_is_opened(tmp_path):
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "large.png")
+    image_folder._open(tmp_path / "large.png")
+
+
 def test_pictures_that_were_exchanged_are_other_images(folder):
     before = image_folder.ImageFolder(folder, 16).fingerprint
     assert image_folder.ImageFolder(folder, 16).fingerprint == before

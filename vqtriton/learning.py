@@ -218,7 +218,7 @@ class LearnedCodebook(Codebook):
     @torch.no_grad()
     def _update(self, rows: Tensor, indices: Tensor) -> None:
         """One step of the statistics, and of what follows from them."""
-        # the op itself, as there is no gradient and nothing to check
+        # not the public function: it checks its arguments, and can be differentiated
         sums, counts = ops.code_sums(rows, indices, self.codebook_size, self.backend)
         local = [counts, sums] if self.codebook_update == "ema" else [counts]
         if self._pending is not None:

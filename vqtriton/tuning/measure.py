@@ -63,14 +63,15 @@ def say_whose_time(problem: Problem, device_ms: float, wall: float, say: Say) ->
         )
 
 
-def wall_ms(step: Callable[[], object], device: torch.device) -> float:
+def wall_ms(step: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
     """Median of some calls, from an idle device to an idle device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize(device)
+    for _ in range(repeats):
+        wait()
         begun = time.perf_counter()
         step()
-        torch.cuda.synchronize(device)
+        wait()
         times.append(1e3 * (time.perf_counter() - begun))
     return statistics.median(times)
 
@@ -171,8 +172,13 @@ def median_ms(
     return [statistics.median(of_config) for of_config in times]
 
 
-def captured(step: Callable[[], object], pool: Any) -> Callable[[], None]:
-    """What replays the step, without the host's part of it."""
+def captured(step: Callable[[], object], pool: Any = None) -> Callable[[], None]:
+    """Replays the step from a CUDA graph, without the host's part of it.
+
+    Args:
+        pool: memory that graphs share. They must run one after the other, and nobody may read the
+            results of one after another has run.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -180,7 +186,6 @@ def captured(step: Callable[[], object], pool: Any) -> Callable[[], None]:
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # one pool for all: they run one after the other, and nobody reads their results
     with torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay
