@@ -15,8 +15,8 @@ import torch
 
 from bench import provenance
 from bench.report import RESULTS, Row, read_rows, write_rows
+from vqtriton.tiles.tables import Problem
 from vqtriton.tuning.machines import SCREEN_COSTS, predict_screen
-from vqtriton.tuning.tables import Problem
 
 FILE = RESULTS / "h200" / "tiles.jsonl"
 TARGET = "sm_90"

@@ -27,7 +27,7 @@ from torch import Tensor
 import vqtriton
 from bench.measure import quantile
 from bench.provenance import ROOT
-from vqtriton import ops
+from vqtriton import dispatch
 
 # the stubs are the tests'
 sys.path.insert(0, str(ROOT / "tests"))
@@ -117,7 +117,7 @@ def host_us() -> dict[str, list[float]]:
 
 def only_kernels() -> Any:
     """Kernels are launched wherever the tensors are."""
-    return mock.patch.object(ops, "resolve_backend", _triton)
+    return mock.patch.object(dispatch, "resolve_backend", _triton)
 
 
 def _triton(backend: str, device: torch.device) -> str:

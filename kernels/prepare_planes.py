@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels import constants
+from vqtriton.kernels.constants import GROUP, PAD_CODES
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 
-# as in vqtriton/planes.py
-PAD_CODES = 256
-EXPONENT = tl.constexpr(10)
-MIN_NORMAL = tl.constexpr(2.0**-14)
-PAD_OFFSET = tl.constexpr(1.0)
+EXPONENT = tl.constexpr(constants.EXPONENT)
+MIN_NORMAL = tl.constexpr(constants.MIN_NORMAL)
+BIAS_WEIGHTS = tl.constexpr(constants.BIAS_WEIGHTS)
+PAD_OFFSET = tl.constexpr(constants.PAD_OFFSET)
 
 
 @dataclass(frozen=True)
@@ -229,13 +230,10 @@ def planes_kernel(
     if BIAS_COLUMNS:
         # float32 is enough: a part takes 11 bits of what is left, and leaves the others
         left = -offset
-        # `vqtriton.planes.BIAS_WEIGHTS`: each is 2⁻¹¹ of the one before
-        weight = 32768.0
         for i in tl.static_range(3):
             # a product: Triton's division by a power of two is not exact
-            bias = _to_plane(left * (1 / weight))
-            left -= bias.to(tl.float32) * weight
-            weight /= 2048
+            bias = _to_plane(left * (1 / BIAS_WEIGHTS[i]))
+            left -= bias.to(tl.float32) * BIAS_WEIGHTS[i]
             is_place = inner == (4 * i + 3 if SPLIT else D + i)
             plane = tl.where(is_place[None, :], bias[:, None], plane)
     tl.store(
@@ -260,7 +258,7 @@ def prepare_planes(
     is_split: bool,
     has_bias_columns: bool,
     *,
-    group: int = 8,
+    group: int = GROUP,
     lanes: int = 4,
     vec: int = 2,
     config: PreparePlanesConfig | None = None,

@@ -14,22 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels import constants
+
+MIN_NORMAL = tl.constexpr(constants.MIN_NORMAL)
+BIAS_WEIGHTS = tl.constexpr(constants.BIAS_WEIGHTS)
+SLACK = tl.constexpr(constants.SLACK)
+
 
 @triton.jit
 def _to_plane(y):
     """fp16 with subnormals as zeros, so that it does not matter whether hardware flushes them."""
-    return tl.where(tl.abs(y) < 0.00006103515625, 0.0, y).to(tl.float16)
+    return tl.where(tl.abs(y) < MIN_NORMAL, 0.0, y).to(tl.float16)
 
 
 @triton.jit
 def _bias_weights(column, ratio):
-    """`vqtriton.planes.BIAS_WEIGHTS` for the columns of a bias, zeros behind them.
+    """BIAS_WEIGHTS for the columns of a bias, zeros behind them.
 
     column [C], ratio [R] -> [R, C] fp16.
     """
-    weights = tl.where(column == 0, 32768.0, 0.0)
-    weights = tl.where(column == 1, 16.0, weights)
-    weights = tl.where(column == 2, 0.0078125, weights)
+    weights = tl.where(column == 0, BIAS_WEIGHTS[0], 0.0)
+    weights = tl.where(column == 1, BIAS_WEIGHTS[1], weights)
+    weights = tl.where(column == 2, BIAS_WEIGHTS[2], weights)
     return _to_plane(weights[None, :] * ratio[:, None])
 
 
@@ -177,7 +183,7 @@ def row_error(
     max_low = tl.load(norms_ptr + (head * 4 + 1))
     max_rest = tl.load(norms_ptr + (head * 4 + 2))
     norm = high + low + rest
-    error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
+    error = SLACK * (rest * max_norm + (high + low) * max_rest + low * max_low)
     error += bound_products * norm * max_norm + ratio * (bound_bias * max_norm * max_norm)
     error += bound_distances * norm * (norm / ratio) + bound_tiny
     # NaN, from a row that is not finite or overflows

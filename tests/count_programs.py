@@ -15,7 +15,7 @@ import stub_driver
 import torch
 import triton
 
-from vqtriton import ops
+from vqtriton import triton_backend
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -37,7 +37,9 @@ def functions(dim: int) -> dict[str, Callable[[int], object]]:
 
     def masked(rows: int) -> object:
         mask = torch.ones(rows, dtype=torch.bool, device=DEVICE)
-        return ops.run_kernels(vectors(rows), codebook, exact=True, mask=mask, gather=True)
+        return triton_backend.run_kernels(
+            vectors(rows), codebook, exact=True, mask=mask, gather=True
+        )
 
     def sums(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         from vqtriton.kernels.code_sums import code_sums
@@ -67,12 +69,14 @@ def functions(dim: int) -> dict[str, Callable[[int], object]]:
         )
 
     return {
-        "nearest_code": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=True),
+        "nearest_code": lambda rows: triton_backend.run_kernels(
+            vectors(rows), codebook, exact=True
+        ),
         "vector_quantize": masked,
         "code_sums": sums,
         "gradients": gradients,
         "update": update,
-        "fast": lambda rows: ops.run_kernels(vectors(rows), codebook, exact=False),
+        "fast": lambda rows: triton_backend.run_kernels(vectors(rows), codebook, exact=False),
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import data
 import torch
 
-from vqtriton import blocked
+from vqtriton import torch_backend
 
 # bench is not installed
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,7 +25,7 @@ devices = importlib.import_module("bench.devices")
 def peak_memory(device: devices.Cpu, case: str, n: int, k: int, d: int) -> int:
     torch.manual_seed(0)
     x, codebook = data.HARD[case](n, k, d)
-    return device.peak_memory(lambda: blocked.nearest_code(x, codebook, "exact"))
+    return device.peak_memory(lambda: torch_backend.nearest_code(x, codebook, "exact"))
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # code, thread pools and the buffers of the BLAS are paid for once a process
     for make in data.HARD.values():
-        blocked.nearest_code(*make(64, 32, d), "exact")
+        torch_backend.nearest_code(*make(64, 32, d), "exact")
     square = torch.ones(1024, 1024)
     square @ square
     del square

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from vqtriton import blocked, ops
+from vqtriton import ops, torch_backend, triton_backend
 from vqtriton.planes import prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 
@@ -36,7 +36,7 @@ def expect(found: torch.Tensor, want: torch.Tensor) -> None:
 
 def planes(device: torch.device | str) -> None:
     _, codebook, _ = make_data(device)
-    found = ops._prepare_planes(codebook)
+    found = triton_backend._prepare_planes(codebook)
     kind = {name: getattr(found, name) for name in ("group", "lanes", "vec")}
     want = prepare_planes(codebook[None].cpu(), **kind)
     for one, other in zip(found.tensors, want.tensors, strict=True):
@@ -48,7 +48,7 @@ def search(device: torch.device | str) -> None:
     from vqtriton.kernels.screen_codes import architecture
 
     x, codebook, _ = make_data(device)
-    prepared = ops._prepare_planes(codebook)
+    prepared = triton_backend._prepare_planes(codebook)
     config = nearest_code_config(architecture(x.device), prepared.codes.shape[2], False)
     mask = torch.arange(ROWS, device=device) % 5 > 0
     out = nearest_code(
@@ -63,14 +63,14 @@ def search(device: torch.device | str) -> None:
         splits=2,
         config=config,
     )
-    want = blocked.nearest_code(x.cpu(), codebook.cpu(), "exact")
+    want = torch_backend.nearest_code(x.cpu(), codebook.cpu(), "exact")
     expect(out.indices[0], want.where(mask.cpu(), -1))
 
 
 def sums(device: torch.device | str) -> None:
     x, _, indices = make_data(device)
     found = ops.code_sums(x, indices, 20, "triton")
-    for one, other in zip(found, blocked.code_sums(x.cpu(), indices.cpu(), 20), strict=True):
+    for one, other in zip(found, torch_backend.code_sums(x.cpu(), indices.cpu(), 20), strict=True):
         expect(one, other)
 
 
@@ -79,7 +79,7 @@ def atomic_sums(device: torch.device | str) -> None:
 
     x, _, indices = make_data(device)
     found, counts = atomic_sums(x[None], indices[None], 20)
-    want, want_counts = blocked.code_sums(x.cpu(), indices.cpu(), 20)
+    want, want_counts = torch_backend.code_sums(x.cpu(), indices.cpu(), 20)
     expect(found[0], want)
     expect(counts[0], want_counts)
 
@@ -89,7 +89,7 @@ def gradient(device: torch.device | str) -> None:
     of_loss = torch.ones(ROWS, device=device)
     given = (torch.ones_like(x), of_loss, x, codebook, indices, 0.5)
     on_cpu = [t.cpu() if isinstance(t, torch.Tensor) else t for t in given]
-    expect(ops.grad_x(*given, "triton"), blocked.grad_x(*on_cpu))
+    expect(ops.grad_x(*given, "triton"), torch_backend.grad_x(*on_cpu))
 
 
 def update(device: torch.device | str) -> None:
@@ -100,7 +100,7 @@ def update(device: torch.device | str) -> None:
     given = [counts, codebook, of_codes.float(), of_batch, None, None, rates]
     on_cpu = [t.cpu().clone() if isinstance(t, torch.Tensor) else t for t in given]
     ops.ema_update_(*given, "triton")
-    blocked.ema_update_(*on_cpu)
+    torch_backend.ema_update_(*on_cpu)
     expect(codebook, on_cpu[1])
 
 

@@ -16,13 +16,13 @@ from stub_device import Elsewhere, StubDevice
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
-from vqtriton import ops
+from vqtriton import dispatch
 
 
 @contextlib.contextmanager
 def stub_gpu() -> Iterator[StubDevice]:
     stub = StubDevice()
-    launch_here, resolve_here = GridExecutor.__call__, ops.resolve_backend
+    launch_here, resolve_here = GridExecutor.__call__, dispatch.resolve_backend
 
     def behind(name: int | str, value: Any) -> Any:
         if isinstance(value, Tensor) and not isinstance(value, Elsewhere):
@@ -39,7 +39,7 @@ def stub_gpu() -> Iterator[StubDevice]:
 
     with (
         mock.patch.object(GridExecutor, "__call__", launch),
-        mock.patch.object(ops, "resolve_backend", resolve_backend),
+        mock.patch.object(dispatch, "resolve_backend", resolve_backend),
         stub,
     ):
         yield stub

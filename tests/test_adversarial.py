@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vqtriton
-from vqtriton import blocked
+from vqtriton import torch_backend
 from vqtriton.planes import prepare_planes
 
 
@@ -19,7 +19,7 @@ def test_parts_of_the_list_change_nothing(monkeypatch: pytest.MonkeyPatch, case:
     x, codebook = data.HARD[case](60, 70, 5)
     want = oracle.nearest_code(x, codebook)
     for groups in (1, 3, 10):
-        monkeypatch.setattr(blocked, "BLOCK_GROUPS", groups)
+        monkeypatch.setattr(torch_backend, "BLOCK_GROUPS", groups)
         assert torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
 
 
@@ -52,7 +52,7 @@ def test_exact_with_the_worst_sums(monkeypatch: pytest.MonkeyPatch, case: str, d
 def test_rows_in_doubt_are_counted() -> None:
     codebook = torch.tensor([[0.0], [0.0], [1.0], [3.0]])
     x = torch.tensor([[0.0], [0.5], [0.9], [2.0], [torch.nan]])
-    indices, in_doubt = blocked.search(x, codebook, "exact")
+    indices, in_doubt = torch_backend.search(x, codebook, "exact")
     assert indices.tolist() == [0, 0, 2, 2, 0]
     # equal codes, and two middles
     assert in_doubt == 3

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import vqtriton
 from vqtriton import clustering
-from vqtriton.screening import has_float64
+from vqtriton.tensors import has_float64
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import vqtriton
-from vqtriton import VectorQuantize, codebooks, screening
+from vqtriton import VectorQuantize, codebooks, tensors
 
 pytestmark = pytest.mark.kernel
 FILES = Path(__file__).parent / "files" / "before"
@@ -1214,7 +1214,7 @@ def test_a_state_of_before_inside_a_model() -> None:
 def test_a_device_without_float64(update: str, monkeypatch) -> None:
     """All of a step, and of k-means, is what it is on a CPU."""
     stub = StubDevice(has_float64=False)
-    monkeypatch.setattr(screening, "NO_FLOAT64", (stub.device.type,))
+    monkeypatch.setattr(tensors, "NO_FLOAT64", (stub.device.type,))
 
     options = {"codebook_update": update, "threshold_ema_dead_code": 1e-9, "kmeans_init": True}
     here = VectorQuantize(3, 6, **options)

@@ -24,7 +24,7 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 
-from vqtriton import blocked, ops
+from vqtriton import torch_backend, triton_backend
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -84,7 +84,7 @@ def of_case(case: str, is_full: bool) -> Iterator[Trial]:
 
 
 def run_kernels(x: Tensor, codebook: Tensor) -> tuple[Tensor, int]:
-    out = ops.run_kernels(x, codebook, exact=True)
+    out = triton_backend.run_kernels(x, codebook, exact=True)
     return out.indices[0], int(out.num_doubtful)
 
 
@@ -130,7 +130,7 @@ def test_trials_meet_every_dim_and_dtype_in_enough_rows() -> None:
 @pytest.mark.parametrize("case", ["gaussian", "near_ties", "not_finite", "collapsed"])
 def test_one_index_off_by_one_is_found(case: str) -> None:
     def search(x: Tensor, codebook: Tensor) -> tuple[Tensor, int]:
-        indices, in_doubt = blocked.search(x, codebook, "exact")
+        indices, in_doubt = torch_backend.search(x, codebook, "exact")
         indices[17] = (indices[17] + 1) % len(codebook)
         return indices, in_doubt
 
@@ -138,7 +138,7 @@ def test_one_index_off_by_one_is_found(case: str) -> None:
     row = check(trial, "cpu", search)
     assert row["mismatches"] == 1
     assert row["first"][0][0] == 17
-    honest = check(trial, "cpu", lambda x, codebook: blocked.search(x, codebook, "exact"))
+    honest = check(trial, "cpu", lambda x, codebook: torch_backend.search(x, codebook, "exact"))
     assert honest["mismatches"] == 0
 
 

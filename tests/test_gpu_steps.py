@@ -14,7 +14,7 @@ from conftest import DEVICE, REAL_DEVICE
 from gpu_check import IS_FULL, UPDATES, Tensors, Training, differing, hard_data, note
 from torch import Tensor
 
-from vqtriton import blocked, ops
+from vqtriton import ops, torch_backend, triton_backend
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -53,7 +53,7 @@ def make_step(what: str, rows: int, codes: int, dim: int) -> Callable[[], Tensor
     x, codebook = hard_data(what, rows, codes, dim, DEVICE)
 
     def search() -> Tensors:
-        out = ops.run_kernels(x, codebook, exact=True, gather=True)
+        out = triton_backend.run_kernels(x, codebook, exact=True, gather=True)
         return {name: value for name, value in out._asdict().items() if value is not None}
 
     return search
@@ -118,7 +118,7 @@ def test_sums_whose_last_bit_does_not_repeat_are_found(monkeypatch: pytest.Monke
     def restless(x: Tensor, indices: Tensor, codebook_size: int, backend: str):
         nonlocal turn
         turn += 1
-        sums, counts = blocked.code_sums(x, indices, codebook_size)
+        sums, counts = torch_backend.code_sums(x, indices, codebook_size)
         if turn % 2:
             fullest = counts.argmax()
             sums[fullest, 0] = sums[fullest, 0].nextafter(torch.tensor(torch.inf))
@@ -176,7 +176,7 @@ def test_a_replayed_search_is_an_eager_one(shape: tuple[int, int, int]) -> None:
     x, codebook = (torch.zeros(n, dim, device=DEVICE) for n in (rows, codes))
 
     def search() -> Tensors:
-        out = ops.run_kernels(x, codebook, exact=True)
+        out = triton_backend.run_kernels(x, codebook, exact=True)
         return {"indices": out.indices[0], "num_doubtful": out.num_doubtful}
 
     replay = capture(search)

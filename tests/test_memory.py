@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vqtriton import blocked
+from vqtriton import torch_backend
 
 LIMIT = 64 << 20
 
@@ -22,7 +22,7 @@ def test_peak_memory_is_bounded(n: int, k: int, d: int) -> None:
     rows = dict.fromkeys(("gaussian", "collapsed", "lattice", "duplicates"), n)
     # where nearly all pairs are in doubt a search takes long; two blocks of rows show it
     slow = ("very_different_norms", "unit_norm", "permuted_codes", "no_finite_code")
-    rows |= dict.fromkeys(slow, 2 * blocked.BLOCK_SCORES // k)
+    rows |= dict.fromkeys(slow, 2 * torch_backend.BLOCK_SCORES // k)
     script = Path(__file__).with_name("peak_memory.py")
     command = [sys.executable, str(script), str(k), str(d)]
     command += [f"{case}={number}" for case, number in rows.items()]

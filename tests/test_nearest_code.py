@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import vqtriton
-from vqtriton import blocked
+from vqtriton import torch_backend
 
 pytestmark = pytest.mark.kernel
 
@@ -38,7 +38,7 @@ def check_hard_data(backend: Backend, case: str, dim: int, n: int, k: int) -> No
 @pytest.mark.parametrize("case", data.HARD)
 def test_equals_the_oracle_on_hard_data(backend: Backend, case: str, monkeypatch) -> None:
     # several blocks of rows
-    monkeypatch.setattr(blocked, "BLOCK_SCORES", 1 << 15)
+    monkeypatch.setattr(torch_backend, "BLOCK_SCORES", 1 << 15)
     # both planes, a plane with the bias, a plane without it
     for dim in (3, 12, 64) if INTERPRETED else data.DIMS:
         n, k = (33, 70) if INTERPRETED else (300, min(700, max(33, (1 << 15) // dim)))

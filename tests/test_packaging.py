@@ -168,8 +168,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, sources):
     info = f"vqtriton-{__version__}.dist-info"
     package = {f"vqtriton/{file.name}" for file in (sources / "vqtriton").glob("*.py")}
     kernels = {f"vqtriton/kernels/{file.name}" for file in (sources / "kernels").glob("*.py")}
-    folder = sources / "vqtriton" / "tuning"
-    tuning = {f"vqtriton/tuning/{file.name}" for file in folder.glob("*.py")}
+    packages = sources / "vqtriton"
+    tuning = {
+        f"vqtriton/{folder}/{file.name}"
+        for folder in ("tiles", "tuning")
+        for file in (packages / folder).glob("*.py")
+    }
     assert "vqtriton/kernels/nearest_code.py" in kernels
     assert {name for name in names if not name.startswith(f"{info}/")} == (
         package | kernels | tuning | {"vqtriton/py.typed"}

@@ -12,7 +12,7 @@ from data import SKEWS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vqtriton import VectorQuantize, blocked, ops
+from vqtriton import VectorQuantize, ops, torch_backend
 
 pytestmark = pytest.mark.kernel
 
@@ -65,7 +65,7 @@ def shape_and_limit(backend: Backend) -> tuple[tuple[int, int, int], int, int]:
     n, k, d = (384, 2400, 4) if INTERPRETED else (40_000, 6_000, 48)
     outputs = 2 * 4 * n * d + 8 * n + 4
     # a block of scores, twice; and on a GPU the lists of rivals, a few for each processor
-    constant = 2 * 4 * blocked.BLOCK_SCORES if backend.name == "torch" else 1 << 17
+    constant = 2 * 4 * torch_backend.BLOCK_SCORES if backend.name == "torch" else 1 << 17
     if backend.device == "cuda":
         constant += 65536 * 4 * torch.cuda.get_device_properties(0).multi_processor_count
     per_row = 64 * n

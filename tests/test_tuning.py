@@ -27,19 +27,23 @@ import torch
 from conftest import INTERPRETED, REAL_DEVICE
 
 import vqtriton
-from vqtriton import blocked, environment
-from vqtriton.tuning import tables, trace, tune
+from vqtriton import environment, torch_backend
+from vqtriton.tiles import tables, trace
+from vqtriton.tiles.problems import DTYPES, Problem, problem_of
+from vqtriton.tuning import tune, writing
 from vqtriton.tuning.outcomes import Found, Outcome, decide
-from vqtriton.tuning.tables import Problem
 
 pytest.importorskip("triton")
+candidates = pytest.importorskip("vqtriton.tiles.candidates")
 tunables = pytest.importorskip("vqtriton.tuning.tunables")
 measure = pytest.importorskip("vqtriton.tuning.measure")
 predict = pytest.importorskip("vqtriton.tuning.predict")
 
+TILES, candidates_of = candidates.TILES, candidates.candidates_of
+screen_candidates, screen_default = candidates.screen_candidates, candidates.screen_default
 CPU = torch.device("cpu")
 PROBLEM = Problem("nearest_code", "float32", 8, 1024, 4096)
-OTHER = tunables.screen_candidates(8)[5]
+OTHER = screen_candidates(8)[5]
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 # docs/versions.md
 NEEDS_LINKER = pytest.mark.skipif(
@@ -68,7 +72,7 @@ def write(path: Path, rows: list, **changes) -> None:
 
 
 def choose(problem: Problem = PROBLEM):
-    dtype = tables.DTYPES[problem.dtype]
+    dtype = DTYPES[problem.dtype]
     return tables.choose(
         problem.op, dtype, problem.dim, problem.codebook_size, problem.num_rows, CPU, problem.heads
     )
@@ -89,7 +93,7 @@ def test_without_a_table_it_is_the_default(caplog) -> None:
 
 @pytest.mark.once
 def test_the_nearest_row_is_chosen(folder) -> None:
-    configs = tunables.screen_candidates(8)
+    configs = screen_candidates(8)
     rows = [
         row(PROBLEM._replace(num_rows=2**12), configs[3]),
         row(PROBLEM._replace(num_rows=2**16), configs[4]),
@@ -112,7 +116,7 @@ def test_the_nearest_row_is_chosen(folder) -> None:
 @pytest.mark.once
 def test_a_row_for_a_shape_is_chosen_for_it(folder) -> None:
     """Though both have as many bits."""
-    configs = tunables.screen_candidates(8)
+    configs = screen_candidates(8)
     rows = [row(PROBLEM._replace(num_rows=n), configs[i]) for i, n in ((3, 4097), (4, 8000))]
     write(folder / "sm_90.json", rows)
     assert choose(PROBLEM._replace(num_rows=4097)) == configs[3]
@@ -143,7 +147,7 @@ def test_a_tilde_is_the_same_for_reading_and_writing(tmp_path, monkeypatch) -> N
 
 @pytest.mark.once
 def test_the_users_folder_and_the_device_come_first(folder) -> None:
-    configs = tunables.screen_candidates(8)
+    configs = screen_candidates(8)
     (folder / "bundled").mkdir()
     write(folder / "bundled" / "interpreter.json", [row(tiles=configs[3])])
     assert choose() == configs[3]
@@ -157,9 +161,9 @@ def test_the_users_folder_and_the_device_come_first(folder) -> None:
 def test_where_the_default_is_best_no_row_of_another_shape_is_chosen(folder) -> None:
     """Nor are its tiles written: they may be others in another version."""
     path, near = folder / "sm_90.json", PROBLEM._replace(num_rows=8192)
-    tables.merge(path, "sm_90", [row(near)])
+    writing.merge(path, "sm_90", [row(near)])
     assert choose() == choose(near) == OTHER
-    tables.merge(path, "sm_90", [row() | {"config": None}])
+    writing.merge(path, "sm_90", [row() | {"config": None}])
     assert (choose(), choose(near)) == (None, OTHER)
     written = json.loads(path.read_text())
     assert [found["num_rows"] for found in written["rows"]] == [8192]
@@ -168,21 +172,21 @@ def test_where_the_default_is_best_no_row_of_another_shape_is_chosen(folder) -> 
     assert "config" not in default
     lines = environment.describe([(4096, 1024, 8, "float32")]).splitlines()
     (tiles,) = (line for line in lines if line.startswith("nearest_code"))
-    assert str(tunables.screen_default("sm_90", 8)) in tiles
+    assert str(screen_default("sm_90", 8)) in tiles
     # and back
-    tables.merge(path, "sm_90", [row(tiles=tunables.screen_candidates(8)[6])])
-    assert choose() == tunables.screen_candidates(8)[6]
+    writing.merge(path, "sm_90", [row(tiles=screen_candidates(8)[6])])
+    assert choose() == screen_candidates(8)[6]
     assert "default_is_best" not in json.loads(path.read_text())
 
 
 @pytest.mark.once
 def test_what_does_not_fit_is_not_chosen(folder, monkeypatch) -> None:
-    write(folder / "sm_90.json", [row(shared=100_000), row(tiles=tunables.screen_candidates(8)[6])])
+    write(folder / "sm_90.json", [row(shared=100_000), row(tiles=screen_candidates(8)[6])])
     monkeypatch.setattr(tables, "shared_limit", lambda device: 99_999)
-    assert choose() == tunables.screen_candidates(8)[6]
+    assert choose() == screen_candidates(8)[6]
     # what a launch has refused is not tried again
     with pytest.warns(UserWarning, match="does not fit"):
-        tables.reject(tunables.screen_candidates(8)[6])
+        tables.reject(screen_candidates(8)[6])
     assert choose() is None
 
 
@@ -203,7 +207,7 @@ def test_the_search_uses_the_row(folder, monkeypatch) -> None:
     x, codebook = torch.randn(40, 8), torch.randn(600, 8)
     want = vqtriton.nearest_code(x, codebook, backend="triton")
     config = replace(OTHER, block_n=64, block_k=128, num_warps=8)
-    assert config in tunables.screen_candidates(8)
+    assert config in screen_candidates(8)
     write(folder / "sm_90.json", [row(PROBLEM._replace(codebook_size=600, num_rows=40), config)])
     used = []
     screen = module.screen_codes
@@ -344,7 +348,7 @@ def test_a_broken_row_costs_no_other(folder, changes, message) -> None:
     # and what is not understood is not lost when rows are added
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tables.merge(folder / "sm_90.json", "sm_90", [row(PROBLEM._replace(num_rows=99))])
+        writing.merge(folder / "sm_90.json", "sm_90", [row(PROBLEM._replace(num_rows=99))])
     kept = json.loads((folder / "sm_90.json").read_text())["rows"]
     assert len(kept) == 4
     assert 7 in kept
@@ -365,11 +369,11 @@ def test_many_rows_take_no_time_and_many_warnings_are_few(folder) -> None:
 @pytest.mark.once
 def test_no_table_is_written_that_cannot_be_read(folder, monkeypatch) -> None:
     path = folder / "sm_90.json"
-    tables.merge(path, "sm_90", [row()])
+    writing.merge(path, "sm_90", [row()])
     before = path.read_text()
-    monkeypatch.setattr(tables, "MOST_BYTES", len(before) + 100)
+    monkeypatch.setattr(writing, "MOST_BYTES", len(before) + 100)
     with pytest.raises(ValueError, match="would have more than"):
-        tables.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=7))])
+        writing.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=7))])
     assert path.read_text() == before
     assert {p.name for p in folder.iterdir()} == {"sm_90.json", ".sm_90.json.lock"}
 
@@ -379,9 +383,9 @@ def test_a_link_stays_a_link(folder) -> None:
     (folder / "elsewhere").mkdir()
     (folder / "sm_90.json").symlink_to("elsewhere/mine.json")
     with pytest.raises(ValueError, match="no regular file"):
-        tables.merge(folder / "sm_90.json", "sm_90", [row()])
+        writing.merge(folder / "sm_90.json", "sm_90", [row()])
     write(folder / "elsewhere" / "mine.json", [])
-    tables.merge(folder / "sm_90.json", "sm_90", [row()])
+    writing.merge(folder / "sm_90.json", "sm_90", [row()])
     assert (folder / "sm_90.json").is_symlink()
     assert len(tables.read(folder / "elsewhere" / "mine.json")) == 1
 
@@ -391,7 +395,7 @@ def test_a_link_stays_a_link(folder) -> None:
 
 @pytest.mark.once
 def test_measured_rows_replace_static_ones_and_not_the_reverse(folder) -> None:
-    path, configs = folder / "sm_90.json", tunables.screen_candidates(8)
+    path, configs = folder / "sm_90.json", screen_candidates(8)
     for source, config, left in (
         ("static", configs[3], 3),
         ("static", configs[4], 4),
@@ -399,7 +403,7 @@ def test_measured_rows_replace_static_ones_and_not_the_reverse(folder) -> None:
         ("static", configs[6], 5),
         ("measured", configs[7], 7),
     ):
-        tables.merge(path, "sm_90", [row(tiles=config, source=source)])
+        writing.merge(path, "sm_90", [row(tiles=config, source=source)])
         (found,) = tables.read(path)
         assert found["config"] == asdict(configs[left])
         assert choose() == configs[left]
@@ -407,7 +411,7 @@ def test_measured_rows_replace_static_ones_and_not_the_reverse(folder) -> None:
 
 def merge_some(path: Path, start: int) -> None:
     for number in range(start, start + 12):
-        tables.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=number + 1))])
+        writing.merge(path, "sm_90", [row(PROBLEM._replace(num_rows=number + 1))])
 
 
 @pytest.mark.once
@@ -430,7 +434,7 @@ PROBLEMS = [PROBLEM._replace(num_rows=2**i) for i in range(12)]
 
 def quick(problem: Problem) -> Outcome:
     time.sleep(0.004)
-    config = tunables.screen_candidates(8)[problem.num_rows.bit_length()]
+    config = screen_candidates(8)[problem.num_rows.bit_length()]
     found = {"config": asdict(config), "shared": 0, "ms": 1.0, "default_ms": 2.0}
     return Outcome(problem, 2.0, 1.0, found, 3, 0)
 
@@ -470,7 +474,7 @@ def test_interrupts_lose_nothing(folder) -> None:
     worker.start()
     worker.join(60)
     assert worker.exitcode == 0
-    found = {tables.problem_of(r): r["config"] for r in tables.read(path)}
+    found = {problem_of(r): r["config"] for r in tables.read(path)}
     assert found == {problem: quick(problem).row["config"] for problem in PROBLEMS}
 
 
@@ -479,14 +483,12 @@ def test_interrupts_lose_nothing(folder) -> None:
 
 @pytest.mark.once
 def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monkeypatch) -> None:
-    default = tunables.screen_candidates(8)[1]
+    default = screen_candidates(8)[1]
     starved = replace(default, max_registers=32)
-    tunable = replace(
-        tunables.TUNABLES["nearest_code"],
-        candidates=lambda dim: [starved],
-        default=lambda target, dim: default,
+    tiles = TILES["nearest_code"]._replace(
+        candidates=lambda dim: [starved], default=lambda target, dim: default
     )
-    monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    monkeypatch.setitem(TILES, "nearest_code", tiles)
     outcome = predict.predict(PROBLEM, "sm_90")
     assert (outcome.tried, outcome.left_out) == (2, 1)
     assert tables.keeps_default(outcome.row)
@@ -503,9 +505,9 @@ def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monk
 )
 def test_every_target_is_predicted_or_keeps_a_default_that_can_be_used(monkeypatch, target) -> None:
     assert set(tune.TARGETS) == set(tunables.screen_codes.ACCUMULATOR_ORDER)
-    _, *others = tunables.candidates_of(PROBLEM, target)
-    tunable = replace(tunables.TUNABLES["nearest_code"], candidates=lambda dim: others[:1])
-    monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    _, *others = candidates_of(PROBLEM, target)
+    tiles = TILES["nearest_code"]._replace(candidates=lambda dim: others[:1])
+    monkeypatch.setitem(TILES, "nearest_code", tiles)
     is_predicted = predict.predict(PROBLEM, target).default_ms > 0
     assert is_predicted == (target == "sm_90")
     if is_predicted:
@@ -521,7 +523,7 @@ def test_every_target_is_predicted_or_keeps_a_default_that_can_be_used(monkeypat
 @pytest.mark.once
 @pytest.mark.parametrize(("gain", "is_kept"), [(0.01, True), (0.029, True), (0.031, False)])
 def test_a_gain_that_may_be_noise_changes_nothing(gain, is_kept) -> None:
-    candidates = tunables.screen_candidates(8)[:2]
+    candidates = screen_candidates(8)[:2]
     times = 1 - gain, 1.0
     found = [Found(one, ms, {}) for one, ms in zip(reversed(candidates), times, strict=True)]
     outcome = decide(PROBLEM, candidates, found)
@@ -536,7 +538,7 @@ def test_it_says_what_it_will_do(folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr(predict, "predict", lambda problem, *_: quick(problem))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     shapes = ("--shape", "9,9,8", "--shape", "8,9,8", "--shape", "9,9,16")
-    count = sum(len(tunables.candidates_of(PROBLEM._replace(dim=d), "sm_90")) for d in (8, 16))
+    count = sum(len(candidates_of(PROBLEM._replace(dim=d), "sm_90")) for d in (8, 16))
     for budget, words in (
         ("1000", f"roughly {count / 2:.0f} s\n"),
         ("2", "no shape starts after 2 s (--budget)"),
@@ -568,7 +570,7 @@ def test_it_says_what_it_will_do(folder, monkeypatch, capsys) -> None:
 )
 def test_few_rows_leave_processors_idle(rows, codes, times) -> None:
     problem = PROBLEM._replace(num_rows=rows, codebook_size=codes)
-    tiles = replace(tunables.screen_candidates(8)[0], block_n=128, block_k=64)
+    tiles = replace(screen_candidates(8)[0], block_n=128, block_k=64)
     assert tunables.screen_unevenness(problem, tiles, 132) == pytest.approx(times, rel=1e-4)
 
 
@@ -594,16 +596,16 @@ def test_prediction_prefers_small_tiles_for_few_rows(monkeypatch) -> None:
 @pytest.mark.parametrize("op", tunables.TUNABLES)
 @pytest.mark.parametrize("dim", [1, 3, 8, 12, 64, 100, 256, 512, 4000])
 def test_a_default_may_stand_in_a_table(op, dim) -> None:
-    tunable = tunables.TUNABLES[op]
+    tiles = TILES[op]
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         problem = Problem(op, "float16", dim, 9, 9)
-        assert tables.fault(row(problem, tunable.default(target, dim))) is None
+        assert tables.fault(row(problem, tiles.default(target, dim))) is None
 
 
 @pytest.mark.once
 def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
     """The fastest is off by one in a row of 4096; another leaves memory as it was; one raises."""
-    configs = tunables.screen_candidates(8)
+    configs = screen_candidates(8)
     problem = PROBLEM._replace(codebook_size=50)
 
     def run(inputs, config):
@@ -622,9 +624,10 @@ def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
         tunables.TUNABLES["nearest_code"],
         prepare=tunables.as_they_are,
         run=run,
-        default=lambda target, dim: configs[0],
     )
     monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    tiles = TILES["nearest_code"]._replace(default=lambda target, dim: configs[0])
+    monkeypatch.setitem(TILES, "nearest_code", tiles)
     said = []
     outcome = measure.measure(problem, CPU, said.append)
     assert outcome.row["config"] == asdict(configs[4])
@@ -636,7 +639,7 @@ def test_a_wrong_candidate_never_wins(monkeypatch) -> None:
 @pytest.mark.once
 def test_a_candidate_that_goes_wrong_later_never_wins(monkeypatch) -> None:
     """Right when it is first looked at: then wrong, or raising, and the fastest."""
-    configs = tunables.screen_candidates(8)
+    configs = screen_candidates(8)
     calls = dict.fromkeys(range(9), 0)
 
     def run(inputs, config):
@@ -654,10 +657,12 @@ def test_a_candidate_that_goes_wrong_later_never_wins(monkeypatch) -> None:
         tunables.TUNABLES["nearest_code"],
         prepare=tunables.as_they_are,
         run=run,
-        candidates=lambda dim: configs[:5],
-        default=lambda target, dim: configs[0],
     )
     monkeypatch.setitem(tunables.TUNABLES, "nearest_code", tunable)
+    tiles = TILES["nearest_code"]._replace(
+        candidates=lambda dim: configs[:5], default=lambda target, dim: configs[0]
+    )
+    monkeypatch.setitem(TILES, "nearest_code", tiles)
     said = []
     outcome = measure.measure(PROBLEM._replace(codebook_size=50, num_rows=200), CPU, said.append)
     assert outcome.row["config"] == asdict(configs[3])
@@ -691,7 +696,7 @@ def test_one_problem_costs_no_other(folder, monkeypatch, capsys) -> None:
 def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -> None:
     from vqtriton.__main__ import main
 
-    default = tunables.screen_default("sm_90", 8)
+    default = screen_default("sm_90", 8)
     write(folder / "sm_90.json", [row(tiles=default), row(tiles=replace(default, block_k=96))])
     monkeypatch.setattr(sys, "argv", ["vqtriton", "tune", "--check"])
     with pytest.warns(UserWarning, match="is left out"), pytest.raises(SystemExit, match="1"):
@@ -703,7 +708,7 @@ def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -
 def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
     """On a GPU: what spills or does not fit, and those that are predicted to be far behind."""
     gpu = torch.device("cuda")
-    default, *others = tunables.candidates_of(PROBLEM, "sm_90")
+    default, *others = candidates_of(PROBLEM, "sm_90")
     starved = replace(default, max_registers=32)
     monkeypatch.setattr(measure, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(measure, "MOST_TIMED", 3)
@@ -735,7 +740,7 @@ def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
 def test_tiles_that_are_tried_can_be_used(op) -> None:
     """Of the kernels that are not modelled all; of each, the default."""
     problem = PROBLEM._replace(op=op, dim=64)
-    candidates = tunables.candidates_of(problem, "sm_90")
+    candidates = candidates_of(problem, "sm_90")
     few = candidates[:1] if op == "nearest_code" else candidates
     assert [one.config for one in predict.usable(problem, "sm_90", few)] == few
 
@@ -801,7 +806,7 @@ def test_one_thread_parses_at_a_time(monkeypatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     # so that nothing is found among what was compiled before
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    candidates = tunables.candidates_of(problem, "sm_90")[:6]
+    candidates = candidates_of(problem, "sm_90")[:6]
     assert len(predict.usable(problem, "sm_90", candidates)) == 6
 
 
@@ -809,7 +814,7 @@ def test_one_thread_parses_at_a_time(monkeypatch) -> None:
 def test_what_cannot_be_counted_can_be_used() -> None:
     """Tensor memory's products do not tell their shape, so nothing is predicted of such a loop."""
     problem = PROBLEM._replace(dim=64)
-    (one,) = predict.usable(problem, "sm_100", tunables.candidates_of(problem, "sm_100")[:1])
+    (one,) = predict.usable(problem, "sm_100", candidates_of(problem, "sm_100")[:1])
     assert one.ms != one.ms
     assert one.about["shared"] > 0
 
@@ -851,8 +856,8 @@ def test_each_op_is_measured_and_checked(monkeypatch, op) -> None:
     """With kernels: results are right with every candidate; a wrong one is told from them."""
     problem = Problem(op, "float32", 8, 40, 40 if op == "ema_update" else 60)
     tunable = tunables.TUNABLES[op]
-    few = tunable.candidates(8)[-2:]
-    monkeypatch.setitem(tunables.TUNABLES, op, replace(tunable, candidates=lambda dim: few))
+    few = TILES[op].candidates(8)[-2:]
+    monkeypatch.setitem(TILES, op, TILES[op]._replace(candidates=lambda dim: few))
     device = torch.device(REAL_DEVICE)
     outcome = measure.measure(problem, device)
     assert outcome.left_out == 0
@@ -875,7 +880,7 @@ def test_whatever_stands_in_a_table_is_right(op, dim) -> None:
     problem = Problem(op, "float16" if op != "ema_update" else "float32", dim, 40, 60)
     inputs = tunables.make_inputs(problem, device)
     tunable = tunables.TUNABLES[op]
-    candidates = tunable.candidates(dim)
+    candidates = TILES[op].candidates(dim)
     if INTERPRETED:
         # what a compiler does with them, the interpreter does not
         names = {"num_warps", "num_stages", "max_registers"}
@@ -1034,9 +1039,11 @@ def test_warmup_takes_the_steps_of_training(monkeypatch) -> None:
     vq = vqtriton.VectorQuantize(4, 9, codebook_update="gradient").requires_grad_(False)
     vq.register_forward_hook(lambda *_: pytest.fail("a hook of the module's user"))
     seen = []
-    grad_x = blocked.grad_x
+    grad_x = torch_backend.grad_x
     monkeypatch.setattr(
-        blocked, "grad_x", lambda grad, *rest: seen.append(grad.stride()) or grad_x(grad, *rest)
+        torch_backend,
+        "grad_x",
+        lambda grad, *rest: seen.append(grad.stride()) or grad_x(grad, *rest),
     )
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():

@@ -19,7 +19,7 @@ from vqtriton.functional import (
 from vqtriton.plain import PlainQuantizer
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.serialization import load, save
-from vqtriton.tuning.warmup import warmup
+from vqtriton.warmup import warmup
 
 __all__ = [
     "PlainQuantizer",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from vqtriton import distributed, ops
-from vqtriton.functional import check_x, vector_quantize
-from vqtriton.screening import finite_rows, has_float64
+from vqtriton.checks import check_x
+from vqtriton.functional import vector_quantize
+from vqtriton.tensors import finite_rows, has_float64
 
 Vectors = Tensor | np.ndarray
 # a batch may be a tuple or a list of one

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vqtriton.functional import PreparedCodebook, check_x, prepare_codebook
+from vqtriton.checks import check_x
+from vqtriton.functional import PreparedCodebook, prepare_codebook
 
 SHARDED = (
     "codebook is sharded, and forward sees a copy of it, so what is written to it would be lost: "

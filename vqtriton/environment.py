@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from vqtriton import blocked, ops
+from vqtriton import dispatch, torch_backend
 from vqtriton._version import __version__
-from vqtriton.tuning import tables
+from vqtriton.tiles import tables
+from vqtriton.tiles.problems import problem_for
 
 
 def describe(shapes: Sequence[tuple[int, int, int, str]] = ()) -> str:
@@ -48,10 +49,10 @@ def describe(shapes: Sequence[tuple[int, int, int, str]] = ()) -> str:
             )
     lines += [("device", device) for device in devices]
     lines.append(("cpu threads", str(torch.get_num_threads())))
-    lines.append(("triton interpreter", "on" if ops.interpreter_is_on() else "off"))
+    lines.append(("triton interpreter", "on" if dispatch.interpreter_is_on() else "off"))
     for device_type in ("cpu", "cuda"):
         lines.append((f"backend on {device_type}", _backend(device_type)))
-    rounds = blocked.matmul_input_roundoff(torch.device("cpu"), torch.float32) > 0
+    rounds = torch_backend.matmul_input_roundoff(torch.device("cpu"), torch.float32) > 0
     lines.append(("float32 matmul", "inputs rounded" if rounds else "float32"))
     lines += _tables(shapes)
     width = max(len(name) for name, _ in lines)
@@ -60,7 +61,7 @@ def describe(shapes: Sequence[tuple[int, int, int, str]] = ()) -> str:
 
 def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]]:
     """Which tables there are, and the tiles for some shapes."""
-    if not ops.triton_is_installed():
+    if not dispatch.triton_is_installed():
         return [("tables", "none: no Triton")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = [
@@ -72,14 +73,14 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
     lines = [("tables", path) for path in found or ["none: the defaults in vqtriton.kernels"]]
     if shapes:
         from vqtriton.kernels.screen_codes import architecture
-        from vqtriton.tuning.tunables import TUNABLES
+        from vqtriton.tiles.candidates import TILES
 
         for n, k, d, dtype in shapes:
-            for op, tunable in TUNABLES.items():
-                problem = tables.problem_for(op, n, k, d, dtype)
+            for op, tiles in TILES.items():
+                problem = problem_for(op, n, k, d, dtype)
                 try:
                     row = tables.find(problem, device)
-                    default = tunable.default(architecture(device), d)
+                    default = tiles.default(architecture(device), d)
                 except ValueError as error:
                     lines.append((f"{problem}", f"not for the kernels: {error}"))
                     continue
@@ -93,9 +94,9 @@ def _backend(device_type: str) -> str:
     if device_type == "cuda" and not torch.cuda.is_available():
         return "no such device"
     device = torch.device(device_type)
-    automatic = ops.resolve_backend("auto", device)
+    automatic = dispatch.resolve_backend("auto", device)
     try:
-        ops.resolve_backend("triton", device)
+        dispatch.resolve_backend("triton", device)
     except (ValueError, ModuleNotFoundError):
         return f"{automatic} (auto); no kernels"
     return f"{automatic} (auto); kernels can run"

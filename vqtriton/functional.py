@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqtriton import ops
+from vqtriton import dispatch, ops
+from vqtriton.checks import (
+    REDUCTIONS,
+    check_arguments,
+    check_codebook,
+    check_options,
+    check_sums,
+)
 from vqtriton.reference import Quantized
-from vqtriton.screening import finite_rows, has_float64
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
+from vqtriton.tensors import finite_rows, gather, has_float64
 
 
 class PreparedCodebook(NamedTuple):
@@ -59,9 +63,9 @@ def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCode
         >>> for x in (torch.randn(100, 64), torch.randn(7, 64)):
         ...     indices = vqtriton.nearest_code(x, prepared)
     """
-    _check_codebook(codebook, codebook)
-    _check_options("exact", backend, codebook)
-    backend = ops.resolve_backend(backend, codebook.device)
+    check_codebook(codebook, codebook)
+    check_options("exact", backend, codebook)
+    backend = dispatch.resolve_backend(backend, codebook.device)
     copy = codebook.detach().clone(memory_format=torch.contiguous_format)
     return PreparedCodebook(copy, tuple(ops.prepare_codebook_op(copy, backend)), backend)
 
@@ -111,7 +115,7 @@ def nearest_code(
     check_arguments(x, codes, precision=precision, backend=backend)
     flat = x.detach().reshape(-1, x.shape[-1])
     if isinstance(codebook, PreparedCodebook):
-        indices = ops.nearest_code_prepared(flat, codes, prepared, precision, backend)
+        indices = ops.nearest_code_prepared(flat, codes, precision, backend, prepared)
     else:
         indices = ops.nearest_code(flat, codes.detach(), precision, backend)
     return indices.reshape(x.shape[:-1])
@@ -264,30 +268,9 @@ def code_sums(
         >>> sums, counts = vqtriton.code_sums(x, indices, 512)
         >>> means = sums / counts.clamp(min=1)[:, None]  # [512, 64]
     """
-    check_x(x)
-    _check_options("exact", backend, x)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise TypeError(f"indices is {_kind(indices)}; it must be an int64 tensor")
-    if indices.shape != x.shape[:-1]:
-        raise ValueError(
-            f"indices has shape {_shape(indices)}; with x of shape {_shape(x)} "
-            f"it must be {tuple(x.shape[:-1])}"
-        )
-    if indices.device != x.device:
-        raise ValueError(f"indices is on {indices.device} but x is on {x.device}")
-    if isinstance(codebook_size, bool) or not isinstance(codebook_size, (int, torch.SymInt)):
-        raise TypeError(f"codebook_size is {codebook_size!r}; it must be an int")
-    if codebook_size < 1:
-        raise ValueError(f"codebook_size is {codebook_size}; it must be at least 1")
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"deterministic is {deterministic!r:.80}; it must be True or False")
+    check_sums(x, indices, codebook_size, deterministic, backend)
     rows = x.reshape(-1, x.shape[-1])
     return _CodeSums.apply(rows, indices.reshape(-1), codebook_size, backend, deterministic, False)
-
-
-def gather(codebook: Tensor, indices: Tensor) -> Tensor:
-    """codebook[indices], [..., D]; zeros where the index is -1."""
-    return codebook[indices.clamp(min=0)].masked_fill((indices < 0)[..., None], 0)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
@@ -461,67 +444,3 @@ def _num_elements(x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor | i
     if mask is None:
         return max(x.numel(), 1)
     return ((indices >= 0).sum() * x.shape[-1]).clamp(min=1)
-
-
-def _kind(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def check_arguments(
-    x: Tensor, codebook: Tensor, mask: Tensor | None = None, *, precision: str, backend: str
-) -> None:
-    """Whether they fit together; the errors are those of `vector_quantize`."""
-    check_x(x)
-    _check_codebook(codebook, x)
-    _check_options(precision, backend, x, codebook)
-    _check_mask(mask, x)
-
-
-def check_x(x: Tensor, name: str = "x") -> None:
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"{name} is {_kind(x)}; it must be a floating-point tensor")
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name} has shape {_shape(x)}; it must be [..., D] with D >= 1")
-
-
-def _check_codebook(codebook: Tensor, x: Tensor) -> None:
-    if not isinstance(codebook, Tensor) or codebook.dtype not in FLOATS:
-        raise TypeError(f"codebook is {_kind(codebook)}; it must be a floating-point tensor")
-    if codebook.ndim != 2 or codebook.numel() == 0:
-        raise ValueError(
-            f"codebook has shape {_shape(codebook)}; it must be [K, D] with K >= 1 and D >= 1"
-        )
-    if codebook.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"codebook has {codebook.shape[1]} columns but x has {x.shape[-1]} in its last dim"
-        )
-    if codebook.device != x.device:
-        raise ValueError(f"codebook is on {codebook.device} but x is on {x.device}")
-
-
-def _check_options(precision: str, backend: str, *tensors: Tensor) -> None:
-    if precision not in ops.PRECISIONS:
-        raise ValueError(
-            f"precision is {precision!r}; it must be one of {', '.join(ops.PRECISIONS)}"
-        )
-    resolved = ops.resolve_backend(backend, tensors[0].device)
-    if resolved == "triton" and any(t.dtype == torch.float64 for t in tensors):
-        raise TypeError("the kernels take no float64 tensors; use backend='torch'")
-
-
-def _check_mask(mask: Tensor | None, x: Tensor) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask is {_kind(mask)}; it must be a bool tensor")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"mask has shape {_shape(mask)}; with x of shape {_shape(x)} "
-            f"it must be {tuple(x.shape[:-1])}"
-        )
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device} but x is on {x.device}")

@@ -12,30 +12,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from vqtriton import clustering, distributed, ops
+from vqtriton.checks import check_arguments, check_number
 from vqtriton.codebooks import SHARDED, Codebook
-from vqtriton.functional import check_arguments
-from vqtriton.screening import finite_rows
+from vqtriton.tensors import finite_rows
 
 # what `reset_codes` puts between a code and its copy, in standard deviations of the codes
 JITTER = 0.01
-
-
-def check_number(
-    name: str, value: Any, kind: type, least: float, most: float | None = None
-) -> None:
-    """
-    Raises:
-        TypeError: the argument is not of its type.
-        ValueError: it is out of its range.
-    """
-    kinds = (int, float) if kind is float else (kind,)
-    # True is an int to Python, 1 a float to everybody
-    if not any(isinstance(value, kind) for kind in kinds) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
-    # float32, as the statistics and the loss that it is for
-    if not least <= value <= (torch.finfo(torch.float32).max if most is None else most):
-        wanted = f"finite and at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} is {value!r:.80}; it must be {wanted}")
 
 
 class LearnedCodebook(Codebook):

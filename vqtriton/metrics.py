@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqtriton import distributed
-from vqtriton.screening import has_float64
+from vqtriton.tensors import has_float64
 
 
 def counts(indices: Tensor, codebook_size: int, mask: Tensor | None = None) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vqtriton.functional import gather
 from vqtriton.quantizers import VectorQuantize
-from vqtriton.screening import prepare_codebook
+from vqtriton.screening import centred_codebook
+from vqtriton.tensors import gather
 
 # Largest element of a scaled row: a sum of D < 2¹² products with it cannot overflow.
 FAR = 2.0**100
@@ -83,7 +83,7 @@ class PlainQuantizer(nn.Module):
         self.channel_last = vq.channel_last
         self.accept_image_fmap = vq.accept_image_fmap
         codebook = vq.codebook.detach().clone(memory_format=torch.contiguous_format)
-        prepared = prepare_codebook(codebook, torch.float32)
+        prepared = centred_codebook(codebook, torch.float32)
         self.register_buffer("codebook", codebook)
         for name in ("codes", "half_sqnorm", "mean", "scale"):
             self.register_buffer(name, getattr(prepared, name))

@@ -13,20 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqtriton.screening import SLACK, U64, finite_rows
+from vqtriton.kernels.constants import (
+    BIAS_WEIGHTS,
+    EXPONENT,
+    GROUP,
+    MIN_NORMAL,
+    PAD_CODES,
+    PAD_OFFSET,
+    SLACK,
+)
+from vqtriton.screening import U64
+from vqtriton.tensors import finite_rows
 
-# Codes are padded to a multiple of this many, which every tile divides.
-PAD_CODES = 256
-# max |e_kd| is in [2⁹, 2¹⁰): the low planes stay above fp16's subnormals, and rows may be 64 times
-# as far from the mean as codes before they overflow.
-EXPONENT = 10
-# fp16's smallest normal number. What is smaller is set to zero, so that it does not matter whether
-# the hardware flushes it.
-MIN_NORMAL = 2.0**-14
-# A bias in three inner columns: its parts are multiplied by these. The kernel has them too.
-BIAS_WEIGHTS = (2.0**15, 2.0**4, 2.0**-7)
-# Minus the score of padding: negative scores never win.
-PAD_OFFSET = 1.0
 # Dimensions up to which the inner columns hold both planes, so that a score has the accuracy of
 # float32. Four columns a dimension: three products and a place for the bias.
 MAX_SPLIT_DIM = 8
@@ -118,7 +116,9 @@ def to_plane(values: Tensor) -> Tensor:
     return values.where(values.abs() >= MIN_NORMAL, 0).half()
 
 
-def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int = 2) -> CodePlanes:
+def prepare_planes(
+    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2
+) -> CodePlanes:
     """Centre, scale, split into planes, order for the screen: what the kernels are held to.
 
     Args:
@@ -187,7 +187,7 @@ def prepare_planes(codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int
 
 
 def prepare_planes_with_kernels(
-    codebook: Tensor, *, group: int = 8, lanes: int = 4, vec: int = 2
+    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2
 ) -> CodePlanes:
     """`prepare_planes` in three launches. Only the order of the sums in float64 is another."""
     from vqtriton.kernels import prepare_planes as kernel
@@ -200,7 +200,7 @@ def prepare_planes_with_kernels(
 
 
 def planes_of(
-    tensors: Sequence[Tensor], dim: int, *, group: int = 8, lanes: int = 4, vec: int = 2
+    tensors: Sequence[Tensor], dim: int, *, group: int = GROUP, lanes: int = 4, vec: int = 2
 ) -> CodePlanes:
     """`CodePlanes` of D dimensions, from its tensors."""
     codes, offset, mean, scale, norms = tensors

@@ -9,20 +9,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vqtriton import ops
-from vqtriton.functional import REDUCTIONS, gather, snapshot, vector_quantize
-from vqtriton.learning import LearnedCodebook, check_number
+from vqtriton import dispatch
+from vqtriton.checks import INTEGERS, REDUCTIONS, check_number
+from vqtriton.functional import snapshot, vector_quantize
+from vqtriton.learning import LearnedCodebook
 from vqtriton.reference import Quantized
+from vqtriton.tensors import gather
 
 CODEBOOK_UPDATES = ("ema", "gradient")
 # arguments of earlier versions that are no more
 RETIRED = ("eps",)
 # where torch keeps the tensors of a module
 TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
-INTEGERS = (
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-)
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -44,8 +42,8 @@ def check_config(config: dict[str, Any]) -> None:
     for name, known in (
         ("codebook_update", CODEBOOK_UPDATES),
         ("reduction", REDUCTIONS),
-        ("precision", ops.PRECISIONS),
-        ("backend", ops.BACKENDS),
+        ("precision", dispatch.PRECISIONS),
+        ("backend", dispatch.BACKENDS),
     ):
         if config[name] not in known:
             raise ValueError(

@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Devices whose tensors cannot be float64: Apple's GPUs.
-NO_FLOAT64 = ("mps",)
+from vqtriton.kernels.constants import SLACK
+from vqtriton.tensors import finite_rows
+
 # Unit roundoff of the canonical distance.
 U64 = 2.0**-53
-# Factor over the first-order bound: second-order terms and the rounding of the bound itself.
-SLACK = 1.05
 # Underflow: each of some 3·D roundings can lose the smallest normal number, D < 2¹².
 TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
 
@@ -41,20 +40,7 @@ class Bound(NamedTuple):
     tiny: float
 
 
-def screen_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
-    is_double = torch.float64 in (x.dtype, codebook.dtype)
-    return torch.float64 if is_double else torch.float32
-
-
-def finite_rows(x: Tensor) -> Tensor:
-    """[..., D] -> [...] bool. The largest element of a row is finite when all are.
-
-    On a CPU in a fraction of the time of ``x.isfinite().all(-1)``, which makes five passes.
-    """
-    return x.abs().amax(-1).isfinite()
-
-
-def prepare_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
+def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     """Centre on the mean and scale by a power of two, so that max |e_kd| is in [1/2, 1).
 
     Both change no decision. Centring keeps the scores small beside their differences when the data
@@ -97,8 +83,3 @@ def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> Bo
         distances=SLACK * (dim + 4) * U64,
         tiny=TINY[dtype],
     )
-
-
-def has_float64(device: torch.device) -> bool:
-    """Whether tensors on the device can be float64."""
-    return device.type not in NO_FLOAT64

@@ -1,1 +1,1 @@
-"""Tiles of the kernels: tables of them, what predicts and measures them, and the command."""
+"""Fills the tables of `vqtriton.tiles`: what predicts and measures tiles, and the command."""

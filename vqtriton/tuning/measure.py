@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from vqtriton.kernels.screen_codes import architecture
+from vqtriton.tiles.candidates import candidates_of
+from vqtriton.tiles.problems import DTYPES, Problem
+from vqtriton.tiles.tables import shared_limit
 from vqtriton.tuning.outcomes import Found, Outcome, decide
 from vqtriton.tuning.predict import Say, to_stderr, usable
-from vqtriton.tuning.tables import DTYPES, Problem, shared_limit
-from vqtriton.tuning.tunables import TUNABLES, Inputs, Tunable, candidates_of, make_inputs
+from vqtriton.tuning.tunables import TUNABLES, Inputs, Tunable, make_inputs
 
 # of a candidate: steps before the clock, and timed ones
 WARM_UP, REPEATS = 2, 9

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from vqtriton.tuning.tables import Problem, Row
+from vqtriton.tiles.problems import Problem
+from vqtriton.tiles.tables import Row
 
 # a candidate has to be faster than the default by this much: less could be noise
 LEAST_GAIN = 0.03

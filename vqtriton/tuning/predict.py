@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from vqtriton.tiles.candidates import candidates_of
+from vqtriton.tiles.problems import Problem
 from vqtriton.tuning.compiling import Launch, compile_launch
 from vqtriton.tuning.disassembly import Disassembly
 from vqtriton.tuning.machines import (
@@ -23,8 +25,7 @@ from vqtriton.tuning.machines import (
     screen_terms,
 )
 from vqtriton.tuning.outcomes import Found, Outcome, decide
-from vqtriton.tuning.tables import Problem
-from vqtriton.tuning.tunables import TUNABLES, candidates_of
+from vqtriton.tuning.tunables import TUNABLES
 
 Say = Callable[[str], None]
 

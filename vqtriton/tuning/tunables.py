@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqtriton import blocked, reference
+from vqtriton import reference, torch_backend
 from vqtriton.kernels import code_sums, ema_update, nearest_code, screen_codes, vector_quantize_grad
-from vqtriton.ops import ALIGNMENT, GROUP
-from vqtriton.planes import inner_size, prepare_planes, screen_bound
+from vqtriton.planes import GROUP, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
+from vqtriton.tiles.problems import DTYPES, Problem
 from vqtriton.tuning.compiling import Launch, launches_of
 from vqtriton.tuning.machines import Work
-from vqtriton.tuning.tables import DTYPES, Problem
 
 # rows that the float64 reference looks at
 REFERENCE_ROWS = 64
@@ -56,11 +54,6 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
 class Tunable:
     """An op."""
 
-    config: type
-    # tiles to try, by D; the default is always among what is tried
-    candidates: Callable[[int], list[Any]]
-    # the default for a target and D
-    default: Callable[[str, int], Any]
     # what is done before the clock starts
     prepare: Callable[[Inputs], Any]
     # runs it, on what was prepared
@@ -77,38 +70,6 @@ class Tunable:
 
 
 # --- the search ---
-
-
-def screen_candidates(dim: int) -> list[Any]:
-    """For contiguous rows; all of them divide the padded codebook."""
-    inner = inner_size(dim)[0]
-    defaults = [screen_default(target, dim) for target in screen_codes.HELD_INNER]
-    tried = [
-        screen_codes.ScreenCodesConfig(
-            block_n=block_n, block_k=block_k, hold_rows=True, num_warps=warps, num_stages=stages
-        )
-        for block_n, block_k, (warps, stages) in product(
-            (64, 128), (64, 128), ((4, 2), (4, 3), (8, 2), (8, 3))
-        )
-        if inner <= max(screen_codes.HELD_INNER.values())
-    ]
-    tried += [
-        screen_codes.ScreenCodesConfig(
-            block_n=128,
-            block_k=block_k,
-            block_d=block_d,
-            hold_rows=False,
-            num_warps=8,
-            num_stages=stages,
-        )
-        for block_k, block_d, stages in product((128, 256), (32, 64), (2, 3))
-        if inner > min(screen_codes.HELD_INNER.values())
-    ]
-    return list(dict.fromkeys(defaults + tried))
-
-
-def screen_default(target: str, dim: int) -> Any:
-    return screen_codes.screen_codes_config(target, inner_size(dim)[0], dim % ALIGNMENT == 0)
 
 
 def prepare_screen(inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
@@ -145,7 +106,7 @@ def screen_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     ).long()
     truth = reference.nearest_code(x[few], codebook)
     return torch.equal(indices[few], truth) and torch.equal(
-        indices, blocked.nearest_code(x, codebook, "exact")
+        indices, torch_backend.nearest_code(x, codebook, "exact")
     )
 
 
@@ -204,13 +165,6 @@ def as_they_are(inputs: Inputs) -> Inputs:
 # --- the rest of a step, of which the static model tells no tiles apart: they move the same bytes
 
 
-def sums_candidates(dim: int) -> list[Any]:
-    return [
-        code_sums.CodeSumsConfig(least_chunk=chunk, block_elements=elements, num_warps=warps)
-        for chunk, elements, warps in product((256, 512, 1024), (512, 1024, 2048), (4, 8))
-    ]
-
-
 def run_sums(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
     """Sums, and the codebook's gradient."""
     x, codebook, indices, _ = inputs
@@ -224,8 +178,8 @@ def sums_are_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     x, codebook, indices, _ = inputs
     size = len(codebook)
     sums, counts, grad = results
-    want, want_counts = blocked.code_sums(x.double(), indices, size)
-    magnitude, _ = blocked.code_sums(x.double().abs(), indices, size)
+    want, want_counts = torch_backend.code_sums(x.double(), indices, size)
+    magnitude, _ = torch_backend.code_sums(x.double().abs(), indices, size)
     is_near = (sums - want).abs() <= 1.01 * 2.0**-24 * magnitude
     want_grad = 0.5 * (want_counts[:, None] * codebook.double() - want)
     terms = magnitude + want_counts[:, None] * codebook.double().abs()
@@ -245,13 +199,6 @@ def sums_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
         launch
         for launcher, given in zip(launchers, arguments, strict=True)
         for launch in launches_of(modules, launcher, *given, config=config)
-    ]
-
-
-def grad_x_candidates(dim: int) -> list[Any]:
-    return [
-        vector_quantize_grad.GradXConfig(block_elements=elements, num_warps=warps)
-        for elements, warps in product((1024, 2048, 4096, 8192), (4, 8))
     ]
 
 
@@ -275,13 +222,6 @@ def grad_x_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     want[indices < 0] = 0
     eps = torch.finfo(x.dtype).eps
     return torch.allclose(results[0].double(), want, rtol=eps, atol=4 * 2.0**-24, equal_nan=True)
-
-
-def ema_update_candidates(dim: int) -> list[Any]:
-    return [
-        ema_update.EmaUpdateConfig(block_elements=elements, block_k=block_k, num_warps=8)
-        for elements, block_k in product((1024, 2048), (64, 128, 256))
-    ]
 
 
 def run_ema_update(statistics: tuple[Tensor, ...], config: Any) -> tuple[Tensor, ...]:
@@ -314,7 +254,7 @@ def ema_update_launches(problem: Problem, target: str, config: Any) -> list[Laun
 
 def ema_update_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     statistics = prepare_ema_update(inputs)
-    _step_twice(blocked.ema_update_, statistics)
+    _step_twice(torch_backend.ema_update_, statistics)
     return all(
         torch.allclose(got, want, rtol=32 * 2.0**-24, atol=32 * 2.0**-24)
         for got, want in zip(results, statistics[:2], strict=True)
@@ -332,9 +272,6 @@ def prepare_ema_update(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 TUNABLES = {
     "nearest_code": Tunable(
-        screen_codes.ScreenCodesConfig,
-        screen_candidates,
-        screen_default,
         prepare_screen,
         run_screen,
         screen_is_right,
@@ -343,37 +280,21 @@ TUNABLES = {
         screen_unevenness,
     ),
     "code_sums": Tunable(
-        code_sums.CodeSumsConfig,
-        sums_candidates,
-        lambda target, dim: code_sums.CodeSumsConfig(),
         as_they_are,
         run_sums,
         sums_are_right,
         sums_launches,
     ),
     "grad_x": Tunable(
-        vector_quantize_grad.GradXConfig,
-        grad_x_candidates,
-        lambda target, dim: vector_quantize_grad.GradXConfig(),
         as_they_are,
         run_grad_x,
         grad_x_is_right,
         grad_x_launches,
     ),
     "ema_update": Tunable(
-        ema_update.EmaUpdateConfig,
-        ema_update_candidates,
-        lambda target, dim: ema_update.EmaUpdateConfig(),
         prepare_ema_update,
         run_ema_update,
         ema_update_is_right,
         ema_update_launches,
     ),
 }
-
-
-def candidates_of(problem: Problem, target: str) -> list[Any]:
-    """The default first."""
-    tunable = TUNABLES[problem.op]
-    default = tunable.default(target, problem.dim)
-    return list(dict.fromkeys([default, *tunable.candidates(problem.dim)]))

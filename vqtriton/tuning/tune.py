@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
-from vqtriton import ops
+from vqtriton import dispatch
 from vqtriton.planes import MAX_DIM
-from vqtriton.tuning import tables, trace
+from vqtriton.tiles import tables, trace
+from vqtriton.tiles.problems import DTYPES, MOST, Problem, problem_for, problem_of
+from vqtriton.tiles.tables import Row
+from vqtriton.tuning import writing
 from vqtriton.tuning.outcomes import Outcome, nothing_found
-from vqtriton.tuning.tables import DTYPES, Problem, Row
 
 # what models have trained with: N of a step, K, D; docs/benchmarks.md says which
 REAL_MODELS = (
@@ -97,7 +99,7 @@ def shape(text: str) -> tuple[int, int, int, str]:
         n, k, d = map(int, numbers)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not N,K,D or N,K,D,DTYPE") from None
-    if not 1 <= min(n, k, d) <= max(n, k, d) < tables.MOST or dtype not in DTYPES:
+    if not 1 <= min(n, k, d) <= max(n, k, d) < MOST or dtype not in DTYPES:
         raise argparse.ArgumentTypeError(
             f"{text!r}: N, K and D must be from 1 to 2**48 - 1, DTYPE one of {', '.join(DTYPES)}"
         )
@@ -122,7 +124,7 @@ def problems_of(asked: argparse.Namespace, ops: Iterable[str]) -> list[Problem]:
     if asked.preset:
         models, dtypes = PRESETS[asked.preset], asked.dtype or ["float32"]
         shapes += [(*of_model, dtype) for dtype in dtypes for of_model in models]
-    found = [tables.problem_for(op, *of_step) for of_step in shapes for op in ops]
+    found = [problem_for(op, *of_step) for of_step in shapes for op in ops]
     if asked.from_trace:
         found += [problem for problem in trace.read(asked.from_trace) if problem.op in ops]
     return list(dict.fromkeys(found))
@@ -137,7 +139,7 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from vqtriton.tuning.tunables import TUNABLES
     except ModuleNotFoundError as error:
         parser.error(f"tuning needs Triton: {error}")
-    if (asked.static or asked.check) and ops.interpreter_is_on():
+    if (asked.static or asked.check) and dispatch.interpreter_is_on():
         parser.error("--static and --check compile, and under TRITON_INTERPRET=1 nothing does")
     # where no GPU is, tiles that move the same bytes cannot be told apart
     tuned = [op for op, tunable in TUNABLES.items() if tunable.work or not asked.static]
@@ -172,11 +174,11 @@ def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     path = out / tables.file_name(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tables.merge(path, name, [])
+        writing.merge(path, name, [])
     except (OSError, ValueError) as error:
         parser.error(f"--out: {error}; nothing was tuned")
     if asked.resume:
-        done = {tables.problem_of(row) for row in tables.read(path) if is_of(row, source)}
+        done = {problem_of(row) for row in tables.read(path) if is_of(row, source)}
         problems = [problem for problem in problems if problem not in done]
     command = shlex.join(["python", "-m", "vqtriton", *sys.argv[1:]])
     if len(command) > MOST_COMMAND:
@@ -192,7 +194,7 @@ def plan(
     problems: Sequence[Problem], target: str, source: str, budget: float, interpreted: bool
 ) -> str:
     """What will be done, and roughly how long it takes."""
-    from vqtriton.tuning.tunables import candidates_of
+    from vqtriton.tiles.candidates import candidates_of
 
     if not problems:
         return "nothing is left to tune: the table has all of these shapes"
@@ -227,8 +229,8 @@ def check_table(path: Path, target: str, parser: argparse.ArgumentParser) -> int
     """Compiles what the rows of a table give, with the Triton that is installed."""
     import triton
 
+    from vqtriton.tiles.candidates import TILES
     from vqtriton.tuning.predict import usages
-    from vqtriton.tuning.tunables import TUNABLES
 
     try:
         rows = tables.read(path)
@@ -239,7 +241,7 @@ def check_table(path: Path, target: str, parser: argparse.ArgumentParser) -> int
     for row in rows:
         if tables.keeps_default(row):
             continue
-        problem, config = tables.problem_of(row), TUNABLES[row["op"]].config(**row["config"])
+        problem, config = problem_of(row), TILES[row["op"]].config(**row["config"])
         if usages(problem, target, [config]) == [None]:
             print(f"spills, does not fit or does not compile: {problem}, {config}")
             wrong += 1
@@ -264,7 +266,7 @@ def device_of(name: str, parser: argparse.ArgumentParser) -> torch.device:
         parser.error(f"--device is {name}, for which there are no kernels; it must be cuda or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda and torch sees no GPU; --static needs none")
-    if device.type == "cpu" and not ops.interpreter_is_on():
+    if device.type == "cpu" and not dispatch.interpreter_is_on():
         parser.error("--device is cpu, where kernels run only under TRITON_INTERPRET=1")
     return device
 
@@ -306,7 +308,7 @@ def tune_all(
                     "date": datetime.date.today().isoformat(),
                     "command": command,
                 }
-                tables.merge(path, device, [{**problem._asdict(), **outcome.row, **origin}])
+                writing.merge(path, device, [{**problem._asdict(), **outcome.row, **origin}])
         else:
             progress.show(len(outcomes), "done")
     except KeyboardInterrupt:

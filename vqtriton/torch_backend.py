@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from vqtriton.distributed import take_filled
-from vqtriton.screening import (
-    CentredCodebook,
-    error_bound,
-    finite_rows,
-    prepare_codebook,
-    screen_dtype,
-)
+from vqtriton.screening import CentredCodebook, centred_codebook, error_bound
+from vqtriton.tensors import finite_rows, screen_dtype
 
 # Scores held at a time: 8 MiB in float32, about what stays in a cache between two passes.
 BLOCK_SCORES = 1 << 21
@@ -35,10 +30,10 @@ BLOCK_ROWS = 1 << 14
 
 
 def nearest_code(
-    x: Tensor, codebook: Tensor, precision: str, tensors: Sequence[Tensor] = ()
+    x: Tensor, codebook: Tensor, precision: str, prepared: Sequence[Tensor] = ()
 ) -> Tensor:
-    """x [N, D], codebook [K, D], perhaps the tensors of its `CentredCodebook` -> [N] int64."""
-    return search(x, codebook, precision, tensors)[0]
+    """x [N, D], codebook [K, D], perhaps what `prepare_codebook` made of it -> [N] int64."""
+    return search(x, codebook, precision, prepared)[0]
 
 
 def search(
@@ -51,7 +46,7 @@ def search(
     if tensors and tensors[0].dtype == dtype:
         prepared = CentredCodebook(*tensors)
     else:
-        prepared = prepare_codebook(codebook, dtype)
+        prepared = centred_codebook(codebook, dtype)
     bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
 
     # padding to whole groups: a code with an infinite norm has the score -inf
@@ -171,6 +166,32 @@ def matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
     return 0.0 if setting in ("ieee", "none", "highest") else 2.0**-9
 
 
+def prepare_codebook(codebook: Tensor) -> list[Tensor]:
+    """The tensors of its `CentredCodebook`."""
+    return list(centred_codebook(codebook, screen_dtype(codebook, codebook)))
+
+
+def vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    commitment_weight: float,
+    codebook_weight: float,
+    precision: str,
+    prepared: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes; the loss of each row; indices, -1 where ``mask`` [N] is false.
+
+    The two terms of the loss have one value, the squared distance; the weights part where it is
+    differentiated.
+    """
+    indices = nearest_code(x, codebook, precision, prepared)
+    if mask is not None:
+        indices = indices.where(mask, -1)
+    quantized, sq_error = gather_codes(x, codebook, indices)
+    return quantized, sq_error * (commitment_weight + codebook_weight), indices
+
+
 def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, D], indices [N] -> codebook[indices] in x's dtype, row sums of squared differences."""
     dtype = screen_dtype(x, codebook)
@@ -217,11 +238,16 @@ def grad_codebook(
 
 
 def code_sums(
-    x: Tensor, indices: Tensor, codebook_size: int, double: bool = False
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    deterministic: bool = True,
+    double: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x [N, D], indices [N] -> sums [K, D], counts [K], summed in float64.
 
-    The sums are rounded to float32 unless x is float64, or ``double`` asks for them as they are.
+    Always deterministic. The sums are rounded to float32 unless x is float64, or ``double`` asks
+    for them as they are, for who divides them before they are rounded.
     """
     # rows that are left out go to an extra code, so that no shape depends on the data
     sums = torch.zeros(codebook_size + 1, x.shape[1], dtype=torch.float64, device=x.device)

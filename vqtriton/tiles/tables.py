@@ -12,21 +12,20 @@ of another shape is taken there.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import math
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from vqtriton.tiles.problems import Problem, problem_fault, type_fault
 
 SCHEMA = 1
 VARIABLE = "VQTRITON_CONFIG_DIR"
@@ -40,54 +39,13 @@ STEPS = 4
 # doublings between a row's N, K or heads and what is asked for, beyond which it tells nothing
 MOST_OCTAVES = 3
 SOURCES = ("static", "measured")
-# N, K, D and heads are less
-MOST = 1 << 48
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 log = logging.getLogger("vqtriton")
 Row = dict[str, Any]
 
 
-class Problem(NamedTuple):
-    """What is tuned for."""
-
-    op: str
-    dtype: str
-    dim: int
-    codebook_size: int
-    num_rows: int
-    heads: int = 1
-
-    def __str__(self) -> str:
-        return (
-            f"{self.op} N={self.num_rows} K={self.codebook_size} D={self.dim} {self.dtype}"
-            + f" H={self.heads}" * (self.heads > 1)
-        )
-
-
-def problem_for(op: str, n: int, k: int, d: int, dtype: str) -> Problem:
-    """Of an op in a step with x [n, d] and k codes."""
-    if op == "ema_update":
-        # of float32 statistics, whatever the rows are and however many
-        return Problem(op, "float32", d, k, k)
-    return Problem(op, dtype, d, k, n)
-
-
-# what a row has, beside what tells where it is from
-KINDS: dict[str, type] = {
-    "op": str,
-    "dtype": str,
-    "dim": int,
-    "codebook_size": int,
-    "num_rows": int,
-    "heads": int,
-    "config": dict,
-    "shared": int,
-}
-
-
-def problem_of(row: Row) -> Problem:
-    return Problem(*(row[name] for name in Problem._fields))
+# what a row has, beside its problem and where it is from
+KINDS: dict[str, type] = {"config": dict, "shared": int}
 
 
 def file_name(device: str) -> str:
@@ -182,7 +140,7 @@ def fault(row: Any) -> str | None:
     kinds = dict(KINDS)
     if keeps_default(row):
         del kinds["config"]
-    reason = _type_fault(row, kinds) or problem_fault(row)
+    reason = problem_fault(row) or type_fault(row, kinds)
     if reason:
         return reason
     if row.get("source") not in SOURCES:
@@ -197,42 +155,12 @@ def keeps_default(row: Any) -> bool:
     return isinstance(row, dict) and "config" in row and row["config"] is None
 
 
-def problem_fault(row: dict[str, Any]) -> str | None:
-    """What is wrong with the fields of a `Problem`; None if nothing is."""
-    from vqtriton.tuning.tunables import TUNABLES
-
-    reason = _type_fault(row, {name: KINDS[name] for name in Problem._fields})
-    if reason:
-        return reason
-    if row["op"] not in TUNABLES:
-        return f"op is {row['op']!r:.40}; it must be one of {', '.join(TUNABLES)}"
-    if row["dtype"] not in DTYPES:
-        return f"dtype is {row['dtype']!r:.40}; it must be one of {', '.join(DTYPES)}"
-    for name in ("dim", "codebook_size", "num_rows", "heads"):
-        if not 1 <= row[name] < MOST:
-            return f"{name} is {row[name]}; it must be from 1 to 2**48 - 1"
-    try:
-        _known(row["op"], row["dim"])
-    except ValueError as error:
-        # more dimensions than the kernels take
-        return f"dim is {row['dim']}: {error}"
-    return None
-
-
-def _type_fault(row: dict[str, Any], kinds: dict[str, type]) -> str | None:
-    for name, kind in kinds.items():
-        # True is an int to Python
-        if type(row.get(name)) is not kind:
-            return f"{name} is {row.get(name)!r:.40}; it must be of type {kind.__name__}"
-    return None
-
-
 @functools.lru_cache(maxsize=256)
 def _known(op: str, dim: int) -> frozenset[str]:
     """The tiles that a table may hold."""
-    from vqtriton.tuning.tunables import TUNABLES
+    from vqtriton.tiles.candidates import TILES
 
-    return frozenset(_as_text(asdict(config)) for config in TUNABLES[op].candidates(dim))
+    return frozenset(_as_text(asdict(config)) for config in TILES[op].candidates(dim))
 
 
 def _as_text(config: dict[str, Any]) -> str:
@@ -283,7 +211,7 @@ def choose(
 
 def find(problem: Problem, device: torch.device) -> tuple[Row, Any, Path] | None:
     """The row for a problem, its tiles (None: the default), and the table it is from."""
-    from vqtriton.tuning.tunables import TUNABLES
+    from vqtriton.tiles.candidates import TILES
 
     limit = shared_limit(device)
     for folder in folders():
@@ -296,7 +224,7 @@ def find(problem: Problem, device: torch.device) -> tuple[Row, Any, Path] | None
             ]
             for *_, row in sorted(fitting, key=lambda found: found[:3]):
                 tiles = row["config"]
-                config = None if tiles is None else TUNABLES[row["op"]].config(**tiles)
+                config = None if tiles is None else TILES[row["op"]].config(**tiles)
                 if config is None or config not in _rejected:
                     return row, config, path
     return None
@@ -349,72 +277,3 @@ def shared_limit(device: torch.device) -> float:
         return float("inf")
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0) or 64 << 10
-
-
-# --- writing ---
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone with a table, whoever else tunes into the folder; on Windows only by chance."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:
-        yield
-        return
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def merge(path: Path, device: str, rows: Iterable[Row]) -> None:
-    """Adds rows to a table; each replaces an older one for the same problem.
-
-    A static row replaces no measured one. Written beside it and put in its place: whoever is
-    interrupted leaves the table as it was.
-
-    Raises:
-        ValueError, OSError: there is a file, and it is no table.
-    """
-    with locked(path):
-        there = read_all(path) if path.exists() or path.is_symlink() else []
-        # rows that this version does not understand stay where they are
-        strange = [row for row in there if fault(row)]
-        kept: dict[Problem, Row] = {}
-        for row in [*(row for row in there if not fault(row)), *rows]:
-            before = kept.get(problem_of(row))
-            if before is None or SOURCES.index(row["source"]) >= SOURCES.index(before["source"]):
-                kept[problem_of(row)] = row
-        ordered = [kept[problem] for problem in sorted(kept)] + strange
-        tiles = [row for row in ordered if not keeps_default(row)]
-        text = json.dumps({"schema": SCHEMA, "device": device})[:-1] + _listed("rows", tiles)
-        if defaults := [row for row in ordered if keeps_default(row)]:
-            bare = [{name: row[name] for name in row if name != "config"} for row in defaults]
-            text += _listed("default_is_best", bare)
-        text += "}\n"
-        if len(text) > MOST_BYTES:
-            raise ValueError(f"{path} would have more than {MOST_BYTES >> 20} MiB")
-        # a link stays one
-        _replace(Path(os.path.realpath(path)), text)
-    forget()
-
-
-def _listed(name: str, rows: list[Any]) -> str:
-    """A list of a JSON object, a row a line."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    return f', "{name}": [\n{lines}\n]'
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            # it may be in its place already
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
-            raise

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vqtriton.planes import MAX_DIM
-from vqtriton.tuning.tables import DTYPES, Problem, problem_fault, problem_of
+from vqtriton.tiles.problems import DTYPES, Problem, problem_fault, problem_of
 
 VARIABLE = "VQTRITON_TRACE"
 _seen: set[tuple[Any, ...]] = set()
@@ -21,7 +21,7 @@ def record(op: str, x: torch.Tensor, codebook_size: int) -> None:
     """Notes a shape when it is first seen, at once: what is killed later keeps it.
 
     Args:
-        op: a key of `vqtriton.tuning.tunables.TUNABLES`.
+        op: one of `vqtriton.tiles.problems.OPS`.
         x: [N, D].
     """
     path = os.environ.get(VARIABLE)

@@ -1,0 +1,20 @@
+"""Numbers that the kernels share with what prepares their inputs and bounds their errors."""
+
+from __future__ import annotations
+
+# codes in a group, whose scores are reduced together
+GROUP = 8
+# codes are padded to a multiple of this many, which every tile divides
+PAD_CODES = 256
+# max |e_kd| is in [2⁹, 2¹⁰): the low planes stay above fp16's subnormals, and rows may be 64 times
+# as far from the mean as codes before they overflow
+EXPONENT = 10
+# fp16's smallest normal number. What is smaller is set to zero, so that it does not matter whether
+# the hardware flushes it.
+MIN_NORMAL = 2.0**-14
+# a bias in three inner columns: its parts are multiplied by these, each 2⁻¹¹ of the one before
+BIAS_WEIGHTS = (2.0**15, 2.0**4, 2.0**-7)
+# minus the score of padding: negative scores never win
+PAD_OFFSET = 1.0
+# factor over the first-order bound: second-order terms and the rounding of the bound itself
+SLACK = 1.05

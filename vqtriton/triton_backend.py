@@ -1,0 +1,165 @@
+"""The ops by kernels: the functions of `vqtriton.torch_backend`, with tiles and launches.
+
+Tensors are on one GPU (or anywhere in Triton's interpreter), and none is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from vqtriton import torch_backend
+from vqtriton.kernels import atomic_sums, ema_update, vector_quantize_grad
+from vqtriton.kernels import code_sums as sums_kernels
+from vqtriton.kernels.constants import GROUP
+from vqtriton.kernels.nearest_code import (
+    NearestCode,
+    NearestCodeConfig,
+    nearest_code_config,
+)
+from vqtriton.kernels.nearest_code import (
+    nearest_code as nearest_code_kernels,
+)
+from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture, rows_are_aligned
+from vqtriton.planes import CodePlanes, planes_of, prepare_planes_with_kernels, screen_bound
+from vqtriton.screening import error_bound
+from vqtriton.tiles import tables
+from vqtriton.tiles.candidates import ALIGNMENT
+
+
+def nearest_code(
+    x: Tensor, codebook: Tensor, precision: str, prepared: Sequence[Tensor] = ()
+) -> Tensor:
+    if x.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64, device=x.device)
+    return run_kernels(x, codebook, prepared, exact=precision == "exact").indices[0]
+
+
+def prepare_codebook(codebook: Tensor) -> list[Tensor]:
+    return list(_prepare_planes(codebook).tensors)
+
+
+def vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    commitment_weight: float,
+    codebook_weight: float,
+    precision: str,
+    prepared: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = commitment_weight, codebook_weight
+    if x.shape[0] == 0:
+        return torch_backend.vector_quantize(x, codebook, mask, *weights, precision)
+    out = run_kernels(x, codebook, prepared, exact=precision == "exact", mask=mask, gather=True)
+    assert out.quantized is not None
+    assert out.sq_error is not None
+    return out.quantized[0], out.sq_error[0] * sum(weights), out.indices[0]
+
+
+def run_kernels(
+    x: Tensor,
+    codebook: Tensor,
+    prepared: Sequence[Tensor] = (),
+    *,
+    exact: bool,
+    mask: Tensor | None = None,
+    gather: bool = False,
+) -> NearestCode:
+    """`vqtriton.kernels.nearest_code` for one head; N >= 1."""
+    planes = _prepare_planes(codebook, prepared)
+    is_aligned = rows_are_aligned(x[None])
+    config = nearest_code_config(architecture(x.device), planes.codes.shape[2], is_aligned)
+    # tables are of contiguous rows, whose addresses are as well aligned as D allows
+    is_as_tuned = is_aligned or x.shape[1] % ALIGNMENT != 0
+    screen = _tiles("nearest_code", x, codebook.shape[0]) if is_as_tuned else None
+
+    def search(config: NearestCodeConfig) -> NearestCode:
+        return nearest_code_kernels(
+            x[None],
+            codebook[None],
+            planes,
+            screen_bound(planes, config.screen.block_k),
+            error_bound(x.shape[1], torch.float32),
+            exact=exact,
+            mask=None if mask is None else mask[None],
+            gather=gather,
+            config=config,
+        )
+
+    if screen is not None:
+        try:
+            return search(replace(config, screen=screen))
+        except OutOfResources:
+            tables.reject(screen)
+    return search(config)
+
+
+def _tiles(op: str, x: Tensor, codebook_size: int) -> Any:
+    """Tiles for an op on x [N, D] from the tables; None: the default."""
+    return tables.choose(op, x.dtype, x.shape[1], codebook_size, x.shape[0], x.device)
+
+
+def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePlanes:
+    """Of one head, for the device that the codebook is on."""
+    lanes, vec = ACCUMULATOR_ORDER[architecture(codebook.device)]
+    if prepared:
+        return planes_of(prepared, codebook.shape[1], group=GROUP, lanes=lanes, vec=vec)
+    return prepare_planes_with_kernels(codebook[None], group=GROUP, lanes=lanes, vec=vec)
+
+
+def code_sums(
+    x: Tensor,
+    indices: Tensor,
+    codebook_size: int,
+    deterministic: bool = True,
+    double: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if not (deterministic or torch.are_deterministic_algorithms_enabled()):
+        sums, counts = atomic_sums.atomic_sums(x[None], indices[None], codebook_size, double=double)
+        return sums[0], counts[0]
+    tiles = _tiles("code_sums", x, codebook_size)
+    sums, counts = sums_kernels.code_sums(
+        x[None], indices[None], codebook_size, double=double, config=tiles
+    )
+    return sums[0], counts[0]
+
+
+def grad_x(
+    grad_quantized: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    weight: float,
+) -> Tensor:
+    tensors = (t[None] for t in (grad_quantized, grad_loss, x, codebook, indices))
+    tiles = _tiles("grad_x", x, codebook.shape[0])
+    return vector_quantize_grad.grad_x(*tensors, weight, config=tiles)[0]
+
+
+def grad_codebook(
+    grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float
+) -> Tensor:
+    tensors = (t[None] for t in (grad_loss, x, codebook, indices))
+    tiles = _tiles("code_sums", x, codebook.shape[0])
+    return vector_quantize_grad.grad_codebook(*tensors, weight, config=tiles)[0]
+
+
+def ema_update_(
+    cluster_size: Tensor,
+    codebook: Tensor,
+    counts: Tensor,
+    sums: Tensor | None,
+    samples: Tensor | None,
+    is_filled: Tensor | None,
+    rates: Tensor,
+) -> None:
+    tiles = _tiles("ema_update", codebook, codebook.shape[0])
+    statistics = cluster_size, codebook, counts, sums, samples, is_filled, rates
+    ema_update.ema_update_(*statistics, config=tiles)
