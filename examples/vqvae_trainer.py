@@ -66,6 +66,8 @@ class VQVAETrainer(Trainer):
         # loss terms; how often each code was chosen
         self.sums = {"sums": torch.zeros(3, **double)}
         self.sums["counts"] = torch.zeros(args.codebook_size, **double)
+        # of the steps that are not in the sums yet: it does not wait for the device
+        self.meter = vqtriton.metrics.Meter(args.codebook_size)
         self.digests: list[str] = []
         eager = DistributedDataParallel(model) if self.world > 1 else model
         self.eager = self.forward = eager
@@ -91,17 +93,22 @@ class VQVAETrainer(Trainer):
             # the first step may start the codebook from data, which no graph can hold
             self.forward = torch.compile(self.eager)
 
-        counts = vqtriton.metrics.counts(indices, vq.codebook_size)
-        self.sums["counts"] += counts
+        self.meter.update(indices)
         terms = torch.stack([loss, reconstruction, vq_loss]).detach()
         self.sums["sums"] += terms * len(target)
         if not is_looked_at:
             return {}
         self.check(loss)
-        values = {"loss": loss.item(), "reconstruction": reconstruction.item()}
-        values["perplexity"] = vqtriton.metrics.perplexity(counts).item()
-        values["usage"] = vqtriton.metrics.usage(counts).item()
-        return values
+        counts = vqtriton.metrics.counts(indices, vq.codebook_size)
+        measures = vqtriton.metrics.perplexity(counts), vqtriton.metrics.usage(counts)
+        # one wait for all
+        values = torch.stack([loss.double(), reconstruction.double(), *measures]).tolist()
+        return dict(zip(("loss", "reconstruction", "perplexity", "usage"), values, strict=True))
+
+    def check_sums(self) -> None:
+        self.sums["counts"] += self.meter.compute(sync=False).counts.to(self.args.device)
+        self.meter.reset()
+        super().check_sums()
 
     def end_epoch(self) -> dict[str, Any]:
         vq = self.vq
