@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 
@@ -30,11 +31,16 @@ def count(row: Row) -> Row | None:
     """The row with the terms of its time, in milliseconds; None where the tiles spill."""
     # they need Triton, and the tables of the docs do not
     from vqtriton.kernels.screen_codes import ScreenCodesConfig
-    from vqtriton.tuning import predict
+    from vqtriton.tuning import predict, tunables
 
     problem = Problem("nearest_code", row["dtype"], row["D"], row["K"], row["N"])
-    config = ScreenCodesConfig(**row["tiles"])
-    (usage,) = predict.usages(problem, TARGET, [config])
+    tunable = tunables.TUNABLES["nearest_code"]
+    # tiles that were measured then may have had fields that are no more
+    known = {field.name for field in fields(ScreenCodesConfig)}
+    config = ScreenCodesConfig(**{n: value for n, value in row["tiles"].items() if n in known})
+    # what was measured did not finish
+    launches = tunables.screen_launches(problem, TARGET, config, splits=2)
+    usage = predict.usage(launches, tunable.work, TARGET, print)
     if usage is None:
         return None
     terms = predict.usage_terms(problem, TARGET, config, usage)

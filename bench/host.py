@@ -1,4 +1,4 @@
-"""What a call costs the host, without a GPU: ``python -m bench.host``.
+"""What a call costs the host, without a GPU: ``python -m bench.host [--before COMMIT]``.
 
 *Operations* are what a device is asked for: launches of kernels, copies, memsets and torch's own
 operations, counted on a stub of a GPU. On a GPU some of torch's take several launches (a sort takes
@@ -7,17 +7,21 @@ about ten), so a profiler counts more.
 *Host µs* is the time until a call returns, where the kernels are compiled and their launches do
 nothing: Python, checks, allocations, and how Triton packs arguments. It leaves out the driver's
 part of a launch. Torch's operations are done on a CPU, on a few rows; what their launches on a GPU
-would take is not known here.
+would take is not known here. With ``--before`` another commit is timed as well, turn by turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,12 +29,10 @@ import torch
 from torch import Tensor
 
 import vqtriton
-from bench.measure import quantile
 from bench.provenance import ROOT
-from vqtriton import dispatch
 
 # the stubs are the tests'
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 ROWS, CODES, DIM = 96, 64, 64
 REPEATS = 200
@@ -42,12 +44,13 @@ def steps(put: Put) -> dict[str, Step]:
     """What is counted and timed, on tensors where ``put`` puts them."""
     torch.manual_seed(0)
     x, codebook, grad = (put(torch.randn(n, DIM)) for n in (ROWS, CODES, ROWS))
-    mask = put(torch.arange(ROWS) % 5 > 0)
+    mask, of_loss = put(torch.arange(ROWS) % 5 > 0), put(torch.ones(()))
     prepared = vqtriton.prepare_codebook(codebook, backend="triton")
 
     def module(is_training: bool = True, mask: Tensor | None = None, **options: Any) -> Step:
         vq = vqtriton.VectorQuantize(DIM, CODES, backend="triton", **options)
-        vq.set_codebook(codebook.cpu())
+        with torch.no_grad():
+            vq.codebook.copy_(codebook.cpu())
         for name, tensor in vq.named_buffers():
             vq._buffers[name] = put(tensor.detach().clone())
         for name, tensor in vq.named_parameters():
@@ -61,7 +64,7 @@ def steps(put: Put) -> dict[str, Step]:
         def train() -> None:
             leaf = x.detach().requires_grad_()
             quantized, _, loss = vq(leaf, mask=mask)
-            grads = [grad, torch.ones_like(loss)]
+            grads = [grad, of_loss]
             torch.autograd.grad([quantized, loss], [leaf, *vq.parameters()], grads)
 
         return train if is_training else infer
@@ -98,26 +101,52 @@ def count() -> dict[str, Counter[str]]:
     return found
 
 
-def host_us() -> dict[str, list[float]]:
-    """Microseconds of each step, turn by turn."""
+def turns() -> Iterator[dict[str, float]]:
+    """Microseconds of each step, turn by turn, for ever."""
     import stub_driver
 
     stub_driver.install()
-    found: dict[str, list[float]] = {}
     with only_kernels():
         taken = steps(lambda tensor: tensor)
-        for turn in range(-3, REPEATS):
+        while True:
+            # a process that has waited is slow at first
+            for step in taken.values():
+                step()
+            found = {}
             for name, step in taken.items():
                 start = time.perf_counter()
                 step()
-                if turn >= 0:
-                    found.setdefault(name, []).append(1e6 * (time.perf_counter() - start))
+                found[name] = 1e6 * (time.perf_counter() - start)
+            yield found
+
+
+def host_us(roots: Sequence[Path] = (ROOT,)) -> list[dict[str, list[float]]]:
+    """`turns` with the library of each folder, all in turn, each in a process of its own."""
+    found: list[dict[str, list[float]]] = [{} for _ in roots]
+    with ExitStack() as stack:
+        workers = []
+        for root in roots:
+            command = [sys.executable, "-m", "bench.host", "--worker"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            worker = stack.enter_context(subprocess.Popen(command, cwd=root, **pipes))
+            stack.callback(worker.stdin.close)
+            workers.append(worker)
+        for turn in range(-3, REPEATS):
+            for worker, times in zip(workers, found, strict=True):
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                for name, microseconds in json.loads(worker.stdout.readline()).items():
+                    # the first ones compile
+                    if turn >= 0:
+                        times.setdefault(name, []).append(microseconds)
     return found
 
 
 def only_kernels() -> Any:
     """Kernels are launched wherever the tensors are."""
-    return mock.patch.object(dispatch, "resolve_backend", _triton)
+    # of an earlier commit, the op itself chose
+    name = "dispatch" if hasattr(vqtriton, "dispatch") else "ops"
+    return mock.patch(f"vqtriton.{name}.resolve_backend", _triton)
 
 
 def _triton(backend: str, device: torch.device) -> str:
@@ -125,21 +154,37 @@ def _triton(backend: str, device: torch.device) -> str:
     return "triton"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON, with each operation")
-    args = parser.parse_args()
+    parser.add_argument("--before", metavar="COMMIT", help="time the library of this commit too")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    counts, times = count(), host_us()
+    if args.worker:
+        for _, found in zip(sys.stdin, turns(), strict=False):
+            print(json.dumps(found), flush=True)
+        return 0
+    from bench.compare import checkout
+    from bench.measure import quantile
+
+    counts = count()
+    with tempfile.TemporaryDirectory() as folder:
+        before = [checkout(args.before, Path(folder) / "before")] if args.before else []
+        *others, times = host_us([*before, ROOT])
     if args.json:
         rows = {n: {"operations": counts[n], "host_us": quantile(times[n], 0.5)} for n in counts}
         print(json.dumps(rows, indent=2))
         return 0
-    print(f"{'':<24}{'operations':>12}{'host µs':>9}{'p20 to p80':>16}")
+    columns = "".join(f"{f'µs at {args.before:.7}':>14}{'p20 to p80':>16}" for _ in others)
+    print(f"{'':<24}{'operations':>12}{columns}{'host µs':>14}{'p20 to p80':>16}")
     for name, of_step in counts.items():
-        low, median, high = (quantile(times[name], q) for q in (0.2, 0.5, 0.8))
-        spread = f"{low:.0f} to {high:.0f}"
-        print(f"{name:<24}{of_step.total():>12}{median:>9.0f}{spread:>16}")
+        text = f"{name:<24}{of_step.total():>12}"
+        for found in (*others, times):
+            low, median, high = (quantile(found[name], q) for q in (0.2, 0.5, 0.8))
+            text += f"{median:>14.0f}{f'{low:.0f} to {high:.0f}':>16}"
+        ratios = [quantile(found[name], 0.5) / quantile(times[name], 0.5) for found in others]
+        print(text + "".join(f"  {ratio:.1f} times faster" for ratio in ratios))
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from vqtriton.kernels import (
     atomic_sums,
     code_sums,
+    draw_rows,
     ema_update,
     nearest_code,
     screen_codes,
@@ -94,15 +96,39 @@ def accumulator_of(target: str) -> str:
 
 
 def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
-    """As it is launched on the target; the codes are in two parts, so that they are merged."""
+    """As it is launched on the target: many rows and few, with codes in one part and in two."""
     target = accumulator_of(target)
     lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
     # of two tiles at least
     codebook = codebook_of(x.shape[1]).repeat(8, 1)[None]
     planes = prepare_planes(codebook, lanes=lanes, vec=vec)
-    config = nearest_code.nearest_code_config(
-        target, planes.codes.shape[2], screen_codes.rows_are_aligned(x[None])
-    )
+    launches = []
+    for is_few, splits in product((False, True), (1, 2)):
+        config = nearest_code.nearest_code_config(
+            target, planes.codes.shape[2], screen_codes.rows_are_aligned(x[None]), is_few=is_few
+        )
+        launches += launches_of(
+            (screen_codes, nearest_code),
+            nearest_code.nearest_code,
+            x[None],
+            codebook,
+            planes,
+            screen_bound(planes, config.screen.block_k),
+            error_bound(x.shape[1], torch.float32),
+            exact=True,
+            gather=True,
+            reduction="mean",
+            splits=splits,
+            config=config,
+        )
+    return launches
+
+
+def record_fast_search(x: torch.Tensor, target: str) -> list[Launch]:
+    """Without a rescue."""
+    codebook = codebook_of(x.shape[1])[None]
+    planes = prepare_planes(codebook)
+    config = nearest_code.nearest_code_config(accumulator_of(target), planes.codes.shape[2])
     return launches_of(
         (screen_codes, nearest_code),
         nearest_code.nearest_code,
@@ -111,11 +137,15 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
         planes,
         screen_bound(planes, config.screen.block_k),
         error_bound(x.shape[1], torch.float32),
-        exact=True,
+        exact=False,
         gather=True,
-        splits=2,
+        reduction="sum",
         config=config,
     )
+
+
+# as many rows: sorted by torch
+SORTED = code_sums.CodeSumsConfig(most_counted=0)
 
 
 def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
@@ -127,6 +157,7 @@ def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
     grads = (grad_loss, x, codebook, indices, 1.0)
     return [
         *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE),
+        *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE, config=SORTED),
         *launches_of(modules, atomic_sums.atomic_sums, x, indices, CODEBOOK_SIZE),
         *launches_of(modules, vector_quantize_grad.grad_x, x, *grads),
         *launches_of(modules, vector_quantize_grad.grad_codebook, *grads),
@@ -144,11 +175,29 @@ def record_ema_update(x: torch.Tensor, target: str) -> list[Launch]:
 
 
 def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
+    """Of a small codebook and of a large one."""
+    return [
+        launch
+        for config in (None, planes_kernels.PreparePlanesConfig(most_elements=0))
+        for launch in launches_of(
+            planes_kernels,
+            planes_kernels.prepare_planes,
+            codebook_of(x.shape[1])[None],
+            *inner_size(x.shape[1]),
+            config=config,
+        )
+    ]
+
+
+def record_draw_rows(x: torch.Tensor, target: str) -> list[Launch]:
+    indices = torch.zeros(len(x), dtype=torch.int64)
     return launches_of(
-        planes_kernels,
-        planes_kernels.prepare_planes,
-        codebook_of(x.shape[1])[None],
-        *inner_size(x.shape[1]),
+        (code_sums, draw_rows),
+        draw_rows.draw_rows,
+        x,
+        indices,
+        torch.ones(CODEBOOK_SIZE),
+        torch.zeros(1, dtype=torch.int64),
     )
 
 
@@ -171,29 +220,28 @@ KERNELS = (
         tuple(Limit("sm_90", dim, TENSOR_CORE_SCREEN) for dim in (4, 8, 12, 32, 64)),
         takes_all_rows=True,
     ),
-    Kernel("merge_splits", record_nearest_code, ((64, torch.float32),)),
     *(
         Kernel(
             name,
             record_nearest_code,
             ((8, torch.float32), (64, torch.float32), (512, torch.float16)),
         )
-        for name in ("finish_rows", "rescue_rows", "settle_rows")
+        for name in ("finish_parts", "rescue_rows")
     ),
     *(
         Kernel(name, record_sums, ((64, torch.float32),))
         for name in (
+            "place_rows",
             "segment_keys",
-            "segment_bounds",
-            "chunk_segments",
             "chunk_sums",
             "combine_chunks",
             "atomic_sums",
             "grad_x",
         )
     ),
+    Kernel("draw_keys", record_draw_rows, ((64, torch.float32),)),
+    Kernel("reduce_losses", record_fast_search, ((64, torch.float32),)),
     Kernel("ema_update", record_ema_update, tuple((d, torch.float32) for d in (8, 64, 512))),
-    Kernel("part_sums", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
-    Kernel("centred_norms", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
+    Kernel("code_peaks", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),
     Kernel("planes", record_prepare_planes, tuple((d, torch.float32) for d in (8, 64, 256))),
 )

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqtriton.kernels.grids import cdiv, next_power_of_2
+from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit, strides_of
 
 
@@ -98,7 +99,9 @@ def atomic_sums(
     counts = torch.zeros(size, dtype=torch.int64, device=x.device)
     if num_rows > 0:
         with torch.cuda.device_of(x):
-            atomic_sums_kernel[(cdiv(num_rows, block_rows), heads)](
+            launch(
+                atomic_sums_kernel,
+                (cdiv(num_rows, block_rows), heads),
                 x,
                 indices.contiguous(),
                 sums,

@@ -1,11 +1,14 @@
 """Sums of the rows of each code, deterministic and indifferent to how uneven the codes are.
 
-The rows are sorted by code and cut into chunks of rows of one code, about √N at most. One program
-sums a chunk; a second kernel adds up the chunks of a code, if there are several. There are at most
-N/chunk + K chunks, whatever the data, so the grid needs no answer from the device, and no program
-has more than about √N rows or chunks even if one code has them all.
+The rows are sorted by code, in a stable order, and cut into chunks of equal size, wherever codes
+end. One program sums a chunk. The codes that lie within it are done then; of one that goes on in a
+neighbour a partial sum is left. A second kernel adds up the partial sums of those codes. So every
+program has equally many rows, whatever the data, and no code has more chunks than √N or 256.
 
-Both add in float64, and a sum is rounded to float32 once, so what it is wrong by does not grow with
+Few rows are sorted by a kernel of our own: it counts the rows that come before each row, which is
+the place of the row. That is N² comparisons and one launch, where torch's sort takes about ten.
+
+All adds in float64, and a sum is rounded to float32 once, so what it is wrong by does not grow with
 the number of rows: at most 2⁻²⁴ of it, and n·2⁻⁵³·Σ|x|. Callers that divide the sums can have them
 unrounded.
 """
@@ -21,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqtriton.kernels.grids import cdiv, next_power_of_2
+from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit, strides_of
 
 
@@ -29,178 +33,224 @@ class CodeSumsConfig:
     """Tiles."""
 
     # rows of a chunk, at least; a power of two
-    least_chunk: int = 256
+    least_chunk: int = 32
     # elements of a tile, and most dimensions of it
-    block_elements: int = 1024
+    block_elements: int = 2048
     block_d: int = 1024
     num_warps: int = 4
     # without a limit ptxas spills a few for the next step of occupancy
-    max_registers: int = 128
+    max_registers: int = 168
+    # rows, over all heads, up to which their places are counted
+    most_counted: int = 16384
 
     def chunk(self, num_rows: int) -> int:
-        """So that one code with all rows has no more chunks than a chunk has rows."""
-        return max(self.least_chunk, next_power_of_2(math.isqrt(num_rows)))
-
-
-@triton.jit(do_not_specialize=["num_rows", "N", "K", "num_segments"])
-def segment_keys_kernel(
-    indices_ptr,  # [H·N] int64
-    keys_ptr,     # [H·N] uint8 / int16 / int32 / int64, out: the segment; H·K if it is left out
-    num_rows, N, K, num_segments,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num_rows
-    index = tl.load(indices_ptr + offs, mask=mask, other=0)
-    segment = tl.where((index >= 0) & (index < K), offs // N * K + index, num_segments)
-    tl.store(keys_ptr + offs, segment.to(keys_ptr.dtype.element_ty), mask=mask)
+        """So that there are no more chunks than a chunk has rows, or 256."""
+        most_chunks = max(256, math.isqrt(num_rows))
+        return max(self.least_chunk, next_power_of_2(max(1, cdiv(num_rows, most_chunks))))
 
 
 @triton.jit
-def _lower_bound(sorted_ptr, size, target, steps):
-    """The first place in `sorted` of what is at least the target; `size` if there is none."""
-    low = tl.zeros_like(target)
-    high = low + size
-    for _ in range(steps):
-        middle = (low + high) >> 1
-        is_open = low < high
-        is_less = tl.load(sorted_ptr + middle, mask=is_open, other=0).to(tl.int64) < target
-        low = tl.where(is_open & is_less, middle + 1, low)
-        high = tl.where(is_open & (is_less == 0), middle, high)
-    return low
+def _fill_with_zeros(ptr, size, BLOCK: tl.constexpr):
+    """``size`` elements, by all programs along the first axis; nothing of None."""
+    if ptr is not None:
+        for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+            offs = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
+            tl.store(ptr + offs, tl.zeros((BLOCK,), ptr.dtype.element_ty), mask=offs < size)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_segments", "chunk_rows", "steps"])
-def segment_bounds_kernel(
-    keys_ptr,           # [H·N], sorted
-    segment_start_ptr,  # [H·K + 1] int64, out: where the rows of a segment start
-    chunks_ptr,         # [H·K + 1] int64, out: 0, and then how many chunks each segment has
-    num_rows, num_segments, chunk_rows, steps,
-    BLOCK: tl.constexpr,
+@triton.jit
+def _segments(indices_ptr, offs, num_rows, N, K, num_segments, HAS_HEADS: tl.constexpr):
+    """Of rows, int32: one code of one head; H·K of what is left out or beyond the last row."""
+    index = tl.load(indices_ptr + offs, mask=offs < num_rows, other=-1)
+    segment = index
+    if HAS_HEADS:
+        segment += offs // N * K
+    return tl.where((index >= 0) & (index < K), segment, num_segments).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_rows", "N", "K", "num_segments", "num_elements", "num_counts"])
+def place_rows_kernel(
+    indices_ptr,   # [H·N] int64
+    order_ptr,     # [H·N] int32, out: rows sorted by segment: one code of one head
+    segments_ptr,  # [H·N] int32, out: their segments; H·K of rows that are left out
+    sums_ptr,      # [H·K, D] fp32 / fp64, set to zero, for those that come after
+    counts_ptr,    # [H·K] int64, likewise
+    num_rows, N, K, num_segments, num_elements, num_counts,
+    HAS_HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    start = _lower_bound(keys_ptr, num_rows, segment, steps)
-    end = _lower_bound(keys_ptr, num_rows, segment + 1, steps)
-    tl.store(segment_start_ptr + segment, start, mask=segment <= num_segments)
-    chunks = (end - start + chunk_rows - 1) // chunk_rows
-    tl.store(chunks_ptr + (segment + 1), chunks, mask=segment < num_segments)
-    tl.store(chunks_ptr + segment, tl.zeros_like(segment), mask=segment == 0)
+    _fill_with_zeros(sums_ptr, num_elements, BLOCK_OTHERS)
+    _fill_with_zeros(counts_ptr, num_counts, BLOCK_OTHERS)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = first + tl.arange(0, BLOCK_ROWS)
+    segment = _segments(indices_ptr, row, num_rows, N, K, num_segments, HAS_HEADS)
+    place = tl.zeros((BLOCK_ROWS,), tl.int32)
+    for start in range(0, num_rows, BLOCK_OTHERS):
+        other = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_OTHERS)
+        others = _segments(indices_ptr, other, num_rows, N, K, num_segments, HAS_HEADS)
+        # of the same code those before it, too
+        others -= (other < first).to(tl.int32)
+        # what is counted below or is not there comes before none
+        is_other = (other < num_rows) & ((other < first) | (other >= first + BLOCK_ROWS))
+        others = tl.where(is_other, others, num_segments + 1)
+        place += tl.sum((others[None, :] < segment[:, None]).to(tl.int32), 1)
+    own = first + tl.arange(0, BLOCK_ROWS)
+    owns = _segments(indices_ptr, own, num_rows, N, K, num_segments, HAS_HEADS)
+    owns = tl.where(own < num_rows, owns, num_segments + 1)
+    goes_first = (own[None, :] < row[:, None]).to(tl.int32)
+    place += tl.sum((owns[None, :] < segment[:, None] + goes_first).to(tl.int32), 1)
+    place = place.to(tl.int64)
+    tl.store(order_ptr + place, row.to(tl.int32), mask=row < num_rows)
+    tl.store(segments_ptr + place, segment, mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_segments", "steps"])
-def chunk_segments_kernel(
-    chunk_start_ptr,    # [H·K + 1] int64, where the chunks of a segment start
-    chunk_segment_ptr,  # [C] int64, out: the segment of each chunk; H·K for one that is not used
-    num_chunks, num_segments, steps,
-    BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows", "N", "K", "num_segments", "num_elements", "num_counts"])
+def segment_keys_kernel(
+    indices_ptr,  # [H·N] int64
+    keys_ptr,     # [H·N] uint8 / int16 / int32, out: the segment; H·K if it is left out
+    sums_ptr,     # [H·K, D] fp32 / fp64, set to zero, for those that come after
+    counts_ptr,   # [H·K] int64, likewise
+    num_rows, N, K, num_segments, num_elements, num_counts,
+    HAS_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    # the last that does not start after it
-    segment = _lower_bound(chunk_start_ptr, num_segments + 1, chunk + 1, steps) - 1
-    tl.store(chunk_segment_ptr + chunk, segment, mask=chunk < num_chunks)
+    _fill_with_zeros(sums_ptr, num_elements, BLOCK)
+    _fill_with_zeros(counts_ptr, num_counts, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    segment = _segments(indices_ptr, row, num_rows, N, K, num_segments, HAS_HEADS)
+    tl.store(keys_ptr + row, segment.to(keys_ptr.dtype.element_ty), mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_segments", "N", "chunk_rows", "stride_gn"])
+@triton.jit
+def _store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D: tl.constexpr):
+    rounded = total.to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + place * D + offs_d, rounded, mask=dim_mask)
+    tl.store(counts_ptr + place, count)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_segments", "N", "chunk_rows", "stride_gn"])
 def chunk_sums_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
     codebook_ptr,       # [H·K, D] fp32 / fp16 / bf16, if IS_GRAD
     grad_loss_ptr,      # [H·N] fp32, if IS_GRAD
-    order_ptr,          # [H·N] int64, rows sorted by segment: one code of one head
-    chunk_segment_ptr,  # [C] int64, the segment of each chunk; H·K for a chunk that is not used
-    segment_start_ptr,  # [H·K + 1] int64, where the rows of a segment start in `order`
-    chunk_start_ptr,    # [H·K + 1] int64, where the chunks of a segment start
-    sums_ptr,           # [H·K, D] fp32 / fp64, out: of segments of one chunk
+    order_ptr,          # [H·N] int32 / int64, rows sorted by segment
+    segments_ptr,       # [H·N] uint8 / int16 / int32, their segments
+    sums_ptr,           # [H·K, D] fp32 / fp64, out: of segments that lie within a chunk
     counts_ptr,         # [H·K] int64, out: likewise
-    partial_ptr,        # [C, D] fp64, out: of the chunks of other segments
-    partial_count_ptr,  # [C] int64, out: likewise
+    partial_ptr,        # [C, 2, D] fp64, out: of the first segment of a chunk, if it began before
+    partial_count_ptr,  # [C, 2] int64, out: it, and of the last, if that began in it and goes on
     weight,
-    num_segments, N, chunk_rows,
+    num_rows, num_segments, N, chunk_rows,
     stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
     D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Σ x_n, or with IS_GRAD Σ weight·grad_loss_n·(e - x_n), over finite rows if IS_WHOLE."""
     chunk = tl.program_id(0).to(tl.int64)
-    segment = tl.load(chunk_segment_ptr + chunk)
-    if segment < num_segments:
-        offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-        dim_mask = offs_d < D
-        first_chunk = tl.load(chunk_start_ptr + segment)
-        is_only = tl.load(chunk_start_ptr + (segment + 1)) - first_chunk == 1
-        start = tl.load(segment_start_ptr + segment) + (chunk - first_chunk) * chunk_rows
-        end = tl.minimum(start + chunk_rows, tl.load(segment_start_ptr + (segment + 1)))
-        if IS_GRAD:
-            code_offs = segment * stride_ck + offs_d * stride_cd
-            code = tl.load(codebook_ptr + code_offs, mask=dim_mask, other=0.0).to(tl.float32)
-
-        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
-        counts = tl.zeros((BLOCK_ROWS,), tl.int32)
-        for first in range(start, end, BLOCK_ROWS):
-            offs = first + tl.arange(0, BLOCK_ROWS)
-            keep = offs < end
-            row = tl.load(order_ptr + offs, mask=keep, other=0)
-            row_offs = row * stride_xn
-            if HAS_HEADS:
-                row_offs = (row // N) * stride_xh + (row % N) * stride_xn
-            value = tl.load(
-                x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd,
-                mask=keep[:, None] & dim_mask[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            if IS_WHOLE:
-                is_bad = tl.where(tl.abs(value) < float("inf"), 0, 1)
-                keep = keep & (tl.max(is_bad, 1) == 0)
-            if IS_GRAD:
-                grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=keep, other=0.0)
-                value = grad[:, None] * (code[None, :] - value)
-            value = tl.where(keep[:, None] & dim_mask[None, :], value, 0.0)
-            sums += value.to(tl.float64)
-            counts += keep.to(tl.int32)
-
-        total, count = tl.sum(sums, 0), tl.sum(counts, 0)
-        if is_only:
-            rounded = total.to(sums_ptr.dtype.element_ty)
-            tl.store(sums_ptr + segment * D + offs_d, rounded, mask=dim_mask)
-            tl.store(counts_ptr + segment, count)
-        else:
-            tl.store(partial_ptr + chunk * D + offs_d, total, mask=dim_mask)
-            tl.store(partial_count_ptr + chunk, count)
-
-
-@triton.jit
-def combine_chunks_kernel(
-    partial_ptr,        # [C, D] fp64
-    partial_count_ptr,  # [C] int64
-    chunk_start_ptr,    # [H·K + 1] int64
-    sums_ptr,           # [H·K, D] fp32 / fp64, out: of segments that have not one chunk
-    counts_ptr,         # [H·K] int64, out: likewise
-    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    segment = tl.program_id(0).to(tl.int64)
-    start = tl.load(chunk_start_ptr + segment)
-    end = tl.load(chunk_start_ptr + (segment + 1))
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     dim_mask = offs_d < D
-    if end == start:
-        zeros = tl.zeros((BLOCK_D,), sums_ptr.dtype.element_ty)
-        tl.store(sums_ptr + segment * D + offs_d, zeros, mask=dim_mask)
-        tl.store(counts_ptr + segment, 0)
-    if end - start > 1:
-        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
-        counts = tl.zeros((BLOCK_ROWS,), tl.int64)
-        for first in range(start, end, BLOCK_ROWS):
-            offs = first + tl.arange(0, BLOCK_ROWS)
-            mask = offs < end
+    first = chunk * chunk_rows
+    end = tl.minimum(first + chunk_rows, num_rows)
+    before = tl.load(segments_ptr + (first - 1), mask=first > 0, other=0).to(tl.int64)
+    before = tl.where(first > 0, before, -1)
+    after = tl.load(segments_ptr + end, mask=end < num_rows, other=0).to(tl.int64)
+    after = tl.where(end < num_rows, after, num_segments)
+
+    current = tl.full((), -1, tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float64)
+    count = tl.full((), 0, tl.int64)
+    for start in range(first, end, BLOCK_ROWS):
+        offs = start + tl.arange(0, BLOCK_ROWS)
+        is_there = offs < end
+        segment = tl.load(segments_ptr + offs, mask=is_there, other=0).to(tl.int64)
+        is_there = is_there & (segment < num_segments)
+        preceding = tl.load(segments_ptr + (offs - 1), mask=is_there & (offs > start), other=0)
+        is_head = is_there & ((offs == start) | (preceding.to(tl.int64) != segment))
+        run = tl.cumsum(is_head.to(tl.int32), 0)
+        row = tl.load(order_ptr + offs, mask=is_there, other=0).to(tl.int64)
+        row_offs = row * stride_xn
+        if HAS_HEADS:
+            row_offs = (row // N) * stride_xh + (row % N) * stride_xn
+        mask = is_there[:, None] & dim_mask[None, :]
+        value = tl.load(
+            x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd, mask=mask, other=0.0
+        ).to(tl.float32)
+        keep = is_there
+        if IS_WHOLE:
+            is_bad = tl.where(tl.abs(value) < float("inf"), 0, 1)
+            keep = keep & (tl.max(is_bad, 1) == 0)
+        if IS_GRAD:
+            code = tl.load(
+                codebook_ptr + segment[:, None] * stride_ck + offs_d[None, :] * stride_cd,
+                mask=mask,
+                other=0.0,
+            ).to(tl.float32)
+            grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=keep, other=0.0)
+            value = grad[:, None] * (code - value)
+        value = tl.where(keep[:, None] & mask, value, 0.0).to(tl.float64)
+        for i in range(1, tl.max(run, 0) + 1):
+            is_of_run = (run == i) & is_there
+            of_run = tl.max(tl.where(is_of_run, segment, -1), 0)
+            sum_of_run = tl.sum(tl.where(is_of_run[:, None], value, 0.0), 0)
+            count_of_run = tl.sum((is_of_run & keep).to(tl.int64), 0)
+            is_new = of_run != current
+            if is_new & (current >= 0):
+                if current == before:
+                    _store_sum(
+                        partial_ptr, partial_count_ptr, 2 * chunk, total, count, dim_mask, offs_d, D
+                    )
+                else:
+                    _store_sum(sums_ptr, counts_ptr, current, total, count, dim_mask, offs_d, D)
+            total = tl.where(is_new, sum_of_run, total + sum_of_run)
+            count = tl.where(is_new, count_of_run, count + count_of_run)
+            current = of_run
+    if current >= 0:
+        if (current == before) | (current == after):
+            place = 2 * chunk + (current != before).to(tl.int64)
+            _store_sum(partial_ptr, partial_count_ptr, place, total, count, dim_mask, offs_d, D)
+        else:
+            _store_sum(sums_ptr, counts_ptr, current, total, count, dim_mask, offs_d, D)
+
+
+@triton.jit(do_not_specialize=["num_segments", "num_chunks", "chunk_rows"])
+def combine_chunks_kernel(
+    segments_ptr,       # [H·N] uint8 / int16 / int32, sorted
+    partial_ptr,        # [C, 2, D] fp64, of `chunk_sums_kernel`
+    partial_count_ptr,  # [C, 2] int64
+    sums_ptr,           # [H·K, D] fp32 / fp64, out: of segments that cross a border
+    counts_ptr,         # [H·K] int64, out: likewise
+    num_segments, num_chunks, chunk_rows,
+    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program for each border between two chunks; a segment has that of its first."""
+    chunk = tl.program_id(0).to(tl.int64)
+    border = (chunk + 1) * chunk_rows
+    segment = tl.load(segments_ptr + (border - 1)).to(tl.int64)
+    crosses = tl.load(segments_ptr + border).to(tl.int64) == segment
+    start = chunk * chunk_rows
+    before = tl.load(segments_ptr + (start - 1), mask=start > 0, other=0).to(tl.int64)
+    begins = (start == 0) | (before != segment)
+    if crosses & begins & (segment < num_segments):
+        offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+        dim_mask = offs_d < D
+        total = tl.load(partial_ptr + (2 * chunk + 1) * D + offs_d, mask=dim_mask, other=0.0)
+        count = tl.load(partial_count_ptr + (2 * chunk + 1))
+        first = chunk + 1
+        goes_on = first > 0
+        while goes_on:
+            chunks = first + tl.arange(0, BLOCK_ROWS)
+            is_there = chunks < num_chunks
+            there = tl.load(segments_ptr + chunks * chunk_rows, mask=is_there, other=0)
+            is_there = is_there & (there.to(tl.int64) == segment)
             partial = tl.load(
-                partial_ptr + offs[:, None] * D + offs_d[None, :],
-                mask=mask[:, None] & dim_mask[None, :],
+                partial_ptr + (2 * chunks)[:, None] * D + offs_d[None, :],
+                mask=is_there[:, None] & dim_mask[None, :],
                 other=0.0,
             )
-            sums += partial
-            counts += tl.load(partial_count_ptr + offs, mask=mask, other=0)
-        total = tl.sum(sums, 0).to(sums_ptr.dtype.element_ty)
-        tl.store(sums_ptr + segment * D + offs_d, total, mask=dim_mask)
-        tl.store(counts_ptr + segment, tl.sum(counts, 0))
+            total += tl.sum(partial, 0)
+            counts = tl.load(partial_count_ptr + 2 * chunks, mask=is_there, other=0)
+            count += tl.sum(counts, 0)
+            goes_on = tl.min(is_there.to(tl.int32), 0) > 0
+            first += BLOCK_ROWS
+        _store_sum(sums_ptr, counts_ptr, segment, total, count, dim_mask, offs_d, D)
 
 
 def code_sums(
@@ -241,121 +291,118 @@ def segment_sums(
     """As `code_sums`; with codebook [H, K, D] and grad_loss [H, N] of their weighted differences:
     Σ weight·grad_loss_n·(e - x_n)."""
     heads, num_rows, dim = x.shape
-    num_segments = heads * codebook_size
+    num_segments, total = heads * codebook_size, heads * num_rows
+    block_d = min(config.block_d, next_power_of_2(dim))
+    block_rows = min(64, max(1, config.block_elements // block_d))
+    blocks_d = cdiv(dim, block_d)
+    is_grad = codebook is not None and grad_loss is not None
     is_whole = dim <= config.block_d
     if not is_whole:
         # no program sees all of a row; its largest element is finite when all are
         is_finite = torch.linalg.vector_norm(x, torch.inf, dim=2).isfinite()
         indices = indices.where(is_finite, -1)
-    chunk_rows = config.chunk(num_rows)
-    order, segment_start, chunk_start, chunk_segment = cut_into_chunks(
-        indices, codebook_size, chunk_rows
-    )
-    num_chunks = len(chunk_segment)
-    dtype = torch.float64 if double else torch.float32
-    sums = torch.empty(num_segments, dim, dtype=dtype, device=x.device)
-    counts = torch.empty(num_segments, dtype=torch.int64, device=x.device)
-    partial = torch.empty(num_chunks, dim, dtype=torch.float64, device=x.device)
-    partial_count = torch.empty(num_chunks, dtype=torch.int64, device=x.device)
-    is_grad = codebook is not None and grad_loss is not None
-    codes = codebook.reshape(num_segments, dim) if codebook is not None else sums
-    grads = grad_loss.reshape(-1) if grad_loss is not None else sums
-    block_d = min(config.block_d, next_power_of_2(dim))
-    block_rows = min(64, max(1, config.block_elements // block_d))
-    blocks_d = cdiv(dim, block_d)
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    sums = empty(heads, codebook_size, dim, dtype=torch.float64 if double else torch.float32)
+    counts = empty(heads, codebook_size, dtype=torch.int64)
+    chunk_rows = config.chunk(total)
+    num_chunks = cdiv(total, chunk_rows)
+    partial = empty(num_chunks, 2, dim, dtype=torch.float64)
+    partial_count = empty(num_chunks, 2, dtype=torch.int64)
+    options = {
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_D": block_d,
+        "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
+        **register_limit(config.max_registers),
+    }
     with torch.cuda.device_of(x):
-        if num_chunks > 0:
-            chunk_sums_kernel[(num_chunks, blocks_d)](
-                x,
-                codes,
-                grads,
-                order,
-                chunk_segment,
-                segment_start,
-                chunk_start,
-                sums,
-                counts,
-                partial,
-                partial_count,
-                weight,
-                num_segments,
-                num_rows,
-                chunk_rows,
-                *strides_of(x),
-                *codes.stride(),
-                grads.stride(0),
-                D=dim,
-                HAS_HEADS=heads > 1,
-                IS_GRAD=is_grad,
-                IS_WHOLE=is_whole,
-                BLOCK_ROWS=block_rows,
-                BLOCK_D=block_d,
-                num_warps=config.num_warps,
-                enable_fp_fusion=True,
-                **register_limit(config.max_registers),
-            )
-        combine_chunks_kernel[(num_segments, blocks_d)](
-            partial,
-            partial_count,
-            chunk_start,
+        order, segments = sort_rows(indices, codebook_size, (sums, counts), config)
+        if num_chunks == 0:
+            return sums, counts
+        codes = (sums if codebook is None else codebook).reshape(num_segments, dim)
+        grads = counts if grad_loss is None else grad_loss.reshape(-1)
+        launch(
+            chunk_sums_kernel,
+            (num_chunks, blocks_d),
+            x,
+            codes,
+            grads,
+            order,
+            segments,
             sums,
             counts,
-            D=dim,
-            BLOCK_ROWS=block_rows,
-            BLOCK_D=block_d,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-            **register_limit(config.max_registers),
-        )
-    return sums.view(heads, codebook_size, dim), counts.view(heads, codebook_size)
-
-
-def cut_into_chunks(
-    indices: Tensor, codebook_size: int, chunk_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows [H·N] sorted by segment, where each segment starts, where its chunks do, and the
-    segment of each chunk; see `chunk_sums_kernel`."""
-    heads, num_rows = indices.shape
-    num_segments, total = heads * codebook_size, heads * num_rows
-    num_chunks = total // chunk_rows + min(num_segments, total)
-    device, block = indices.device, 256
-    # sorted 8 bits at a time, so by as few bytes as do
-    keys = torch.empty(total, dtype=_key_dtype(num_segments), device=device)
-    segment_start = torch.empty(num_segments + 1, dtype=torch.int64, device=device)
-    chunk_start = torch.empty_like(segment_start)
-    chunk_segment = torch.empty(num_chunks, dtype=torch.int64, device=device)
-    options = {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False}
-    with torch.cuda.device_of(indices):
-        if total > 0:
-            segment_keys_kernel[(cdiv(total, block),)](
-                indices.contiguous(), keys, total, num_rows, codebook_size, num_segments, **options
-            )
-        keys, order = keys.sort(stable=True)
-        segment_bounds_kernel[(cdiv(num_segments + 1, block),)](
-            keys,
-            segment_start,
-            chunk_start,
+            partial,
+            partial_count,
+            weight,
             total,
             num_segments,
+            num_rows,
             chunk_rows,
-            total.bit_length(),
+            *strides_of(x),
+            *codes.stride(),
+            grads.stride(-1),
+            D=dim,
+            HAS_HEADS=heads > 1,
+            IS_GRAD=is_grad,
+            IS_WHOLE=is_whole,
             **options,
         )
-        chunk_start.cumsum_(0)
-        if num_chunks > 0:
-            chunk_segments_kernel[(cdiv(num_chunks, block),)](
-                chunk_start,
-                chunk_segment,
-                num_chunks,
+        if num_chunks > 1:
+            launch(
+                combine_chunks_kernel,
+                (num_chunks - 1, blocks_d),
+                segments,
+                partial,
+                partial_count,
+                sums,
+                counts,
                 num_segments,
-                (num_segments + 1).bit_length(),
+                num_chunks,
+                chunk_rows,
+                D=dim,
                 **options,
             )
-    return order, segment_start, chunk_start, chunk_segment
+    return sums, counts
+
+
+def sort_rows(
+    indices: Tensor,
+    size: int,
+    outputs: tuple[Tensor, Tensor] | None,
+    config: CodeSumsConfig,
+) -> tuple[Tensor, Tensor]:
+    """Rows [H·N] sorted by segment, and the segment of each: see `chunk_sums_kernel`.
+
+    ``outputs``, sums [H, K, D] and counts [H, K] for K = ``size``, are set to zero.
+    """
+    heads, num_rows = indices.shape
+    num_segments, total = heads * size, indices.numel()
+    sums, counts = outputs or (None, None)
+    elements = (0, 0) if sums is None or counts is None else (sums.numel(), counts.numel())
+    arguments = total, num_rows, size, num_segments, *elements
+    options = {"HAS_HEADS": heads > 1, "num_warps": 4, "enable_fp_fusion": False}
+    if total <= config.most_counted:
+        order = torch.empty(total, dtype=torch.int32, device=indices.device)
+        segments = torch.empty_like(order)
+        tensors = indices.contiguous(), order, segments, sums, counts
+        tiles = {"BLOCK_ROWS": 32, "BLOCK_OTHERS": 128}
+        grid = (max(1, cdiv(total, 32)),)
+        launch(place_rows_kernel, grid, *tensors, *arguments, **tiles, **options)
+        return order, segments
+    # sorted 8 bits at a time, so by as few bytes as do
+    keys = torch.empty(total, dtype=_key_dtype(num_segments), device=indices.device)
+    tensors = indices.contiguous(), keys, sums, counts
+    grid = (cdiv(total, 256),)
+    launch(segment_keys_kernel, grid, *tensors, *arguments, BLOCK=256, **options)
+    segments, order = keys.sort(stable=True)
+    return order, segments
 
 
 def _key_dtype(largest: int) -> torch.dtype:
-    for dtype in (torch.uint8, torch.int16, torch.int32):
+    for dtype in (torch.uint8, torch.int16):
         if largest <= torch.iinfo(dtype).max:
             return dtype
-    return torch.int64
+    return torch.int32

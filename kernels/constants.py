@@ -18,3 +18,9 @@ BIAS_WEIGHTS = (2.0**15, 2.0**4, 2.0**-7)
 PAD_OFFSET = 1.0
 # factor over the first-order bound: second-order terms and the rounding of the bound itself
 SLACK = 1.05
+# codes whose mean is the centre: any point near the codes would do
+SAMPLE = 128
+# of E², rounded up
+NORM_BITS = 10
+# rows of `CodePlanes.norms`, at most; a power of two
+MOST_NORMS = 64

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.draw_rows import Drawn
 from vqtriton.kernels.grids import cdiv, next_power_of_2
+from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit
 from vqtriton.kernels.screen_codes import num_processors
 
@@ -50,28 +52,29 @@ def _lerp(start, end, weight):
 
 @triton.jit(do_not_specialize=["K", "codes_per_program"])
 def ema_update_kernel(
-    counts_ptr,      # [K] fp32, of the batch
+    counts_ptr,      # [K] fp32 / int64, of the batch
     sums_ptr,        # [K, D] fp32, of the batch, if IS_EMA
-    samples_ptr,     # [K, D] fp32, if REVIVES
-    filled_ptr,      # [K] int64, the samples that are filled come first, if REVIVES
-    num_filled_ptr,  # [] int64, how many are, if REVIVES
+    samples_ptr,     # [S, D] fp32 / fp16 / bf16, if REVIVES
+    filled_ptr,      # [S] int32 / int64, the samples that are filled come first, if REVIVES
+    num_filled_ptr,  # [] int64, how many are; None: as many as the counts add up to
     rates_ptr,       # [2] fp32, 1 - decay and the threshold
     old_size_ptr,    # [K] fp32, the cluster sizes as they were; a copy if REVIVES
     size_ptr,        # [K] fp32, out
     codebook_ptr,    # [K, D] fp32, in and out
-    K, codes_per_program, stride_o, stride_s, stride_ck, stride_cd,
-    D: tl.constexpr, IS_EMA: tl.constexpr, REVIVES: tl.constexpr,
+    before_ptr,      # [K, D] fp32, out if KEEPS: the codes as they were
+    K, codes_per_program, stride_rn, stride_rd, stride_o, stride_s, stride_ck, stride_cd,
+    D: tl.constexpr, IS_EMA: tl.constexpr, REVIVES: tl.constexpr, KEEPS: tl.constexpr,
     BLOCK_SCAN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first_code = tl.program_id(0).to(tl.int64) * codes_per_program
     end_code = tl.minimum(first_code + codes_per_program, K)
 
-    most = tl.zeros((BLOCK_SCAN,), tl.float32)
+    num_rows = tl.zeros((BLOCK_SCAN,), tl.float64)
     for first in range(0, K, BLOCK_SCAN):
         offs = first + tl.arange(0, BLOCK_SCAN).to(tl.int64)
-        most = tl.maximum(most, tl.load(counts_ptr + offs, mask=offs < K, other=0.0))
+        num_rows += tl.load(counts_ptr + offs, mask=offs < K, other=0).to(tl.float64)
     # a batch in which no row counts is no step
-    weight = tl.where(tl.max(most, 0) > 0, tl.load(rates_ptr), 0.0)
+    weight = tl.where(tl.sum(num_rows, 0) > 0, tl.load(rates_ptr), 0.0)
 
     if REVIVES:
         threshold = tl.load(rates_ptr + tl.full((), 1, tl.int64))
@@ -82,19 +85,22 @@ def ema_update_kernel(
             mask = offs < K
             size = _lerp(
                 tl.load(old_size_ptr + offs * stride_o, mask=mask, other=0.0),
-                tl.load(counts_ptr + offs, mask=mask, other=0.0),
+                tl.load(counts_ptr + offs, mask=mask, other=0).to(tl.float32),
                 weight,
             )
             totals += size.to(tl.float64)
             dead_before += ((size < threshold) & (offs < first_code)).to(tl.int32)
         revived_size = tl.maximum((tl.sum(totals, 0) / K).to(tl.float32), threshold)
         turn = tl.sum(dead_before, 0)
-        num_filled = tl.load(num_filled_ptr).to(tl.int32)
+        if num_filled_ptr is None:
+            num_filled = tl.sum(num_rows, 0).to(tl.int32)
+        else:
+            num_filled = tl.load(num_filled_ptr).to(tl.int32)
 
     for first in range(first_code, end_code, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
         mask_k = offs_k < end_code
-        count = tl.load(counts_ptr + offs_k, mask=mask_k, other=0.0)
+        count = tl.load(counts_ptr + offs_k, mask=mask_k, other=0).to(tl.float32)
         size = _lerp(
             tl.load(old_size_ptr + offs_k * stride_o, mask=mask_k, other=0.0), count, weight
         )
@@ -106,7 +112,7 @@ def ema_update_kernel(
             is_dead = (size < threshold) & mask_k & (num_filled > 0)
             place = (turn + tl.cumsum(is_dead.to(tl.int32), 0) - 1) % tl.maximum(num_filled, 1)
             turn += tl.sum(is_dead.to(tl.int32), 0)
-            sample = tl.load(filled_ptr + place.to(tl.int64), mask=is_dead, other=0)
+            sample = tl.load(filled_ptr + place.to(tl.int64), mask=is_dead, other=0).to(tl.int64)
             size = tl.where(is_dead, revived_size, size)
         tl.store(size_ptr + offs_k * stride_s, size, mask=mask_k)
         for first_d in range(0, D, BLOCK_D):
@@ -114,6 +120,8 @@ def ema_update_kernel(
             mask = mask_k[:, None] & (offs_d < D)[None, :]
             codes_ptr = codebook_ptr + offs_k[:, None] * stride_ck + offs_d[None, :] * stride_cd
             code = tl.load(codes_ptr, mask=mask, other=0.0)
+            if KEEPS:
+                tl.store(before_ptr + offs_k[:, None] * D + offs_d[None, :], code, mask=mask)
             if IS_EMA:
                 total = tl.load(
                     sums_ptr + offs_k[:, None] * D + offs_d[None, :], mask=mask, other=0.0
@@ -124,10 +132,10 @@ def ema_update_kernel(
                 code = tl.where(is_moved, _bounded(_lerp(code, mean, share[:, None])), code)
             if REVIVES:
                 drawn = tl.load(
-                    samples_ptr + sample[:, None] * D + offs_d[None, :],
+                    samples_ptr + sample[:, None] * stride_rn + offs_d[None, :] * stride_rd,
                     mask=mask & is_dead[:, None],
                     other=0.0,
-                )
+                ).to(tl.float32)
                 code = tl.where(is_dead[:, None], drawn, code)
             tl.store(codes_ptr, code, mask=mask)
 
@@ -141,19 +149,23 @@ def ema_update_(
     is_filled: Tensor | None,
     rates: Tensor,
     *,
+    before: Tensor | None = None,
+    drawn: Drawn | None = None,
     config: EmaUpdateConfig | None = None,
 ) -> None:
-    """One step of the moving averages, in place; see `vqtriton.blocked.ema_update_`.
+    """One step of the moving averages, in place; see `vqtriton.torch_backend.ema_update_`.
 
     Args:
         cluster_size: [K] float32, changed.
         codebook: [K, D] float32, changed.
-        counts: [K] float32, rows of the batch per code.
+        counts: [K] float32 or int64, rows of the batch per code.
         sums: [K, D] float32, their sums; None where the codes follow no moving average.
         samples: [K, D] float32, rows that may replace dead codes; None if there are none.
         is_filled: [K] float32, which of the samples there are.
         rates: [2] float32, 1 - decay of the averages, and the cluster size below which a code is
             dead. On the device, so that neither a graph nor a compiler takes it for a constant.
+        before: [K, D] float32, gets the codes as they were.
+        drawn: in place of samples: the rows of a batch, whose counts are ``counts``.
         config: tiles.
     """
     config = config or EmaUpdateConfig()
@@ -162,33 +174,38 @@ def ema_update_(
     block_k = min(config.block_k, max(1, config.block_elements // block_d))
     programs = min(cdiv(size, block_k), num_processors(codebook.device))
     codes_per_program = cdiv(cdiv(size, programs), block_k) * block_k
-    counts = counts.contiguous()
-    old_size, filled, num_filled = cluster_size, counts, counts
-    if samples is not None and is_filled is not None:
-        samples = samples.contiguous()
+    old_size, filled, num_filled = cluster_size, None, None
+    if drawn is not None:
+        samples, filled, old_size = drawn
+    elif samples is not None and is_filled is not None:
         filled = torch.argsort(is_filled == 0, stable=True)
         num_filled = (is_filled != 0).sum()
         # every program reads the sizes of all codes, which others write meanwhile
         old_size = cluster_size.clone()
     with torch.cuda.device_of(codebook):
-        ema_update_kernel[(programs,)](
-            counts,
-            counts if sums is None else sums.contiguous(),
-            counts if samples is None else samples,
+        launch(
+            ema_update_kernel,
+            (programs,),
+            counts.contiguous(),
+            None if sums is None else sums.contiguous(),
+            samples,
             filled,
             num_filled,
             rates,
             old_size,
             cluster_size,
             codebook,
+            before,
             size,
             codes_per_program,
+            *((0, 0) if samples is None else samples.stride()),
             old_size.stride(0),
             cluster_size.stride(0),
             *codebook.stride(),
             D=dim,
             IS_EMA=sums is not None,
             REVIVES=samples is not None,
+            KEEPS=before is not None,
             BLOCK_SCAN=config.block_scan,
             BLOCK_K=block_k,
             BLOCK_D=block_d,

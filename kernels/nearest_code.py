@@ -1,38 +1,50 @@
 """Nearest code: screen on tensor cores, finish with a certificate, rescue the rows left in doubt.
 
-Three kernels, one after the other, that nothing waits for; docs/exactness.md shows why their result
-is the argmin of the float64 distances. The kernels are in screen_codes.py, finish_rows.py and
-rescue_rows.py.
+Two launches that nothing waits for: the finish is the end of the screen. It has a launch of its own
+where rows are streamed, and where they are few and the codes so many that they are screened in
+parts. docs/exactness.md shows why the result is the argmin of the float64 distances. The kernels
+are in screen_codes.py, finish_rows.py and rescue_rows.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqtriton.kernels.finish_rows import FinishRowsConfig, finish_rows_kernel
+from vqtriton.kernels.code_planes import CodePlanes, OwnBound, ScreenBound
+from vqtriton.kernels.finish_rows import Finish
 from vqtriton.kernels.grids import cdiv, next_power_of_2
-from vqtriton.kernels.rescue_rows import RescueRowsConfig, rescue_rows_kernel, settle_rows_kernel
+from vqtriton.kernels.launch import launch
+from vqtriton.kernels.rescue_rows import (
+    RescueRowsConfig,
+    reduce_losses_kernel,
+    rescue_rows_kernel,
+)
 from vqtriton.kernels.row_planes import plane_constants, register_limit, strides_of
 from vqtriton.kernels.screen_codes import (
     ScreenCodesConfig,
+    Screened,
     architecture,
+    finish_parts,
     num_processors,
+    parts_of,
     rows_are_aligned,
     screen_codes,
     screen_codes_config,
 )
 
+# each part of the scratch starts at a multiple of this many elements
+ALIGNMENT = 32
+
 
 @dataclass(frozen=True)
 class NearestCodeConfig:
-    """Tiles of all kernels."""
+    """Tiles of both kernels."""
 
     screen: ScreenCodesConfig = field(default_factory=ScreenCodesConfig)
-    finish: FinishRowsConfig = field(default_factory=FinishRowsConfig)
     rescue: RescueRowsConfig = field(default_factory=RescueRowsConfig)
 
 
@@ -41,16 +53,65 @@ class NearestCode(NamedTuple):
 
     indices: Tensor  # [H, N] int64, -1 where masked
     quantized: Tensor | None  # [H, N, D] in the dtype of x
-    sq_error: Tensor | None  # [H, N] fp32, squared distance to x; NaN where x is not finite
-    num_doubtful: Tensor  # [H] int32, rows that the rescue decided
+    losses: Tensor | None  # [H, N] fp32: weight times the squared distance to x, NaN if not finite
+    loss: Tensor | None  # [H] fp32, their sum or mean
+    share: (
+        Tensor | None
+    )  # [H] fp32, what their sum was multiplied by: 1, or 1 / elements that count
+    tile_rows: int
+    doubts: Tensor  # [H·T and more] int32, rows of each tile of rows that the rescue decided
+
+    @property
+    def num_doubtful(self) -> Tensor:
+        """[H] int64, rows that the rescue of an exact search decided."""
+        heads, num_rows = self.indices.shape
+        tiles = cdiv(num_rows, self.tile_rows)
+        return self.doubts[: heads * tiles].view(heads, tiles).sum(1)
 
 
-def nearest_code_config(target: str, inner: int, is_aligned: bool = True) -> NearestCodeConfig:
+class Scratch(NamedTuple):
+    """What the kernels leave for each other; T tiles of rows, N' rows of all of these."""
+
+    screened: Screened
+    rows: Tensor  # [H·N'] int32, in doubt
+    thresholds: Tensor  # [H·N'] fp32
+    doubts: Tensor  # [H·T] int32
+    arrivals: Tensor  # [H·(T + 1)] int32
+    valid: Tensor  # [H·T] int32
+    counts: Tensor  # [H·programs·BLOCK_N] int32
+    lists: Tensor  # [H·programs·BLOCK_N·LIST] int32
+    least_index: Tensor  # [splits·H·N'] int32
+    sums: Tensor  # [H·(T + S)] fp64
+    least: Tensor  # [splits·H·N'] fp64
+
+
+class Rescue(NamedTuple):
+    """How the rescue is divided."""
+
+    tiles: int  # of rows, of the screen
+    span: int  # tiles that are taken together
+    spans: int
+    splits: int  # of the codes
+    codes: int  # of a split, but for the last
+
+    @property
+    def programs(self) -> int:
+        return self.spans * self.splits
+
+
+def config_for(x: Tensor, inner: int) -> NearestCodeConfig:
+    """The default tiles for x [H, N, D] and planes of ``inner`` columns."""
+    is_few = x.shape[0] * cdiv(x.shape[1], 128) < 2 * num_processors(x.device)
+    return nearest_code_config(architecture(x.device), inner, rows_are_aligned(x), is_few=is_few)
+
+
+def nearest_code_config(
+    target: str, inner: int, is_aligned: bool = True, *, is_few: bool = False
+) -> NearestCodeConfig:
     """Tiles that neither spill nor overflow shared memory: see `screen_codes_config`."""
     is_wide = inner > 64 and not is_aligned
     return NearestCodeConfig(
-        screen_codes_config(target, inner, is_aligned),
-        FinishRowsConfig(),
+        screen_codes_config(target, inner, is_aligned, is_few=is_few),
         RescueRowsConfig(
             block_d=16 if is_wide else 64,
             hold_rows=inner <= 128 and not is_wide,
@@ -61,13 +122,15 @@ def nearest_code_config(target: str, inner: int, is_aligned: bool = True) -> Nea
 def nearest_code(
     x: Tensor,
     codebook: Tensor,
-    planes: Any,
-    screen_bound: Any,
-    finish_bound: Any,
+    planes: CodePlanes,
+    screen_bound: ScreenBound,
+    own_bound: OwnBound,
     *,
     exact: bool,
     mask: Tensor | None = None,
     gather: bool = False,
+    reduction: str = "none",
+    weight: float = 1.0,
     splits: int | None = None,
     config: NearestCodeConfig | None = None,
 ) -> NearestCode:
@@ -76,136 +139,182 @@ def nearest_code(
     Args:
         x: [H, N, D] float32 / float16 / bfloat16, N >= 1, any strides.
         codebook: [H, K, D], likewise.
-        planes: `vqtriton.planes.CodePlanes` of ``codebook``.
+        planes: of ``codebook``.
         screen_bound: `vqtriton.planes.screen_bound` for these planes and ``config.screen.block_k``.
-        finish_bound: `vqtriton.screening.error_bound` for D in float32.
+        own_bound: `vqtriton.screening.error_bound` for D in float32.
         exact: certify, and rescue what is not certified; else the best of the group that the
             screen found.
-        mask: [H, N] bool, False for rows that get index -1, zeros and no error.
-        gather: fill ``quantized`` and ``sq_error``; else they are None.
-        splits: see `screen_codes`.
+        mask: [H, N] bool, False for rows that get index -1, zeros and no loss.
+        gather: fill ``quantized`` and ``losses``; else they are None.
+        reduction: "mean" or "sum" of the losses, or "none": ``loss`` is None.
+        weight: of the losses.
+        splits: see `parts_of`.
         config: tiles.
     """
     heads, num_rows, dim = x.shape
-    size = codebook.shape[1]
-    padded_size, inner = planes.codes.shape[1:]
-    config = config or nearest_code_config(architecture(x.device), inner, rows_are_aligned(x))
-    groups, _, second, error, row_scale = screen_codes(
-        x, planes, screen_bound, splits=splits, config=config.screen
-    )
+    config = config or config_for(x, planes.codes.shape[2])
+    parts = parts_of(heads, num_rows, planes, config.screen, splits)
+    rescue = _divide_rescue(x, planes, config)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     indices = empty(heads, num_rows, dtype=torch.int64)
     quantized = empty(heads, num_rows, dim, dtype=x.dtype) if gather else None
-    sq_error = empty(heads, num_rows, dtype=torch.float32) if gather else None
-    rows = empty(heads, num_rows if exact else 0, dtype=torch.int32)
-    thresholds = empty(heads, num_rows if exact else 0, dtype=torch.float32)
-    num_doubtful = torch.zeros(heads, dtype=torch.int32, device=x.device)
-    if mask is not None:
-        mask = mask.contiguous()
-    strides = (*strides_of(x), *strides_of(codebook))
-    width = next_power_of_2(dim)
-
+    losses = empty(heads, num_rows, dtype=torch.float32) if gather else None
+    loss, share = None, None
+    if reduction != "none":
+        loss, share = (empty(heads, dtype=torch.float32) for _ in range(2))
+    # where rows are streamed, the screen has no registers to spare
+    finishes = parts.splits == 1 and config.screen.hold_rows
+    scratch = _make_scratch(x, planes, 0 if finishes else parts.splits, rescue, config)
+    finish = Finish(
+        codebook,
+        None if mask is None else mask.contiguous(),
+        indices,
+        quantized,
+        losses,
+        scratch.rows,
+        scratch.thresholds,
+        scratch.doubts,
+        scratch.arrivals,
+        scratch.valid,
+        scratch.sums,
+        *own_bound,
+        weight,
+        codebook.shape[1],
+        *strides_of(codebook),
+        rescue.spans if exact else 0,
+    )
+    screen = scratch.screened, parts, config.screen
     with torch.cuda.device_of(x):
-        block_d = min(config.finish.block_d, width)
-        block_n = max(1, config.finish.block_elements // (planes.group * block_d))
-        finish_rows_kernel[(cdiv(num_rows, block_n), heads)](
-            x,
-            codebook,
-            planes.mean,
-            planes.scale,
-            planes.norms,
-            groups,
-            second,
-            error,
-            row_scale,
-            mask,
-            indices,
-            quantized,
-            sq_error,
-            rows,
-            thresholds,
-            num_doubtful,
-            *finish_bound,
-            num_rows,
-            size,
-            *strides,
-            D=dim,
-            GROUP=planes.group,
-            EXACT=exact,
-            HAS_MASK=mask is not None,
-            GATHER=gather,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=config.finish.num_warps,
-            enable_fp_fusion=True,
-            **register_limit(config.finish.max_registers),
-        )
-        if not exact:
-            return NearestCode(indices, quantized, sq_error, num_doubtful)
+        if finishes:
+            screen_codes(x, planes, screen_bound, *screen, finish, exact=exact)
+        else:
+            screen_codes(x, planes, screen_bound, *screen)
+            finish_parts(x, planes, *screen, finish, exact=exact)
+        if exact:
+            _rescue_rows(x, planes, finish, scratch, rescue, loss, share, reduction, config)
+        elif loss is not None:
+            launch(
+                reduce_losses_kernel,
+                (heads,),
+                *(scratch.sums, scratch.valid, loss, share),
+                # none of spans
+                *(rescue.tiles, rescue.tiles),
+                D=dim,
+                IS_MEAN=reduction == "mean",
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+    tile_rows = config.screen.block_n
+    return NearestCode(indices, quantized, losses, loss, share, tile_rows, scratch.doubts)
 
-        rescue = config.rescue
-        programs = rescue.programs_per_processor * num_processors(x.device)
-        tiles = padded_size // rescue.block_k
-        # if every row is in doubt there is no more work than this
-        programs = min(cdiv(programs, heads), cdiv(num_rows, rescue.block_n) * tiles)
-        list_size = 2 * rescue.chunk_tiles * rescue.block_k // planes.group
-        counts = empty(heads, programs, rescue.block_n, dtype=torch.int32)
-        lists = empty(heads, programs, rescue.block_n, list_size, dtype=torch.int32)
-        least = empty(heads, programs, rescue.block_n, dtype=torch.float64)
-        least_index = empty(heads, programs, rescue.block_n, dtype=torch.int32)
-        rescue_rows_kernel[(programs, heads)](
-            x,
-            codebook,
-            planes.codes,
-            planes.offset,
-            planes.mean,
-            planes.scale,
-            rows,
-            thresholds,
-            num_doubtful,
-            counts,
-            lists,
-            indices,
-            least,
-            least_index,
-            num_rows,
-            size,
-            padded_size,
-            *strides,
-            **plane_constants(planes, rescue.block_d, rescue.hold_rows),
-            BLOCK_N=rescue.block_n,
-            BLOCK_K=rescue.block_k,
-            CHUNK_TILES=rescue.chunk_tiles,
-            num_warps=rescue.num_warps,
-            num_stages=rescue.num_stages,
-            # a fused multiply-add rounds once where the definition rounds twice
-            enable_fp_fusion=False,
-            **register_limit(rescue.max_registers),
-        )
-        block_d = min(rescue.settle_block_d, width)
-        settle_rows_kernel[(programs, heads)](
-            x,
-            codebook,
-            rows,
-            num_doubtful,
-            least,
-            least_index,
-            indices,
-            quantized,
-            sq_error,
-            num_rows,
-            programs,
-            tiles,
-            *strides,
-            D=dim,
-            GATHER=gather,
-            RESCUE_BLOCK_N=rescue.block_n,
-            BLOCK_N=max(1, rescue.settle_block_elements // block_d),
-            BLOCK_D=block_d,
-            num_warps=rescue.settle_num_warps,
-            enable_fp_fusion=True,
-        )
-    return NearestCode(indices, quantized, sq_error, num_doubtful)
+
+def _divide_rescue(x: Tensor, planes: CodePlanes, config: NearestCodeConfig) -> Rescue:
+    heads, num_rows, _ = x.shape
+    tile_n, rescue = config.screen.block_n, config.rescue
+    tiles = cdiv(num_rows, tile_n)
+    # not by the number of rows, for which it would be compiled
+    span = max(1, rescue.span_rows // tile_n)
+    spans = cdiv(tiles, span)
+    programs = rescue.programs_per_processor * num_processors(x.device)
+    code_tiles = planes.codes.shape[1] // rescue.block_k
+    code_tiles_of_split = cdiv(code_tiles, max(1, min(programs // (heads * spans), code_tiles)))
+    splits = cdiv(code_tiles, code_tiles_of_split)
+    return Rescue(tiles, span, spans, splits, code_tiles_of_split * rescue.block_k)
+
+
+def _make_scratch(
+    x: Tensor, planes: CodePlanes, parts: int, rescue: Rescue, config: NearestCodeConfig
+) -> Scratch:
+    """``parts``: of the codes, where the screen leaves them to a finish."""
+    heads, num_rows, _ = x.shape
+    tiles, block_n = rescue.tiles, config.rescue.block_n
+    all_rows, padded_rows = heads * num_rows, heads * tiles * config.screen.block_n
+    list_size = 2 * config.rescue.chunk_tiles * config.rescue.block_k // planes.group
+    of_programs = heads * rescue.programs * block_n
+    of_parts = parts * all_rows
+    found = rescue.splits * padded_rows if rescue.splits > 1 else 0
+    of_tiles = heads * tiles, heads * (tiles + 1), heads * tiles
+    of_lists = of_programs, of_programs * list_size, found
+    groups, rows, *others = _slices(x, torch.int32, of_parts, padded_rows, *of_tiles, *of_lists)
+    best, second, error, row_scale, norm, thresholds = _slices(
+        x, torch.float32, of_parts, of_parts, all_rows, all_rows, all_rows, padded_rows
+    )
+    doubles = _slices(x, torch.float64, heads * (tiles + rescue.spans), found)
+    of_part = (groups, best, second) if of_parts else (None, None, None)
+    screened = Screened(*of_part, error, row_scale, norm)
+    return Scratch(screened, rows, thresholds, *others, *doubles)
+
+
+def _slices(x: Tensor, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:
+    """Of one allocation; each is at least as large as asked for."""
+    padded = [cdiv(size, ALIGNMENT) * ALIGNMENT for size in sizes]
+    return torch.empty(sum(padded), dtype=dtype, device=x.device).split(padded)
+
+
+def _rescue_rows(
+    x: Tensor,
+    planes: CodePlanes,
+    finish: Finish,
+    scratch: Scratch,
+    rescue: Rescue,
+    loss: Tensor | None,
+    share: Tensor | None,
+    reduction: str,
+    config: NearestCodeConfig,
+) -> None:
+    heads, num_rows, dim = x.shape
+    tiles = config.rescue
+    launch(
+        rescue_rows_kernel,
+        (rescue.programs, heads),
+        x,
+        finish.codebook,
+        planes.codes,
+        planes.offset,
+        planes.mean,
+        planes.scale,
+        finish.indices,
+        finish.quantized,
+        finish.losses,
+        scratch.rows,
+        scratch.thresholds,
+        scratch.doubts,
+        scratch.arrivals,
+        scratch.valid,
+        scratch.sums,
+        scratch.counts,
+        scratch.lists,
+        scratch.least,
+        scratch.least_index,
+        loss,
+        share,
+        finish.weight,
+        num_rows,
+        finish.num_codes,
+        planes.codes.shape[1],
+        rescue.tiles,
+        rescue.splits,
+        rescue.codes,
+        *strides_of(x),
+        finish.stride_ch,
+        finish.stride_ck,
+        finish.stride_cd,
+        **plane_constants(planes, tiles.block_d, tiles.hold_rows),
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=tiles.block_k,
+        CHUNK_TILES=tiles.chunk_tiles,
+        TILE_N=config.screen.block_n,
+        SPAN=rescue.span,
+        GATHER=finish.quantized is not None,
+        GATHER_D=min(next_power_of_2(dim), tiles.gather_d),
+        REDUCES=loss is not None,
+        IS_MEAN=reduction == "mean",
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        # a fused multiply-add rounds once where the definition rounds twice
+        enable_fp_fusion=False,
+        **register_limit(tiles.max_registers),
+    )

@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vqtriton.kernels import constants
+from vqtriton.kernels.code_planes import CodePlanes
 
 MIN_NORMAL = tl.constexpr(constants.MIN_NORMAL)
 BIAS_WEIGHTS = tl.constexpr(constants.BIAS_WEIGHTS)
 SLACK = tl.constexpr(constants.SLACK)
+MOST_NORMS = tl.constexpr(constants.MOST_NORMS)
 
 
 @triton.jit
@@ -174,14 +176,22 @@ def row_planes(
 
 
 @triton.jit
+def largest_norm(norms_ptr, head, num_norms, WHICH: tl.constexpr):
+    """One of the four of `vqtriton.kernels.code_planes.CodePlanes`."""
+    offs = tl.arange(0, MOST_NORMS)
+    norms_ptrs = norms_ptr + ((head * num_norms + offs) * 4 + WHICH)
+    return tl.max(tl.load(norms_ptrs, mask=offs < num_norms, other=0.0), 0)
+
+
+@triton.jit
 def row_error(
-    high, low, rest, ratio, norms_ptr, head,
+    high, low, rest, ratio, norms_ptr, head, num_norms,
     bound_products, bound_bias, bound_distances, bound_tiny,
 ):  # fmt: skip
     """[BLOCK_N] fp32, the bound on the error of a score, +inf for a row that is not finite."""
-    max_norm = tl.load(norms_ptr + head * 4)
-    max_low = tl.load(norms_ptr + (head * 4 + 1))
-    max_rest = tl.load(norms_ptr + (head * 4 + 2))
+    max_norm = largest_norm(norms_ptr, head, num_norms, 0)
+    max_low = largest_norm(norms_ptr, head, num_norms, 1)
+    max_rest = largest_norm(norms_ptr, head, num_norms, 2)
     norm = high + low + rest
     error = SLACK * (rest * max_norm + (high + low) * max_rest + low * max_low)
     error += bound_products * norm * max_norm + ratio * (bound_bias * max_norm * max_norm)
@@ -229,7 +239,7 @@ def tile_scores(
     return scores
 
 
-def plane_constants(planes: Any, block_d: int, hold_rows: bool) -> dict[str, Any]:
+def plane_constants(planes: CodePlanes, block_d: int, hold_rows: bool) -> dict[str, Any]:
     """The constexprs of a kernel that multiplies rows and `vqtriton.planes.CodePlanes`."""
     inner = planes.codes.shape[2]
     block_d = min(block_d, inner)

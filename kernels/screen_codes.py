@@ -11,23 +11,30 @@ a group's position within the tile can stand in the lowest bits of its score.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqtriton.kernels.grids import cdiv
+from vqtriton.kernels.code_planes import CodePlanes, ScreenBound
+from vqtriton.kernels.finish_rows import Finish, finish_parts_kernel, finish_rows
+from vqtriton.kernels.grids import cdiv, next_power_of_2
+from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import (
     plane_constants,
     register_limit,
     row_error,
     row_planes,
+    scale_ratio,
     strides_of,
     tile_scores,
 )
+
+# what a kernel that does not finish gets in its place
+NO_FINISH = (None,) * 11 + (0.0,) * 4 + (0,) * 5
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,14 @@ class ScreenCodesConfig:
     num_stages: int = 3
     # NVIDIA only
     max_registers: int | None = None
-    merge_block_n: int = 128
+    # elements of a thread in a tile of the finish, [rows, dims]
+    finish_elements: int = 8
 
 
 # threads that share a row of an accumulator, and columns that follow one another in a thread
 ACCUMULATOR_ORDER = {"sm_80": (8, 2), "sm_90": (4, 2), "sm_100": (1, 2), "gfx942": (2, 4)}
+# bytes of codes that are no part of their own: a multiprocessor of an H100 fetches them in 10 µs
+LEAST_PART_BYTES = 1 << 20
 # inner columns up to which the rows are held
 HELD_INNER = {"sm_80": 128, "sm_90": 256, "sm_100": 256, "gfx942": 128}
 
@@ -63,7 +73,9 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
-def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> ScreenCodesConfig:
+def screen_codes_config(
+    target: str, inner: int, is_aligned: bool = True, *, is_few: bool = False
+) -> ScreenCodesConfig:
     """Tiles that neither spill nor overflow shared memory; sm_80's fit 99 KiB, for sm_86 and up.
 
     Args:
@@ -71,7 +83,17 @@ def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> Scr
         inner: columns of the planes.
         is_aligned: the rows can be loaded 16 bytes at a time; else each element has an address
             of its own, and those of wide rows do not fit into the registers.
+        is_few: so few rows that smaller tiles are to fill the processors.
     """
+    config = _config_of_many(target, inner, is_aligned)
+    if is_few and config.hold_rows and config.block_n == 128:
+        # as many elements a thread
+        registers = 168 if target == "sm_90" and inner <= 64 and is_aligned else 255
+        return replace(config, block_n=64, block_k=128, num_warps=4, max_registers=registers)
+    return config
+
+
+def _config_of_many(target: str, inner: int, is_aligned: bool) -> ScreenCodesConfig:
     if inner > 64 and not is_aligned:
         # narrow, so that the addresses fit; sm_100 spills with 16
         block_d = 32 if target == "sm_100" else 16
@@ -89,8 +111,8 @@ def screen_codes_config(target: str, inner: int, is_aligned: bool = True) -> Scr
     if inner > 64 or (inner > 32 and not is_aligned):
         # half as many elements a thread
         return ScreenCodesConfig(block_k=128, num_warps=8, num_stages=2)
-    # without a limit ptxas spills a little to reach the next step of occupancy
-    return ScreenCodesConfig(max_registers=None if is_aligned else 255)
+    # room for three CTAs of a multiprocessor; unaligned, ptxas would spill a little for that
+    return ScreenCodesConfig(max_registers=168 if is_aligned else 255)
 
 
 def rows_are_aligned(x: Tensor) -> bool:
@@ -105,10 +127,14 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose_splits(programs: int, tiles: int, processors: int) -> int:
-    """Parts of the codes, so that each processor gets two programs if the rows do not suffice."""
-    # a part of fewer than four tiles is mostly prologue
-    return max(1, min(2 * processors // programs, tiles // 4))
+def choose_splits(programs: int, tiles: int, tile_bytes: int, processors: int) -> int:
+    """Parts of the codes, so that each processor gets two programs if the rows do not suffice.
+
+    Parts cost a launch, so they are worth it only where a program would go through many tiles, or
+    through so many bytes of codes that to fetch them takes longer.
+    """
+    least_tiles = min(64, max(4, LEAST_PART_BYTES // tile_bytes))
+    return max(1, min(2 * processors // programs, tiles // least_tiles))
 
 
 @triton.jit
@@ -131,25 +157,33 @@ def _two_best(a, ROWS: tl.constexpr, NUM: tl.constexpr, LOG_NUM: tl.constexpr, L
 
 
 # a program must not be compiled for each batch size
-@triton.jit(do_not_specialize=["N", "K", "codes_per_split"])
+@triton.jit(do_not_specialize=["num_codes", "num_spans", "N", "K", "num_norms", "codes_per_split"])
 def screen_codes_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
     codes_ptr,          # [H, K, INNER] fp16, in the order of the columns
     offset_ptr,         # [H, K] fp32, (‖e_k‖² − E²)/2, in the order of the columns
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
-    norms_ptr,          # [H, 4] fp32: the largest norm of a code, of its low part, of its residual
-    groups_ptr,         # [splits, H, N] int32, out
+    norms_ptr,          # [H, P, 4] fp32: the largest norm of a code, of its low part, of its rest
+    groups_ptr,         # [splits, H, N] int32, out unless FINISH, as the next two
     best_ptr,           # [splits, H, N] fp32, out
     second_ptr,         # [splits, H, N] fp32, out
     error_ptr,          # [H, N] fp32, out
     row_scale_ptr,      # [H, N] fp32, out
+    norm_ptr,           # [H, N] fp32, out: at least the norm of y
     bound_products, bound_bias, bound_distances, bound_tiny,
-    N, K, codes_per_split, stride_xh, stride_xn, stride_xd,
+    # if FINISH: see `vqtriton.kernels.finish_rows.Finish`
+    codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr, thresholds_ptr,
+    doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
+    own_products, own_distances, own_tiny, weight, num_codes, stride_ch, stride_ck, stride_cd,
+    num_spans,
+    N, K, num_norms, codes_per_split, stride_xh, stride_xn, stride_xd,
     D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, HOLD_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
     LOG_NUM: tl.constexpr,
+    FINISH: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr, GATHER: tl.constexpr,
+    FINISH_D: tl.constexpr,
 ):  # fmt: skip
     # int64 before they multiply a stride
     head = tl.program_id(2).to(tl.int64)
@@ -166,14 +200,20 @@ def screen_codes_kernel(
         D, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL,
     )  # fmt: skip
 
-    # before the loop: its registers are needed there
+    norm = high + low + rest
+    error = row_error(
+        high, low, rest, ratio, norms_ptr, head, num_norms,
+        bound_products, bound_bias, bound_distances, bound_tiny,
+    )  # fmt: skip
+    # before the loop, and read again behind it: the registers are needed there
     if split == 0:
-        error = row_error(
-            high, low, rest, ratio, norms_ptr, head,
-            bound_products, bound_bias, bound_distances, bound_tiny,
-        )  # fmt: skip
         tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
         tl.store(row_scale_ptr + head * N + offs_n, row_scale, mask=row_mask)
+        tl.store(norm_ptr + head * N + offs_n, norm, mask=row_mask)
+    if FINISH:
+        # even the numbers of the rows: what is computed from them would be kept in registers
+        offs_tile = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(rows_ptr + offs_tile, offs_n.to(tl.int32))
 
     # groups per lane of a tile
     NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
@@ -217,52 +257,89 @@ def screen_codes_kernel(
     group = row_tile // GROUP + (NUM - 1 - (row_best & (NUM - 1))) * LANES + lane
     # negative scores are not in order: whatever they are, zero is above them
     row_second = tl.maximum(row_second & (0 - NUM), 0)
-    row_best = row_best & (0 - NUM)
-    offs_out = (split * tl.num_programs(2) + head) * N + offs_n
-    tl.store(groups_ptr + offs_out, group, mask=row_mask)
-    tl.store(best_ptr + offs_out, row_best.to(tl.float32, bitcast=True), mask=row_mask)
-    tl.store(second_ptr + offs_out, row_second.to(tl.float32, bitcast=True), mask=row_mask)
+    if FINISH:
+        tl.debug_barrier()
+        offs_n = tl.load(rows_ptr + offs_tile).to(tl.int64)
+        row_mask = offs_n < N
+        row = tl.minimum(offs_n, N - 1)
+        row_scale = tl.load(row_scale_ptr + head * N + row)
+        finish_rows(
+            x_ptr + head * stride_xh + row * stride_xn, offs_n, row_mask, group,
+            row_second.to(tl.float32, bitcast=True), tl.load(error_ptr + head * N + row),
+            tl.load(norm_ptr + head * N + row), row_scale, scale_ratio(row_scale, scale), scale,
+            mean_ptr, norms_ptr, head, num_norms,
+            codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr,
+            thresholds_ptr, doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
+            own_products, own_distances, own_tiny, weight, num_codes,
+            stride_ch, stride_ck, stride_cd, num_spans, N, stride_xd,
+            D, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, FINISH_D,
+        )  # fmt: skip
+    else:
+        row_best = row_best & (0 - NUM)
+        offs_out = (split * tl.num_programs(2) + head) * N + offs_n
+        tl.store(groups_ptr + offs_out, group, mask=row_mask)
+        tl.store(best_ptr + offs_out, row_best.to(tl.float32, bitcast=True), mask=row_mask)
+        tl.store(second_ptr + offs_out, row_second.to(tl.float32, bitcast=True), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
-def merge_splits_kernel(
-    groups_ptr,         # [splits, N] int32
-    best_ptr,           # [splits, N] fp32
-    second_ptr,         # [splits, N] fp32
-    groups_out_ptr,     # [N] int32, out
-    best_out_ptr,       # [N] fp32, out
-    second_out_ptr,     # [N] fp32, out
-    N, splits,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = offs_n < N
-    group = tl.zeros((BLOCK_N,), tl.int32)
-    # integers again: a NaN that has won its split wins the row
-    best = tl.full((BLOCK_N,), -2147483648, tl.int32)
-    second = tl.full((BLOCK_N,), -2147483648, tl.int32)
-    for split in range(splits):
-        offs = tl.cast(split, tl.int64) * N + offs_n
-        split_group = tl.load(groups_ptr + offs, mask=mask, other=0)
-        split_best = tl.load(best_ptr + offs, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-        split_second = tl.load(second_ptr + offs, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-        group = tl.where(split_best > best, split_group, group)
-        second = tl.maximum(tl.maximum(second, split_second), tl.minimum(best, split_best))
-        best = tl.maximum(best, split_best)
-    second = tl.maximum(second, 0)
-    tl.store(groups_out_ptr + offs_n, group, mask=mask)
-    tl.store(best_out_ptr + offs_n, best.to(tl.float32, bitcast=True), mask=mask)
-    tl.store(second_out_ptr + offs_n, second.to(tl.float32, bitcast=True), mask=mask)
+class Screened(NamedTuple):
+    """What a screen leaves for the finish: of each part of the codes, and of all.
+
+    The first three are None where the screen itself finishes.
+    """
+
+    groups: Tensor | None  # [splits·H·N] int32: codes ``group * planes.group`` and up
+    best: Tensor | None  # [splits·H·N] fp32
+    second: Tensor | None  # [splits·H·N] fp32
+    error: Tensor  # [H·N] fp32, +inf for a row that is not finite or overflows
+    row_scale: Tensor  # [H·N] fp32; scores are in units of scale * row_scale
+    norm: Tensor  # [H·N] fp32, at least the norm of y
+
+
+class Parts(NamedTuple):
+    """How the codes are divided."""
+
+    splits: int
+    codes: int  # of each part but the last
+
+
+def parts_of(
+    heads: int, num_rows: int, planes: CodePlanes, config: ScreenCodesConfig, splits: int | None
+) -> Parts:
+    """See `screen_codes`.
+
+    Raises:
+        ValueError: the tiles do not fit the planes, or there are too many heads.
+    """
+    size, inner = planes.codes.shape[1:]
+    chunk = planes.group * planes.lanes
+    if config.block_k % chunk or size % config.block_k:
+        raise ValueError(
+            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
+            f"divide the padded number of codes, {size}"
+        )
+    tiles = size // config.block_k
+    if splits is None:
+        programs = heads * cdiv(num_rows, config.block_n)
+        processors = num_processors(planes.codes.device)
+        splits = choose_splits(programs, tiles, 2 * inner * config.block_k, processors)
+    if max(heads, splits) > 65535:
+        raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
+    tiles_per_split = cdiv(tiles, min(splits, tiles))
+    return Parts(cdiv(tiles, tiles_per_split), tiles_per_split * config.block_k)
 
 
 def screen_codes(
     x: Tensor,
-    planes: Any,
-    bound: Any,
+    planes: CodePlanes,
+    bound: ScreenBound,
+    screened: Screened,
+    parts: Parts,
+    config: ScreenCodesConfig,
+    finish: Finish | None = None,
     *,
-    splits: int | None = None,
-    config: ScreenCodesConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    exact: bool = True,
+) -> None:
     """Best group of codes of each row, with what a certificate needs.
 
     The nearest code of a row is in its group if ``best - second > 2 * error``; such a row is
@@ -270,83 +347,88 @@ def screen_codes(
 
     Args:
         x: [H, N, D] float32 / float16 / bfloat16, N >= 1, any strides.
-        planes: `vqtriton.planes.CodePlanes` of the codebooks [H, K, D].
-        bound: `vqtriton.planes.screen_bound` for these planes and ``config.block_k``.
-        splits: parts of the codes that are screened apart, for few rows and many codes; chosen
-            from the number of rows and processors if it is not given. It changes no result.
+        planes: of the codebooks [H, K, D].
+        bound: of `vqtriton.planes.screen_bound` for these planes and ``config.block_k``.
+        screened: where to write that.
+        parts: of `parts_of`: the codes are screened in parts where rows are few and codes many.
+            That changes no result.
         config: tiles.
-
-    Returns:
-        groups [H, N] int32 (codes ``group * planes.group`` and up), best, second, error and
-        row_scale [H, N] float32; error is +inf for a row that is not finite or overflows, scores
-        are in units of ``scale * row_scale``.
+        finish: what to finish with, in the same launch; the codes must be in one part.
+        exact: see `vqtriton.kernels.nearest_code.nearest_code`.
     """
     heads, num_rows, _ = x.shape
-    size, inner = planes.codes.shape[1:]
-    config = config or screen_codes_config(architecture(x.device), inner, rows_are_aligned(x))
-    tiles = cdiv(size, config.block_k)
-    if splits is None:
-        programs = heads * cdiv(num_rows, config.block_n)
-        splits = choose_splits(programs, tiles, num_processors(x.device))
-    if max(heads, splits) > 65535:
-        raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
     chunk = planes.group * planes.lanes
-    if config.block_k % chunk or size % config.block_k:
-        raise ValueError(
-            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
-            f"divide the padded number of codes, {size}"
-        )
-    num = config.block_k // chunk
-    tiles_per_split = cdiv(tiles, min(splits, tiles))
-    splits = cdiv(tiles, tiles_per_split)
-
-    shape = (splits, heads, num_rows)
-    groups = torch.empty(shape, dtype=torch.int32, device=x.device)
-    best = torch.empty(shape, dtype=torch.float32, device=x.device)
-    second = torch.empty(shape, dtype=torch.float32, device=x.device)
-    error = torch.empty(shape[1:], dtype=torch.float32, device=x.device)
-    row_scale = torch.empty_like(error)
-    with torch.cuda.device_of(x):
+    launch(
+        screen_codes_kernel,
         # rows first: programs that run together read the same codes
-        screen_codes_kernel[(cdiv(num_rows, config.block_n), splits, heads)](
-            x,
-            planes.codes,
-            planes.offset,
-            planes.mean,
-            planes.scale,
-            planes.norms,
-            groups,
-            best,
-            second,
-            error,
-            row_scale,
-            *bound,
-            num_rows,
-            size,
-            tiles_per_split * config.block_k,
-            *strides_of(x),
-            **plane_constants(planes, config.block_d, config.hold_rows),
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            LOG_NUM=num.bit_length() - 1,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            # harmless: the scale is a power of two, so that y is exact before it is rounded
-            enable_fp_fusion=True,
-            **register_limit(config.max_registers),
-        )
-        if splits == 1:
-            return groups[0], best[0], second[0], error, row_scale
-        merged = [torch.empty_like(t[0]) for t in (groups, best, second)]
-        merge_splits_kernel[(cdiv(heads * num_rows, config.merge_block_n),)](
-            groups,
-            best,
-            second,
-            *merged,
-            heads * num_rows,
-            splits,
-            BLOCK_N=config.merge_block_n,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    return merged[0], merged[1], merged[2], error, row_scale
+        (cdiv(num_rows, config.block_n), parts.splits, heads),
+        x,
+        *planes.tensors,
+        *screened,
+        *bound,
+        *(NO_FINISH if finish is None else finish),
+        num_rows,
+        planes.codes.shape[1],
+        planes.norms.shape[1],
+        parts.codes,
+        *strides_of(x),
+        **plane_constants(planes, config.block_d, config.hold_rows),
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        LOG_NUM=(config.block_k // chunk).bit_length() - 1,
+        FINISH=finish is not None,
+        **finish_constants(finish, exact, x.shape[2], config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        # harmless: the scale is a power of two, so that y is exact before it is rounded
+        enable_fp_fusion=True,
+        **register_limit(config.max_registers),
+    )
+
+
+def finish_parts(
+    x: Tensor,
+    planes: CodePlanes,
+    screened: Screened,
+    parts: Parts,
+    config: ScreenCodesConfig,
+    finish: Finish,
+    *,
+    exact: bool,
+) -> None:
+    """`screen_codes`'s finish, in a launch of its own, after parts."""
+    heads, num_rows, dim = x.shape
+    launch(
+        finish_parts_kernel,
+        (cdiv(num_rows, config.block_n), heads),
+        x,
+        planes.mean,
+        planes.scale,
+        planes.norms,
+        *screened,
+        *finish,
+        num_rows,
+        planes.norms.shape[1],
+        parts.splits,
+        *strides_of(x),
+        D=dim,
+        GROUP=planes.group,
+        BLOCK_N=config.block_n,
+        **finish_constants(finish, exact, dim, config),
+        num_warps=config.num_warps,
+        enable_fp_fusion=True,
+        # without a limit ptxas spills a little to reach the next step of occupancy
+        **register_limit(255),
+    )
+
+
+def finish_constants(
+    finish: Finish | None, exact: bool, dim: int, config: ScreenCodesConfig
+) -> dict[str, Any]:
+    width, threads = next_power_of_2(dim), 32 * config.num_warps
+    return {
+        "EXACT": exact,
+        "HAS_MASK": finish is not None and finish.mask is not None,
+        "GATHER": finish is not None and finish.quantized is not None,
+        "FINISH_D": min(width, max(1, config.finish_elements * threads // config.block_n)),
+    }

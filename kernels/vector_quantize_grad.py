@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqtriton.kernels.code_sums import CodeSumsConfig, segment_sums
 from vqtriton.kernels.grids import cdiv, next_power_of_2
+from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import strides_of
 
 
@@ -101,7 +102,9 @@ def grad_x(
     block_rows = max(1, config.block_elements // block_d)
     grid = (cdiv(num_rows, block_rows), cdiv(dim, block_d), heads)
     with torch.cuda.device_of(x):
-        grad_x_kernel[grid](
+        launch(
+            grad_x_kernel,
+            grid,
             grad_quantized,
             grad_loss,
             x,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ settings.register_profile(
     # the same examples on every run: a failure can be repeated, a pass means the same everywhere
     derandomize=True,
     deadline=None,
-    max_examples=15 if INTERPRETED else 60,
+    max_examples=10 if INTERPRETED else 60,
     suppress_health_check=[HealthCheck.too_slow],
 )
 # where each new shape is compiled first: `make gpu-check`
@@ -100,3 +101,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    if "torch._dynamo" in sys.modules:
+        # what a test has compiled does not count against the limit of the next
+        sys.modules["torch._dynamo"].reset()

@@ -104,7 +104,7 @@ def screen(
     others = by_group.scatter(1, groups[:, None], -torch.inf)
     second = others.amax(1).clamp(min=0)
 
-    max_norm, max_low, max_rest, _ = planes.norms[0].double()
+    max_norm, max_low, max_rest, _ = planes.norms[0].amax(0).double()
     norm = high + low + rest
     error = 1.05 * (rest * max_norm + (high + low) * max_rest + low * max_low)
     ratio = ratio[:, 0].double()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from vqtriton import ops, torch_backend, triton_backend
-from vqtriton.planes import prepare_planes, screen_bound
+from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 
 ROWS, CODES, DIM = 77, 300, 12
@@ -35,12 +35,21 @@ def expect(found: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def planes(device: torch.device | str) -> None:
+    from vqtriton.kernels import prepare_planes as kernels
+
     _, codebook, _ = make_data(device)
-    found = triton_backend._prepare_planes(codebook)
-    kind = {name: getattr(found, name) for name in ("group", "lanes", "vec")}
+    kind = {"group": 8, "lanes": 4, "vec": 2}
     want = prepare_planes(codebook[None].cpu(), **kind)
-    for one, other in zip(found.tensors, want.tensors, strict=True):
-        expect(one, other)
+    config = kernels.PreparePlanesConfig(most_elements=0)
+    large = kernels.prepare_planes(codebook[None], *inner_size(DIM), **kind, config=config)
+    expect(large[0], want.codes)
+    found = triton_backend._prepare_planes(codebook)
+    kind = {name: getattr(found, name) for name in kind}
+    want = prepare_planes(codebook[None].cpu(), **kind)
+    *rest, norms = want.tensors
+    for one, other in zip(found.tensors, (*rest, norms), strict=True):
+        # each program leaves the largest norms that it has seen
+        expect(one.amax(1) if other is norms else one, norms.amax(1) if other is norms else other)
 
 
 def search(device: torch.device | str) -> None:
@@ -51,27 +60,51 @@ def search(device: torch.device | str) -> None:
     prepared = triton_backend._prepare_planes(codebook)
     config = nearest_code_config(architecture(x.device), prepared.codes.shape[2], False)
     mask = torch.arange(ROWS, device=device) % 5 > 0
-    out = nearest_code(
-        x[None],
-        codebook[None],
-        prepared,
-        screen_bound(prepared, config.screen.block_k),
-        error_bound(DIM, torch.float32),
-        exact=True,
-        mask=mask[None],
-        gather=True,
-        splits=2,
-        config=config,
-    )
     want = torch_backend.nearest_code(x.cpu(), codebook.cpu(), "exact")
-    expect(out.indices[0], want.where(mask.cpu(), -1))
+    for splits, exact in ((1, True), (2, True), (1, False)):
+        out = nearest_code(
+            x[None],
+            codebook[None],
+            prepared,
+            screen_bound(prepared, config.screen.block_k),
+            error_bound(DIM, torch.float32),
+            exact=exact,
+            mask=mask[None],
+            gather=True,
+            reduction="mean",
+            splits=splits,
+            config=config,
+        )
+        if exact:
+            expect(out.indices[0], want.where(mask.cpu(), -1))
+        # of a row that is not finite it is NaN, and so is the sum
+        losses = out.losses[0].cpu()
+        expect(out.loss[0], losses.sum() / (DIM * mask.sum().item()))
+
+
+def draw(device: torch.device | str) -> None:
+    from vqtriton.kernels.draw_rows import draw_rows
+
+    x, codebook, indices = make_data(device)
+    seed = torch.tensor([7], device=device)
+    drawn = draw_rows(x, indices, codebook[:, 0], seed)
+    is_drawn = (indices >= 0) & x.isfinite().all(1)
+    first = drawn.order[: int(is_drawn.sum())].long()
+    expect(first.sort().values, is_drawn.cpu().nonzero()[:, 0])
+    expect(drawn.old_size, codebook[:, 0].cpu())
 
 
 def sums(device: torch.device | str) -> None:
     x, _, indices = make_data(device)
-    found = ops.code_sums(x, indices, 20, "triton")
-    for one, other in zip(found, torch_backend.code_sums(x.cpu(), indices.cpu(), 20), strict=True):
-        expect(one, other)
+    from vqtriton.kernels.code_sums import CodeSumsConfig, code_sums
+
+    want = torch_backend.code_sums(x.cpu(), indices.cpu(), 20)
+    for most_counted in (ROWS, 0):
+        config = CodeSumsConfig(least_chunk=16, most_counted=most_counted)
+        for one, other in zip(
+            code_sums(x[None], indices[None], 20, config=config), want, strict=True
+        ):
+            expect(one[0], other)
 
 
 def atomic_sums(device: torch.device | str) -> None:
@@ -106,15 +139,11 @@ def update(device: torch.device | str) -> None:
 
 # each kernel, and what launches it
 CASES: dict[str, Case] = {
-    **dict.fromkeys(("part_sums", "centred_norms", "planes"), planes),
+    **dict.fromkeys(("code_peaks", "planes"), planes),
+    "draw_keys": draw,
+    **dict.fromkeys(("screen_codes", "finish_parts", "rescue_rows", "reduce_losses"), search),
     **dict.fromkeys(
-        ("screen_codes", "merge_splits", "finish_rows", "rescue_rows", "settle_rows"), search
-    ),
-    **dict.fromkeys(
-        (
-            *("segment_keys", "segment_bounds", "chunk_segments", "chunk_sums"),
-            "combine_chunks",
-        ),
+        (*("place_rows", "segment_keys", "chunk_sums", "combine_chunks"),),
         sums,
     ),
     "atomic_sums": atomic_sums,

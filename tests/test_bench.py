@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqtriton import learning
+from vqtriton import torch_backend
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 ROOT = Path(__file__).parents[1]
@@ -484,7 +484,7 @@ def test_a_subject_that_raises_costs_no_other_its_row(monkeypatch):
 
 def test_a_last_bit_of_the_sums_is_not_hidden_by_their_average(monkeypatch):
     turn = 0
-    honest = learning.ops.code_sums
+    honest = torch_backend.code_sums
 
     def restless(*args):
         nonlocal turn
@@ -494,7 +494,7 @@ def test_a_last_bit_of_the_sums_is_not_hidden_by_their_average(monkeypatch):
             sums = sums.nextafter(torch.tensor(torch.inf))
         return sums, counts
 
-    monkeypatch.setattr(learning.ops, "code_sums", restless)
+    monkeypatch.setattr(torch_backend, "code_sums", restless)
     inputs = subjects.make_inputs(TINY)
     run = subjects.Run(subjects.SUBJECTS[OURS], "training", inputs)
     with pytest.raises(checks.Refused, match=r"codebook of a step that is repeated"):

@@ -205,42 +205,66 @@ def test_gradient_is_a_gather(backend: Backend) -> None:
 @pytest.mark.needs_kernels
 @given(
     heads=st.sampled_from([1, 3]),
-    n=st.sampled_from([0, 1, 2, 63, 256, 300]),
+    n=st.sampled_from([1, 2, 63, 256, 300]),
     # to either side of what a byte and two of a key hold
     k=st.sampled_from([1, 2, 85, 254, 255, 256, 32766, 32767, 32768]),
-    chunk=st.sampled_from([1, 4, 256]),
+    most_counted=st.sampled_from([0, 1000]),
     skew=st.sampled_from(list(data.SKEWS)),
     seed=st.integers(0, 2**32 - 1),
 )
-@example(heads=1, n=64, k=255, chunk=4, skew="uniform", seed=0)
-@example(heads=1, n=64, k=256, chunk=4, skew="uniform", seed=0)
-@example(heads=1, n=64, k=32767, chunk=4, skew="uniform", seed=0)
-@example(heads=1, n=64, k=32768, chunk=4, skew="uniform", seed=0)
-def test_rows_are_cut_into_chunks(heads, n, k, chunk, skew, seed) -> None:
-    from vqtriton.kernels.code_sums import cut_into_chunks
+@example(heads=1, n=64, k=255, most_counted=0, skew="uniform", seed=0)
+@example(heads=1, n=64, k=256, most_counted=0, skew="uniform", seed=0)
+@example(heads=1, n=64, k=32767, most_counted=0, skew="uniform", seed=0)
+@example(heads=1, n=64, k=32768, most_counted=0, skew="uniform", seed=0)
+def test_rows_are_sorted_by_code(heads, n, k, most_counted, skew, seed) -> None:
+    """By counting and by torch, which keep the order of the rows of a code."""
+    from vqtriton.kernels.code_sums import CodeSumsConfig, sort_rows
 
     torch.manual_seed(seed)
     indices = torch.stack([data.SKEWS[skew](n, k) for _ in range(heads)])
     # left out, as -1 is
     indices = indices.where(torch.rand(indices.shape) < 0.9, k)
-    on_device = indices.to(DEVICE)
-    found = cut_into_chunks(on_device, k, chunk)
-    order, segment_start, chunk_start, chunk_segment = (t.cpu() for t in found)
+    sums, counts = torch.ones(heads, k, 3), torch.ones(heads, k, dtype=torch.int64)
+    of_device = [t.to(DEVICE) for t in (indices, sums, counts)]
+    config = CodeSumsConfig(most_counted=most_counted)
+    order, segments = sort_rows(of_device[0], k, tuple(of_device[1:]), config)
     first = torch.arange(heads)[:, None] * k
     keys = (indices + first).where((indices >= 0) & (indices < k), heads * k).view(-1)
     want, want_order = keys.sort(stable=True)
-    assert torch.equal(order, want_order)
-    assert torch.equal(segment_start, torch.searchsorted(want, torch.arange(heads * k + 1)))
-    of_each = (segment_start.diff() + chunk - 1) // chunk
-    assert torch.equal(chunk_start, torch.cat([torch.zeros(1), of_each.cumsum(0)]).long())
-    used = torch.arange(heads * k).repeat_interleave(of_each)
-    assert torch.equal(chunk_segment[: len(used)], used)
-    assert (chunk_segment[len(used) :] == heads * k).all()
+    assert torch.equal(order.cpu().long(), want_order)
+    assert torch.equal(segments.cpu().long(), want)
+    # for the kernels that come after
+    assert not any(t.any() for t in of_device[1:])
 
 
 @pytest.mark.needs_kernels
-def test_launches_of_a_sum() -> None:
-    """Beside the kernels: for small batches it is launches that take the time."""
+@given(
+    n=st.sampled_from([1, 2, 63, 64, 65, 200]),
+    k=st.sampled_from([1, 2, 5, 60]),
+    chunk=st.sampled_from([1, 2, 8, 64]),
+    block=st.sampled_from([1, 4, 64]),
+    skew=st.sampled_from(list(data.SKEWS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_codes_may_end_anywhere(n, k, chunk, block, skew, seed) -> None:
+    """At a border of chunks or of tiles, within one, or after many."""
+    from vqtriton.kernels.code_sums import CodeSumsConfig
+    from vqtriton.kernels.code_sums import code_sums as kernel
+
+    torch.manual_seed(seed)
+    # whole numbers: every sum is exact
+    x, indices = torch.randint(-9, 9, (1, n, 2)).float(), data.SKEWS[skew](n, k)[None]
+    config = CodeSumsConfig(least_chunk=chunk, block_elements=2 * block, block_d=2)
+    sums, counts = kernel(x.to(DEVICE), indices.to(DEVICE), k, config=config)
+    want_sums, want_counts = oracle.code_sums(x[0], indices[0], k)
+    assert torch.equal(sums[0].cpu(), want_sums.float())
+    assert torch.equal(counts[0].cpu(), want_counts)
+
+
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize(("most_counted", "others"), [(40, []), (39, ["aten.sort.stable"])])
+def test_launches_of_a_sum(most_counted: int, others: list[str]) -> None:
+    """For small batches it is launches that take the time."""
     x, indices = torch.randn(1, 40, 3), torch.randint(7, (1, 40))
     arguments = x.to(DEVICE), indices.to(DEVICE), 7
     from vqtriton.kernels import code_sums as module
@@ -259,13 +283,10 @@ def test_launches_of_a_sum() -> None:
     with pytest.MonkeyPatch.context() as patch, Noted():
         for name in names:
             patch.setattr(module, name, Silent())
-        module.code_sums(*arguments)
-    assert len(launched) == len(names) == 5
+        module.code_sums(*arguments, config=module.CodeSumsConfig(most_counted=most_counted))
+    assert len(launched) == 3
     no_launch = ("aten.empty", "aten.view", "aten.slice", "aten.fill_")
-    assert [name for name in noted if not name.startswith(no_launch)] == [
-        "aten.sort.stable",
-        "aten.cumsum_.default",
-    ]
+    assert [name for name in noted if not name.startswith(no_launch)] == others
 
 
 @pytest.mark.needs_kernels

@@ -26,7 +26,7 @@ prepare_planes = importlib.import_module("vqtriton.kernels.prepare_planes")
 launches_of, TARGETS = compiling.launches_of, compiling.TARGETS
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-FINISHING = ("finish_rows", "rescue_rows", "settle_rows")
+FINISHING = ("finish_parts", "rescue_rows")
 Record = Callable[[torch.Tensor, str], list[compiling.Launch]]
 
 
@@ -38,7 +38,13 @@ def record_double_sums(x: torch.Tensor, target: str) -> list[compiling.Launch]:
 def record_planes(codebook: torch.Tensor, target: str) -> list[compiling.Launch]:
     codebook = codebook.expand(2, -1, -1)
     inner = inner_size(codebook.shape[2])
-    return launches_of(prepare_planes, prepare_planes.prepare_planes, codebook, *inner)
+    return [
+        launch
+        for config in (None, prepare_planes.PreparePlanesConfig(most_elements=0))
+        for launch in launches_of(
+            prepare_planes, prepare_planes.prepare_planes, codebook, *inner, config=config
+        )
+    ]
 
 
 # how they are launched, which of the kernels are looked at, and D, dtype and layout of x or of the
@@ -46,7 +52,7 @@ def record_planes(codebook: torch.Tensor, target: str) -> list[compiling.Launch]
 KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
     (
         (sass_kernels.record_nearest_code,),
-        ("screen_codes", "merge_splits"),
+        ("screen_codes",),
         (
             *((4, FLOAT32, "contiguous"), (8, FLOAT32, "strided"), (12, FLOAT32, "contiguous")),
             *((64, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (128, FLOAT32, "contiguous")),
@@ -64,10 +70,13 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ),
     ),
     (
-        (sass_kernels.record_sums, sass_kernels.record_ema_update, record_double_sums),
         (
-            *("segment_keys", "segment_bounds", "chunk_segments", "chunk_sums", "combine_chunks"),
-            *("atomic_sums", "grad_x", "ema_update"),
+            *(sass_kernels.record_sums, sass_kernels.record_ema_update, record_double_sums),
+            *(sass_kernels.record_draw_rows, sass_kernels.record_fast_search),
+        ),
+        (
+            *("place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
+            *("atomic_sums", "grad_x", "ema_update", "draw_keys", "reduce_losses"),
         ),
         (
             *((1, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (100, FLOAT32, "strided")),
@@ -76,14 +85,14 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
     ),
     (
         (record_planes,),
-        ("part_sums", "centred_norms", "planes"),
+        ("code_peaks", "planes"),
         (
             *((1, FLOAT32, "contiguous"), (8, BFLOAT16, "strided"), (100, FLOAT16, "strided")),
             *((256, FLOAT32, "contiguous"), (4094, BFLOAT16, "contiguous")),
         ),
     ),
 )
-FLAGS = ("IS_GRAD", "IS_EMA", "REVIVES")
+FLAGS = ("IS_GRAD", "IS_EMA", "REVIVES", "IS_SMALL", "FINISH")
 
 
 @functools.cache
@@ -103,6 +112,8 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
                 sums = launch.values.get("sums_ptr")
                 if launch.name in ("chunk_sums", "combine_chunks") and sums.dtype == torch.float64:
                     flag += "-double"
+                if launch.name in ("screen_codes", "finish_parts"):
+                    flag += f"-{launch.values['BLOCK_N']}-rows"
                 name = f"{launch.name}{flag}-{dim}-{str(dtype).removeprefix('torch.')}-{layout}"
                 cases[name] = launch
         assert found == set(names)
@@ -119,7 +130,10 @@ def compiled(case: str, target: str) -> compiling.Compiled:
 
 def is_compiled_for(case: str, target: str) -> bool:
     """What has no dot is compiled alike for all GPUs of a maker: the widest rows will do there."""
-    has_dots = case.startswith(("screen_codes", "merge_splits", *FINISHING))
+    if case not in all_launches(target):
+        # few rows have no tiles of their own there
+        return False
+    has_dots = case.startswith(("screen_codes", *FINISHING))
     return has_dots or target in ("sm_90", "gfx942") or "-1024-" in case or "-4094-" in case
 
 
@@ -167,8 +181,8 @@ def test_canonical_distance_is_not_fused(case: str) -> None:
 
 
 def test_batch_size_is_not_part_of_the_program() -> None:
-    names = {"N", "K", "padded_K", "tiles", "rescue_programs"}
-    names |= {"codes_per_split", "splits", "codes_per_part"}
+    names = {"N", "K", "padded_K", "tiles", "codes_per_split", "splits", "codes_per_part"}
+    names |= {"num_rows", "num_chunks", "chunk_rows", "num_spans", "num_sums", "num_norms"}
     found = set()
     for launch in all_launches("sm_90").values():
         for param in launch.kernel.params:

@@ -30,6 +30,11 @@ BLOCK = 1 << 22
 NEEDED_BYTES = 24 << 30
 
 
+# kernels that have two programs
+TWO_WAYS = {"screen_codes_kernel", "rescue_rows_kernel", "chunk_sums_kernel"}
+TWO_WAYS |= {"combine_chunks_kernel"}
+
+
 @pytest.mark.kernel
 @pytest.mark.once
 def test_a_new_batch_size_compiles_nothing() -> None:
@@ -42,8 +47,14 @@ def test_a_new_batch_size_compiles_nothing() -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     for row in rows:
         note("programs", **row)
-        assert set(row["programs"].values()) == {1}, row
-    assert {name for row in rows for name in row["programs"]} == KERNELS - {"atomic_sums_kernel"}
+        # few rows have tiles of their own, and so have those whose sort is torch's
+        most = {name: 1 + (name in TWO_WAYS) for name in row["programs"]}
+        assert all(row["programs"][name] <= most[name] for name in most), row
+    assert {name for row in rows for name in row["programs"]} == KERNELS - {
+        "atomic_sums_kernel",
+        # with options that are not looked at there
+        *("code_peaks_kernel", "draw_keys_kernel", "finish_parts_kernel", "reduce_losses_kernel"),
+    }
 
 
 def make_rows() -> Tensor:

@@ -53,8 +53,9 @@ def make_step(what: str, rows: int, codes: int, dim: int) -> Callable[[], Tensor
     x, codebook = hard_data(what, rows, codes, dim, DEVICE)
 
     def search() -> Tensors:
-        out = triton_backend.run_kernels(x, codebook, exact=True, gather=True)
-        return {name: value for name, value in out._asdict().items() if value is not None}
+        out = triton_backend.run_kernels(x, codebook, exact=True, gather=True, reduction="mean")
+        names = ("indices", "quantized", "losses", "loss", "num_doubtful")
+        return {name: getattr(out, name) for name in names}
 
     return search
 

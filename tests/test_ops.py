@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -29,14 +26,26 @@ def test_opcheck(backend: Backend) -> None:
         (ops.nearest_code, (x.half(), codebook.T.contiguous().T, "fast", backend.name)),
         (ops.nearest_code_prepared, (x, codebook, "exact", backend.name, prepared)),
         (ops.prepare_codebook_op, (codebook, backend.name)),
-        (ops.vector_quantize, (x, codebook, None, 0.25, 1.0, "exact", backend.name)),
+        (ops.vector_quantize, (x, codebook, None, 0.25, 1.0, "mean", "exact", backend.name)),
+        (ops.vector_quantize, (x, codebook, None, 0.25, 1.0, "none", "exact", backend.name)),
         (
             ops.vector_quantize_prepared,
-            (x, codebook, None, 0.25, 0.0, "exact", backend.name, prepared),
+            (x, codebook, None, 0.25, 0.0, "sum", "exact", backend.name, prepared),
         ),
         (
             ops.vector_quantize,
-            (x.T.contiguous().T.bfloat16(), codebook, indices < 0, 0, 1, "fast", backend.name),
+            (
+                *(x.T.contiguous().T.bfloat16(), codebook, indices < 0, 0, 1),
+                *("mean", "fast", backend.name),
+            ),
+        ),
+        (
+            ops.vector_quantize_ema_,
+            (
+                *(x, codebook.clone(), indices >= 0, torch.ones(4, device=x.device)),
+                *(torch.tensor([0.5, 0.0], device=x.device), 0.25),
+                *("mean", False, "exact", backend.name),
+            ),
         ),
         (ops.code_sums, (x, indices, 4, backend.name)),
         (ops.code_sums, (x, indices, 4, backend.name, False)),
@@ -59,40 +68,6 @@ def test_opcheck(backend: Backend) -> None:
         (ops.snapshot, (codebook.T,)),
     ):
         torch.library.opcheck(op, args)
-
-
-@on_every_backend
-def test_one_thread_at_a_time_launches_kernels(backend: Backend, monkeypatch) -> None:
-    """Triton parses what is launched first, and Python 3.11 cannot in two threads at once."""
-    x, codebook = torch.randn(9, 5, device=backend.device), torch.randn(4, 5, device=backend.device)
-    want = vqtriton.nearest_code(x, codebook, backend=backend.name)
-    inside, most, right = [], [], []
-    module = importlib.import_module(f"vqtriton.{backend.name}_backend")
-    nearest_code = module.nearest_code
-
-    def slow(*args, **kwargs):
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.02)
-        out = nearest_code(*args, **kwargs)
-        inside.pop()
-        return out
-
-    monkeypatch.setattr(module, "nearest_code", slow)
-
-    def search() -> None:
-        right.append(torch.equal(vqtriton.nearest_code(x, codebook, backend=backend.name), want))
-
-    threads = [threading.Thread(target=search) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert right == [True] * 4
-    if backend.name == "triton":
-        assert most == [1] * 4
-    else:
-        assert max(most) > 1
 
 
 def step(x, codebook, backend):

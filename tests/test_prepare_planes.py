@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import data
 import pytest
 import torch
@@ -10,7 +12,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqtriton import planes as torch_version
 from vqtriton.planes import (
     CodePlanes,
     column_order,
@@ -26,6 +27,7 @@ from vqtriton.kernels.prepare_planes import PreparePlanesConfig
 DIMS = (1, 5, 12, 64, 150)
 # several tiles in a part and several parts, of few codes
 SMALL = PreparePlanesConfig(block_elements=2048, most_parts=3)
+LARGE = dataclasses.replace(SMALL, most_elements=0)
 
 
 def prepare(codebook: Tensor, config: PreparePlanesConfig | None = None, **order: int):
@@ -45,10 +47,11 @@ def check_same(got: CodePlanes, want: CodePlanes) -> None:
     assert got[5:] == want[5:]
     assert torch.equal(got.mean, want.mean)
     assert torch.equal(got.scale, want.scale)
-    # sums in another order, rounded to float32: nearly always the same
-    torch.testing.assert_close(got.norms, want.norms, rtol=2**-22, atol=0)
+    # sums in another order, rounded: nearly always the same
+    norms, want_norms = got.norms.amax(1), want.norms.amax(1)
+    torch.testing.assert_close(norms, want_norms, rtol=2**-22, atol=0)
     for head in range(len(got.scale)):
-        least = 2**-50 * want.norms[head, 3].item()
+        least = 2**-50 * want_norms[head, 3].item()
         torch.testing.assert_close(got.offset[head], want.offset[head], rtol=2**-23, atol=least)
     same = got.offset == want.offset
     assert same.double().mean() > 0.99
@@ -77,22 +80,26 @@ def check_bounds(planes: CodePlanes, codebook: Tensor) -> None:
     for part in (high, low):
         assert ((part == 0) | (part.abs() >= 2**-14)).all()
     norms = [part.norm(dim=2).amax(1) for part in (exact, low, exact - high - low)]
-    bounds = planes.norms.double()
+    bounds = planes.norms.amax(1).double()
     largest = torch.maximum(norms[0], high.norm(dim=2).amax(1))
-    for measured, bound in zip((largest, *norms[1:]), bounds.T, strict=False):
+    # the square of the first is rounded up to ten bits
+    for measured, bound, above in zip(
+        (largest, *norms[1:]), bounds.T, (2**-9, 1e-6, 1e-6), strict=False
+    ):
         assert (measured <= bound).all()
-        assert (bound <= measured * (1 + 1e-6)).all()
+        assert (bound <= measured * (1 + above)).all()
     half_max = exact.square().sum(2).amax(1) / 2
-    torch.testing.assert_close(bounds[:, 3], half_max, rtol=2**-24, atol=0)
+    assert (half_max <= bounds[:, 3]).all()
+    assert (bounds[:, 3] <= half_max * (1 + 2**-8)).all()
 
 
 @pytest.mark.kernel
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize("case", data.HARD)
-@pytest.mark.parametrize("dim", DIMS)
-def test_equals_the_torch_version(case: str, dim: int) -> None:
-    codebook = data.HARD[case](1, 140, dim)[1].view(2, 70, dim)
-    planes = prepare(codebook, SMALL)
+@pytest.mark.parametrize(("config", "dim"), [(SMALL, 5), (LARGE, 12)])
+def test_equals_the_torch_version(config: PreparePlanesConfig, case: str, dim: int) -> None:
+    codebook = data.HARD[case](1, 70, dim)[1].view(2, 35, dim)
+    planes = prepare(codebook, config)
     check_same(planes, prepare_planes(codebook))
     check_bounds(planes, codebook)
 
@@ -109,17 +116,18 @@ def test_equals_the_torch_version(case: str, dim: int) -> None:
     layout=st.sampled_from(data.LAYOUTS),
     block_elements=st.sampled_from([1024, 4096]),
     most_parts=st.sampled_from([1, 4, 256]),
+    most_elements=st.sampled_from([0, 1 << 18]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_the_torch_version_whatever_the_shape(
-    heads, k, d, case, order, dtype, layout, block_elements, most_parts, seed
+    heads, k, d, case, order, dtype, layout, block_elements, most_parts, most_elements, seed
 ) -> None:
     # Triton's interpreter widens these wrongly
     assume(not (INTERPRETED and dtype == torch.bfloat16 and case == "subnormal"))
     torch.manual_seed(seed)
     codebook = data.HARD[case](1, heads * k, d)[1].to(dtype)
     codebook = data.with_layout(codebook, layout).unflatten(0, (heads, k))
-    config = PreparePlanesConfig(block_elements, most_parts)
+    config = PreparePlanesConfig(block_elements, most_elements, most_parts)
     group, lanes, vec = order
     got = prepare(codebook, config, group=group, lanes=lanes, vec=vec)
     check_same(got, prepare_planes(codebook, group=group, lanes=lanes, vec=vec))
@@ -136,7 +144,7 @@ def test_wide_codes(dim: int) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.needs_kernels
-@pytest.mark.parametrize("dim", [2, 12])
+@pytest.mark.parametrize("dim", [12])
 def test_tiles_of_one_code(dim: int) -> None:
     codebook = torch.randn(1, 9, dim)
     codebook[0, 3] = torch.nan
@@ -150,12 +158,13 @@ def test_tiles_of_one_code(dim: int) -> None:
 def test_heads_have_nothing_in_common(dim: int) -> None:
     codebook = torch.randn(4, 300, dim) * torch.tensor([1.0, 1e30, 1e-40, 1])[:, None, None]
     codebook[3] = torch.nan
-    together = prepare(codebook, SMALL)
-    check_same(together, prepare_planes(codebook))
-    for head in range(4):
-        alone = prepare(codebook[head : head + 1], SMALL)
-        for a, b in zip(together[:5], alone[:5], strict=True):
-            assert torch.equal(a[head], b[0])
+    for config in (SMALL, LARGE):
+        together = prepare(codebook, config)
+        check_same(together, prepare_planes(codebook))
+        for head in range(4):
+            alone = prepare(codebook[head : head + 1], config)
+            for a, b in zip(together[:5], alone[:5], strict=True):
+                assert torch.equal(a[head], b[0])
 
 
 @pytest.mark.kernel
@@ -167,16 +176,11 @@ def test_scale_of_the_smallest_and_the_largest(largest: float) -> None:
     # the mean is zero; the second pair is farther from zero than float32 reaches
     for values in ([largest, -largest], [largest, largest, largest, -largest]):
         codebook = torch.tensor(values).view(1, -1, 1)
-        check_same(prepare(codebook), prepare_planes(codebook))
+        for config in (SMALL, LARGE):
+            check_same(prepare(codebook, config), prepare_planes(codebook))
 
 
 @pytest.mark.parametrize(("group", "lanes", "vec"), [(8, 64, 2), (6, 4, 2), (8, 4, 16)])
 def test_an_order_that_does_not_fit_is_refused(group: int, lanes: int, vec: int) -> None:
     with pytest.raises(ValueError, match=f"group is {group}, lanes {lanes}, vec {vec}"):
         prepare(torch.randn(1, 40, 16), group=group, lanes=lanes, vec=vec)
-
-
-def test_constants_are_those_of_the_torch_version() -> None:
-    assert kernels.PAD_CODES == torch_version.PAD_CODES
-    for name in ("EXPONENT", "MIN_NORMAL", "PAD_OFFSET"):
-        assert getattr(kernels, name).value == getattr(torch_version, name)

@@ -17,14 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vqtriton.kernels.code_planes import OwnBound
 from vqtriton.planes import CodePlanes, ScreenBound, prepare_planes, screen_bound
-from vqtriton.screening import Bound, error_bound
+from vqtriton.screening import error_bound
 
 pytest.importorskip("triton")
+import screens
+
 from vqtriton.kernels import nearest_code as module
 from vqtriton.kernels.nearest_code import NearestCode, NearestCodeConfig, nearest_code
 from vqtriton.kernels.rescue_rows import RescueRowsConfig
-from vqtriton.kernels.screen_codes import ScreenCodesConfig, screen_codes
+from vqtriton.kernels.screen_codes import ScreenCodesConfig
 
 # bench is not installed, and plain `pytest` does not look for modules in the root
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -95,8 +98,9 @@ def test_how_the_rescue_is_shared_changes_no_bit(n, k, d, case, programs, seed) 
     rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
     one = search(x, codebook, gather=True, mask=mask.to(DEVICE))
     other = search(x, codebook, rescue=rescue, gather=True, mask=mask.to(DEVICE))
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(one[:3], other[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(one.num_doubtful, other.num_doubtful)
     want = oracle.nearest_code(x[0], codebook[0]).where(mask[0], -1)
     assert torch.equal(one.indices[0].cpu(), want)
     # masked rows are nobody's doubt
@@ -121,28 +125,53 @@ def test_codes_and_errors_of_certain_and_doubtful_rows(case: str, dtype: torch.d
     want = (x.double() - codes.double()).square().sum(1)
     want = want.where(x.isfinite().all(1), torch.nan).where(mask, 0)
     torch.testing.assert_close(
-        out.sq_error[0].cpu(), want.float(), rtol=1e-5, atol=1e-6, equal_nan=True
+        out.losses[0].cpu(), want.float(), rtol=1e-5, atol=1e-6, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("programs", [1, 7])
+def test_losses_are_added_up(exact: bool, splits: int, programs: int) -> None:
+    """Of rows that are certain and in doubt, of each head; those that do not count add nothing."""
+    x, codebook = torch.randn(2, 50, 12), torch.randn(2, 300, 12)
+    codebook[:, 150:] = codebook[:, :150]
+    mask = torch.rand(2, 50) < 0.7
+    mask[1] = False
+    rescue = dataclasses.replace(RESCUE, programs_per_processor=programs, span_rows=32)
+    for reduction in ("mean", "sum"):
+        options = {"reduction": reduction, "weight": 0.5, "splits": splits, "exact": exact}
+        out = search(x, codebook, rescue=rescue, gather=True, mask=mask.to(DEVICE), **options)
+        losses, indices = out.losses.cpu(), out.indices.cpu()
+        rows = torch.arange(2)[:, None]
+        want = 0.5 * (x - codebook[rows, indices.clamp(min=0)]).square().sum(2).where(mask, 0)
+        torch.testing.assert_close(losses, want)
+        share = 1.0 if reduction == "sum" else 1 / (12 * mask.sum(1)).clamp(min=1)
+        torch.testing.assert_close(out.loss.cpu(), losses.sum(1) * share)
+        torch.testing.assert_close(out.share.cpu(), torch.ones(2) * share)
 
 
 @pytest.mark.parametrize("programs", [1, 7])
 def test_rescue_overrules_a_wrong_screen(programs: int) -> None:
     x, codebook = data.gaussian(40, 300, 12)
+    screen_codes = module.screen_codes
 
-    def wrong(*args, **kwargs) -> tuple[Tensor, ...]:
-        groups, best, second, error, row_scale = screen_codes(*args, **kwargs)
-        return torch.zeros_like(groups), best, second, error + torch.inf, row_scale
+    def wrong(x, planes, bound, screened, *args, **kwargs) -> None:
+        screen_codes(x, planes, bound, screened, *args, **kwargs)
+        screened.groups.zero_()
+        screened.error.fill_(torch.inf)
 
     rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
     with mock.patch.object(module, "screen_codes", wrong):
-        out = search(x[None], codebook[None], rescue=rescue, gather=True)
+        # in two parts: the finish has a launch of its own
+        out = search(x[None], codebook[None], rescue=rescue, gather=True, splits=2)
     want = oracle.nearest_code(x, codebook)
     assert (want >= 8).any()
     assert torch.equal(out.indices[0].cpu(), want)
     # what the finish had gathered is replaced
     assert torch.equal(out.quantized[0].cpu(), codebook[want])
-    sq_error = (x - codebook[want]).square().sum(1)
-    torch.testing.assert_close(out.sq_error[0].cpu(), sq_error)
+    losses = (x - codebook[want]).square().sum(1)
+    torch.testing.assert_close(out.losses[0].cpu(), losses)
 
 
 def test_heads_have_codebooks_and_doubts_of_their_own() -> None:
@@ -169,13 +198,14 @@ def expected(x: Tensor, codebook: Tensor, planes: CodePlanes) -> tuple[Tensor, T
     """How far each row is from being in doubt, what it is compared with, and its threshold."""
     bound, own = screen_bound(planes, SCREEN.block_k), error_bound(x.shape[1], torch.float32)
     groups, _, second, error, row_scale = (
-        t[0].cpu().double() for t in screen_codes(x[None].to(DEVICE), planes, bound, config=SCREEN)
+        t[0].cpu().double() for t in screens.screen(x[None].to(DEVICE), planes, bound, SCREEN)
     )
     mean, scale = (t[0].cpu().double() for t in (planes.mean, planes.scale))
     ratio = row_scale / scale
     y, e = (x.double() - mean) * row_scale[:, None], (codebook.double() - mean) * scale
     sqnorm = e.square().sum(1)
-    scores = y @ e.T + ratio[:, None] * (sqnorm.max() - sqnorm) / 2
+    half_max = planes.norms[0, :, 3].max().cpu().double()
+    scores = y @ e.T + ratio[:, None] * (half_max - sqnorm / 2)
     is_member = torch.arange(codebook.shape[0]) // 8 == groups[:, None]
     members = scores.where(is_member, -torch.inf).topk(2, 1).values
     own_error = own_bound(y, e, ratio, own)
@@ -186,7 +216,7 @@ def expected(x: Tensor, codebook: Tensor, planes: CodePlanes) -> tuple[Tensor, T
     return torch.minimum(outside, inside), members[:, 0] - error - own_error, error + own_error
 
 
-def own_bound(y: Tensor, e: Tensor, ratio: Tensor, own: Bound) -> Tensor:
+def own_bound(y: Tensor, e: Tensor, ratio: Tensor, own: OwnBound) -> Tensor:
     """docs/exactness.md, of the scores that the finish makes in float32."""
     norm, max_norm = y.norm(dim=1), e.norm(dim=1).max()
     products = own.products * max_norm * (norm + ratio * max_norm / 2)
@@ -213,15 +243,13 @@ def test_doubt_and_thresholds_are_what_the_bounds_say(size: int, far: float, dim
     margin, threshold, error = expected(x, codebook, planes)
     launches = []
     recorder = compiling.Recorder(module.rescue_rows_kernel, launches)
-    settle = compiling.Recorder(module.settle_rows_kernel, [])
-    with (
-        mock.patch.object(module, "rescue_rows_kernel", recorder),
-        mock.patch.object(module, "settle_rows_kernel", settle),
-    ):
+    with mock.patch.object(module, "rescue_rows_kernel", recorder):
         search(x[None], codebook[None])
     values = launches[0].values
-    count = values["num_rows_ptr"].item()
-    rows = values["rows_ptr"][0, :count].long().cpu()
+    tiles = -(-len(x) // SCREEN.block_n)
+    # each tile of rows has its own list
+    is_listed = torch.arange(SCREEN.block_n) < values["doubts_ptr"].cpu()[:tiles, None]
+    rows = values["rows_ptr"].cpu()[: is_listed.numel()].view(is_listed.shape)[is_listed].long()
     is_doubtful = torch.zeros(300, dtype=torch.bool)
     is_doubtful[rows] = True
     # the finish's scores are rounded, to a third of what its bound allows; half of it would show
@@ -230,5 +258,6 @@ def test_doubt_and_thresholds_are_what_the_bounds_say(size: int, far: float, dim
     assert not is_doubtful[margin > 1.35].any()
     assert is_doubtful.any()
     assert not is_doubtful.all()
-    got = values["thresholds_ptr"][0, :count].double().cpu()
+    got = values["thresholds_ptr"].cpu()[: is_listed.numel()].view(is_listed.shape)
+    got = got[is_listed].double()
     assert ((got - threshold[rows]).abs() <= 0.35 * error[rows]).all()

@@ -174,12 +174,14 @@ def work(indices: Tensor, k: int, d: int) -> tuple[int, int]:
     from vqtriton.kernels.code_sums import CodeSumsConfig
 
     chunk = CodeSumsConfig().chunk(len(indices))
-    counts = torch.bincount(indices[indices >= 0], minlength=k)
-    chunks = (counts + chunk - 1) // chunk
-    partial = chunks[chunks > 1].sum()
-    # partial sums are float64, written and read
-    moved = 4 * d * (counts.sum() + k) + 8 * d * 2 * partial
-    return int(moved), max(int(counts.clamp(max=chunk).max()), int(chunks.max()))
+    codes = indices[indices >= 0].sort().values
+    borders = torch.arange(chunk, max(len(codes), chunk), chunk)
+    crossed = codes[borders - 1][codes[borders - 1] == codes[borders]]
+    # of a code that crosses n borders there are n + 1 partial sums
+    crossing, of_each = crossed.unique(return_counts=True)
+    # partial sums are float64, written and read; the sums are set to zero first
+    moved = 4 * d * (len(codes) + 2 * k) + 8 * d * 2 * (len(crossed) + len(crossing))
+    return moved, max(chunk, int(of_each.max()) + 1 if len(of_each) else 0)
 
 
 @pytest.mark.once
@@ -199,32 +201,28 @@ def test_a_skewed_batch_costs_no_more(n: int, k: int, d: int) -> None:
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize("skew", SKEWS)
 def test_chunks_are_as_counted(skew: str, monkeypatch) -> None:
-    """The launch really has the chunks that the count of the work is made from."""
+    """The launches really have the chunks that the count of the work is made from."""
     from vqtriton.kernels import code_sums as module
 
     n, k = 1000, 7
-    seen = {}
-    kernel = module.combine_chunks_kernel
+    grids = {}
+    launch = module.launch
 
-    class Recorder:
-        def __getitem__(self, grid):
-            def launch(partial, counts, chunk_start, *args, **options):
-                seen["chunks"] = chunk_start.diff().tolist()
-                return kernel[grid](partial, counts, chunk_start, *args, **options)
+    def note(kernel, grid, *args, **options):
+        name = getattr(kernel, "__name__", "")
+        grids[name] = grid
+        launch(kernel, grid, *args, **options)
 
-            return launch
-
-    monkeypatch.setattr(module, "combine_chunks_kernel", Recorder())
+    monkeypatch.setattr(module, "launch", note)
     indices = SKEWS[skew](n, k)
-    device = DEVICE
-    x, indices_there = torch.randn(1, n, 3, device=device), indices[None].to(device)
-    module.code_sums(x, indices_there, k, config=module.CodeSumsConfig(least_chunk=1))
-    # the square root of N at least: here 32, which the default is above
-    small = module.CodeSumsConfig(least_chunk=1)
-    assert small.chunk(n) == 32
-    chunk = small.chunk(n)
-    counts = torch.bincount(indices[indices >= 0], minlength=k)
-    assert seen["chunks"] == ((counts + chunk - 1) // chunk).tolist()
+    x, indices_there = torch.randn(1, n, 3, device=DEVICE), indices[None].to(DEVICE)
+    config = module.CodeSumsConfig(least_chunk=4)
+    module.code_sums(x, indices_there, k, config=config)
+    # no more than 256
+    assert config.chunk(n) == 4
+    assert grids["chunk_sums_kernel"] == (250, 1)
+    # a program for each border
+    assert grids["combine_chunks_kernel"] == (249, 1)
 
 
 # --- repeats ---

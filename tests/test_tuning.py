@@ -214,7 +214,7 @@ def test_the_search_uses_the_row(folder, monkeypatch) -> None:
     monkeypatch.setattr(
         module,
         "screen_codes",
-        lambda *a, config, **k: used.append(config) or screen(*a, config=config, **k),
+        lambda *a, **k: used.append(a[5]) or screen(*a, **k),
     )
     assert torch.equal(vqtriton.nearest_code(x, codebook, backend="triton"), want)
     assert used == [config]
@@ -561,11 +561,11 @@ def test_it_says_what_it_will_do(folder, monkeypatch, capsys) -> None:
         # two programs for each of 132, and one more than that
         (2 * 132 * 128, 64, 1),
         (2 * 132 * 128 + 1, 64, 1.5),
-        # a tile, where a row and a code would do; no part has fewer than four tiles
+        # a tile, where a row and a code would do; no part has fewer than 64 tiles
         (1, 1, 132 * 128 * 64),
-        (128, 4 * 64, 132),
+        (128, 127 * 64, 132),
         # in two parts
-        (128, 8 * 64, 66),
+        (128, 128 * 64, 66),
     ],
 )
 def test_few_rows_leave_processors_idle(rows, codes, times) -> None:

@@ -25,10 +25,6 @@ def interpreter_is_on() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def may_run_kernels(backend: str, device: torch.device) -> bool:
-    return backend != "torch" and (device.type == "cuda" or interpreter_is_on())
-
-
 def resolve_backend(backend: str, device: torch.device) -> str:
     """ "triton" or "torch" for tensors on ``device``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from vqtriton.checks import (
     check_sums,
 )
 from vqtriton.reference import Quantized
-from vqtriton.tensors import finite_rows, gather, has_float64
+from vqtriton.tensors import finite_rows, gather, screen_dtype
 
 
 class PreparedCodebook(NamedTuple):
@@ -207,25 +208,59 @@ def vector_quantize(
             raise TypeError(f"{name} is {weight!r:.80}; it must be a number")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
-    quantized, loss, indices = _VectorQuantize.apply(
+    quantized, loss, indices, _ = _apply(
+        _VectorQuantize,
         x.reshape(-1, x.shape[-1]),
         codes,
         None if mask is None else mask.reshape(-1),
         float(commitment_weight),
         float(codebook_weight),
+        reduction,
         precision,
         backend,
         prepared,
     )
+    return _in_shape_of(x, quantized, indices, loss)
+
+
+def vector_quantize_ema_(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    cluster_size: Tensor,
+    rates: Tensor,
+    *,
+    commitment_weight: float,
+    reduction: str,
+    revives: bool,
+    precision: str,
+    backend: str,
+) -> Quantized:
+    """`vector_quantize` without a codebook term, and then a step of the moving averages in place.
+
+    One op, for one process: ranks have to meet between the two. See `vqtriton.ops.ema_update_`.
+    """
+    check_arguments(x, codebook, mask, precision=precision, backend=backend)
+    quantized, loss, indices, *_ = _apply(
+        _VectorQuantizeEma,
+        x.reshape(-1, x.shape[-1]),
+        codebook,
+        None if mask is None else mask.reshape(-1),
+        cluster_size,
+        rates,
+        float(commitment_weight),
+        reduction,
+        revives,
+        precision,
+        backend,
+    )
+    return _in_shape_of(x, quantized, indices, loss)
+
+
+def _in_shape_of(x: Tensor, quantized: Tensor, indices: Tensor, loss: Tensor) -> Quantized:
     indices = indices.reshape(x.shape[:-1])
-    if reduction == "none":
+    if loss.ndim > 0:
         loss = loss.reshape(x.shape[:-1])
-    else:
-        # float64, so that a sum over millions of rows keeps the digits of float32
-        total = loss.sum(dtype=torch.float64 if has_float64(loss.device) else None)
-        if reduction == "mean":
-            total = total / _num_elements(x, indices, mask)
-        loss = total.to(loss.dtype)
     return Quantized(quantized.reshape(x.shape), indices, loss)
 
 
@@ -270,7 +305,8 @@ def code_sums(
     """
     check_sums(x, indices, codebook_size, deterministic, backend)
     rows = x.reshape(-1, x.shape[-1])
-    return _CodeSums.apply(rows, indices.reshape(-1), codebook_size, backend, deterministic, False)
+    arguments = codebook_size, backend, deterministic, False
+    return _apply(_CodeSums, rows, indices.reshape(-1), *arguments)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
@@ -279,17 +315,32 @@ def snapshot(tensor: Tensor) -> Tensor:
     As `torch.clone`, which `torch.compile` may put off until backward, after the change: the
     gradient is then silently wrong (pytorch/pytorch#197039). It does not put off an op of ours.
     """
-    return _Snapshot.apply(tensor)
+    return _apply(_Snapshot, tensor)
 
 
 class _Function(torch.autograd.Function):
-    """One that `torch.func` takes as well, and whose signature is found out once."""
+    """One that `torch.func` takes as well, and `eager`, which does the same in less time."""
 
     generate_vmap_rule = True
+    eager: type[torch.autograd.Function]
 
     def __init_subclass__(cls) -> None:
         # `apply` asks for it in each call
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            results = cls.forward(*args)
+            cls.setup_context(ctx, args, results)
+            return results
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
+        cls.eager = type(f"{cls.__name__}Eager", (torch.autograd.Function,), methods)
+
+
+def _apply(function: type[_Function], *args: Any) -> Any:
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return function.apply(*args)
+    return function.eager.apply(*args)
 
 
 class _Snapshot(_Function):
@@ -333,7 +384,7 @@ class _CodeSums(_Function):
 
 
 class _VectorQuantize(_Function):
-    """(x, codebook, mask) -> (quantized, loss of each row, indices).
+    """(x, codebook, mask) -> (quantized, loss, indices, what the loss was multiplied by).
 
     Backward can be differentiated again, with the stop-gradients of the paper where they belong.
     """
@@ -345,11 +396,13 @@ class _VectorQuantize(_Function):
         mask: Tensor | None,
         commitment_weight: float,
         codebook_weight: float,
+        reduction: str,
         precision: str,
         backend: str,
         prepared: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = x, codebook, mask, commitment_weight, codebook_weight, precision, backend
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights = commitment_weight, codebook_weight
+        arguments = x, codebook, mask, *weights, reduction, precision, backend
         if prepared:
             return ops.vector_quantize_prepared(*arguments, prepared)
         # torch.vmap takes no op that has a list of tensors
@@ -357,27 +410,114 @@ class _VectorQuantize(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codebook, _, ctx.commitment_weight, ctx.codebook_weight, _, ctx.backend, *_ = inputs
+        x, codebook, mask, commitment, ctx.codebook_weight, reduction, _, backend, *_ = inputs
         # the op has one less
         ctx.num_others = len(inputs) - 2
-        ctx.save_for_backward(x, codebook, output[2])
-        ctx.mark_non_differentiable(output[2])
+        _save(ctx, x, codebook, mask, commitment, reduction, backend, output)
 
     @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor, grad_loss: Tensor, _: Tensor) -> tuple:
-        x, codebook, indices = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, *_: Tensor
+    ) -> tuple:
+        x, codebook, indices, of_rows = _of_rows(ctx, grad_loss)
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
-            weight = 2 * ctx.commitment_weight
-            grad_x = _GradX.apply(
-                grad_quantized, grad_loss, x, codebook.detach(), indices, weight, ctx.backend
-            )
+            grad_x = _grad_x(ctx, grad_quantized, of_rows, x, codebook, indices)
         if ctx.needs_input_grad[1]:
-            weight = 2 * ctx.codebook_weight
-            grad_codebook = _GradCodebook.apply(
-                grad_loss, x.detach(), codebook, indices, weight, ctx.backend
-            ).to(codebook.dtype)
+            weight = 2 * ctx.codebook_weight * ctx.share
+            grad_codebook = _apply(
+                _GradCodebook, of_rows, x.detach(), codebook, indices, weight, ctx.backend
+            )
+            if grad_codebook.dtype != codebook.dtype:
+                grad_codebook = grad_codebook.to(codebook.dtype)
         return grad_x, grad_codebook, *[None] * ctx.num_others
+
+
+class _VectorQuantizeEma(_Function):
+    """`_VectorQuantize`, in an op that also makes a step of the codes and keeps them as they were.
+
+    x alone gets a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        cluster_size: Tensor,
+        rates: Tensor,
+        commitment_weight: float,
+        reduction: str,
+        revives: bool,
+        precision: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        state = cluster_size, rates, commitment_weight, reduction, revives, precision, backend
+        return ops.vector_quantize_ema_(x, codebook, mask, *state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, _, mask, _, _, commitment_weight, reduction, _, _, backend = inputs
+        *found, before = output
+        _save(ctx, x, before, mask, commitment_weight, reduction, backend, found)
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, *_: Tensor
+    ) -> tuple:
+        x, codebook, indices, of_rows = _of_rows(ctx, grad_loss)
+        grad_x = _grad_x(ctx, grad_quantized, of_rows, x, codebook, indices)
+        return grad_x, *[None] * 9
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    commitment_weight: float,
+    reduction: str,
+    backend: str,
+    output: Sequence[Tensor],
+) -> None:
+    """What backward needs of `_VectorQuantize`."""
+    _, _, indices, share = output
+    ctx.commitment_weight, ctx.backend = commitment_weight, backend
+    # what a row's part of the loss was multiplied by: where it is a number, it costs nothing; but a
+    # compiler would take it for a constant
+    is_counted = reduction == "mean" and (mask is not None or torch.compiler.is_compiling())
+    ctx.share = 1.0 if reduction != "mean" or is_counted else 1.0 / max(x.numel(), 1)
+    ctx.save_for_backward(x, codebook, indices, *([share] if is_counted else []))
+    ctx.mark_non_differentiable(indices, share)
+    # no zeros for those
+    ctx.set_materialize_grads(False)
+
+
+def _of_rows(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, codebook, indices, and the gradient of each row's part of the loss, [N]."""
+    x, codebook, indices, *counted = ctx.saved_tensors
+    if grad_loss is None:
+        grad_loss = torch.zeros((), dtype=screen_dtype(x, codebook), device=x.device)
+    for share in counted:
+        grad_loss = grad_loss * share
+    return x, codebook, indices, grad_loss.expand(indices.shape)
+
+
+def _grad_x(
+    ctx: Any,
+    grad_quantized: Tensor | None,
+    of_rows: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    if grad_quantized is None:
+        grad_quantized = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+    weight = 2 * ctx.commitment_weight * ctx.share
+    return _apply(
+        _GradX, grad_quantized, of_rows, x, codebook.detach(), indices, weight, ctx.backend
+    )
 
 
 class _GradX(_Function):
@@ -430,17 +570,11 @@ class _GradCodebook(_Function):
         pull = ctx.weight * (gather(codebook, indices).to(grad.dtype) - x)
         of_loss = (gather(grad, indices) * pull).sum(1).masked_fill(is_left_out, 0)
         rows = grad_loss.masked_fill(is_left_out, 0)[:, None]
-        total, _ = _CodeSums.apply(rows, indices, codebook.shape[0], ctx.backend, True, False)
+        num_codes = codebook.shape[0]
+        total, _ = _apply(_CodeSums, rows, indices, num_codes, ctx.backend, True, False)
         return of_loss, None, (ctx.weight * grad * total).to(codebook.dtype), None, None, None
 
 
 # An exported program calls the ops themselves, on tensors that may require a gradient.
 ops.differentiate("vector_quantize", _VectorQuantize)
 ops.differentiate("code_sums", _CodeSums)
-
-
-def _num_elements(x: Tensor, indices: Tensor, mask: Tensor | None) -> Tensor | int:
-    """Elements of the rows that count; 1 if there are none, so that their mean is 0."""
-    if mask is None:
-        return max(x.numel(), 1)
-    return ((indices >= 0).sum() * x.shape[-1]).clamp(min=1)

@@ -217,8 +217,6 @@ class LearnedCodebook(Codebook):
         # one by one, as `counts, *others = totals` gives a compiled step of torch 2.8 a tuple
         counts = totals.pop(0)
         averaged = totals.pop(0) if self.codebook_update == "ema" else None
-        if self._rates.device != self.cluster_size.device:
-            self._rates = self._rates_on(self.cluster_size.device)
         is_own = self._owns_codebook()
         codebook = self.codebook if is_own else self.codebook.detach().clone()
         ops.ema_update_(
@@ -227,7 +225,7 @@ class LearnedCodebook(Codebook):
             counts,
             averaged,
             *(totals or (None, None)),
-            self._rates,
+            self._rates_here(),
             self.backend,
         )
         if not is_own:
@@ -269,6 +267,21 @@ class LearnedCodebook(Codebook):
         mask = torch.zeros(self.codebook_size, dtype=torch.bool, device=which.device)
         mask[which.long()] = True
         return mask
+
+    def _steps_at_once(self) -> bool:
+        """Whether an op can search and make the step: no rank or other batch comes in between."""
+        return (
+            self.codebook_update == "ema"
+            and not self._accumulates
+            and self._pending is None
+            and self._owns_codebook()
+            and not (self.sync_codebook and distributed.world_size() > 1)
+        )
+
+    def _rates_here(self) -> Tensor:
+        if self._rates.device != self.cluster_size.device:
+            self._rates = self._rates_on(self.cluster_size.device)
+        return self._rates
 
     def _rates_on(self, device: torch.device) -> Tensor:
         rates = [1 - self.decay, self.threshold_ema_dead_code]

@@ -11,7 +11,6 @@ Without the backend, an op's arguments are those of the function of the same nam
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from vqtriton.dispatch import backend_for, may_run_kernels, resolve_backend
-from vqtriton.planes import prepare_planes
+from vqtriton.dispatch import backend_for, resolve_backend
+from vqtriton.planes import inner_size, prepare_planes
 from vqtriton.screening import centred_codebook
 from vqtriton.tensors import has_float64, screen_dtype
 from vqtriton.tiles import trace
@@ -34,12 +33,18 @@ _library.define(
 _library.define("prepare_codebook(Tensor codebook, str backend) -> Tensor[]")
 _library.define(
     "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, float commitment_weight, "
-    "float codebook_weight, str precision, str backend) -> (Tensor, Tensor, Tensor)"
+    "float codebook_weight, str reduction, str precision, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "vector_quantize.prepared(Tensor x, Tensor codebook, Tensor? mask, float commitment_weight, "
-    "float codebook_weight, str precision, str backend, Tensor[] prepared) "
-    "-> (Tensor, Tensor, Tensor)"
+    "float codebook_weight, str reduction, str precision, str backend, Tensor[] prepared) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "vector_quantize_ema_(Tensor x, Tensor(a!) codebook, Tensor? mask, Tensor(b!) cluster_size, "
+    "Tensor rates, float commitment_weight, str reduction, bool revives, str precision, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "code_sums(Tensor x, Tensor indices, SymInt codebook_size, str backend, "
@@ -59,27 +64,36 @@ _library.define(
 )
 _library.define("snapshot(Tensor tensor) -> Tensor")
 
-# what `vqtriton.tiles.trace` notes of an op: which tiles it asks for, rows, number of codes
-TRACED: dict[str, Callable[..., tuple[str, Tensor, int]]] = {
-    "nearest_code": lambda x, codebook, *_: ("nearest_code", x, len(codebook)),
-    "vector_quantize": lambda x, codebook, *_: ("nearest_code", x, len(codebook)),
-    "code_sums": lambda x, indices, size, *_: ("code_sums", x, size),
-    "grad_x": lambda grad, loss, x, codebook, *_: ("grad_x", x, len(codebook)),
-    "grad_codebook": lambda loss, x, codebook, *_: ("code_sums", x, len(codebook)),
-    # the statistics are float32, and the batch is no part of it
-    "ema_update_": lambda size, codebook, *_: ("ema_update", codebook, len(codebook)),
+# what `vqtriton.tiles.trace` notes of an op: the rows, the number of codes, and for what it asks
+# tiles. Those of the update are of the codebook: the batch is no part of it.
+Traced = tuple[Tensor, int, tuple[str, ...]]
+TRACED: dict[str, Callable[..., list[Traced]]] = {
+    "nearest_code": lambda x, codebook, *_: [(x, len(codebook), ("nearest_code",))],
+    "vector_quantize": lambda x, codebook, *_: [(x, len(codebook), ("nearest_code",))],
+    "vector_quantize_ema_": lambda x, codebook, *_: [
+        (x, len(codebook), ("nearest_code", "code_sums")),
+        (codebook, len(codebook), ("ema_update",)),
+    ],
+    "code_sums": lambda x, indices, size, *_: [(x, size, ("code_sums",))],
+    "grad_x": lambda grad, loss, x, codebook, *_: [(x, len(codebook), ("grad_x",))],
+    "grad_codebook": lambda loss, x, codebook, *_: [(x, len(codebook), ("code_sums",))],
+    "ema_update_": lambda size, codebook, *_: [(codebook, len(codebook), ("ema_update",))],
 }
 
 
-def _snapshot(tensor: Tensor) -> Tensor:
-    """Of the codes that a step learns from. Here, where a compiler has no way around it, that step
-    is refused inside a backward."""
+def _refuse_backward() -> None:
+    """In the ops of a step that learns, where a compiler has no way around it."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "VectorQuantize learns in forward, and activation checkpointing runs forward again in "
             "backward, where it would choose from other codes and learn twice: leave it out of "
             "the checkpointed part, or freeze it (vq.frozen = True)"
         )
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    """Of the codes that a step learns from."""
+    _refuse_backward()
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -94,16 +108,45 @@ def _nearest_code_fake(x: Tensor, *_: Any) -> Tensor:
 def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
     if resolve_backend(backend, codebook.device) == "torch":
         return list(centred_codebook(codebook, screen_dtype(codebook, codebook)))
-    return list(prepare_planes(codebook[None]).tensors)
+    from vqtriton.kernels.prepare_planes import norms_of
+
+    *tensors, norms = prepare_planes(codebook[None]).tensors
+    rows = norms_of(*codebook.shape, inner_size(codebook.shape[1])[0])
+    return [*tensors, norms.new_empty(1, rows, 4)]
 
 
-def _vector_quantize_fake(x: Tensor, codebook: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _vector_quantize_fake(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    commitment_weight: float,
+    codebook_weight: float,
+    reduction: str,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    is_whole = reduction == "none"
+    dtype = screen_dtype(x, codebook)
     return (
         # not new_empty, which would keep the order of x's strides
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        x.new_empty(x.shape[0], dtype=screen_dtype(x, codebook)),
+        x.new_empty(x.shape[:1] if is_whole else (), dtype=dtype),
         x.new_empty(x.shape[0], dtype=torch.int64),
+        x.new_empty((0,) if is_whole else (), dtype=dtype),
     )
+
+
+def _vector_quantize_ema_fake(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    cluster_size: Tensor,
+    rates: Tensor,
+    commitment_weight: float,
+    reduction: str,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    found = _vector_quantize_fake(x, codebook, mask, commitment_weight, 0.0, reduction)
+    return *found, torch.empty(codebook.shape, dtype=codebook.dtype, device=codebook.device)
 
 
 def _code_sums_fake(
@@ -131,33 +174,27 @@ def _ema_update_fake(*_: Any) -> None:
     pass
 
 
-# a kernel's first launch compiles it, so Triton parses its source. Two threads of Python 3.11 must
-# not parse at once, and Triton's interpreter cannot run two kernels at once
-_launching = threading.RLock()
-
-
 def _by_backend(name: str) -> Callable[..., Any]:
     """The function of an op's name in the backend that is asked for."""
     schema, packet = _schema(name), name.partition(".")[0]
     place = next(i for i, arg in enumerate(schema.arguments) if arg.name == "backend")
     traced = TRACED.get(packet)
-    changes = any(argument.is_write for argument in schema.arguments)
+    changes = [arg.is_write for arg in schema.arguments if arg.name != "backend"]
 
     def run(*args: Any) -> Any:
         backend, args = args[place], (*args[:place], *args[place + 1 :])
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if traced is not None:
-            trace.record(*traced(*args))
-        function = getattr(backend_for(backend, device), packet)
-        if may_run_kernels(backend, device):
-            with _launching:
-                results = function(*args)
-        else:
-            results = function(*args)
-        if changes:
+        if traced is not None and trace.is_on():
+            for x, size, names in traced(*args):
+                for name in names:
+                    trace.record(name, x, size)
+        if packet == "vector_quantize_ema_":
+            _refuse_backward()
+        results = getattr(backend_for(backend, device), packet)(*args)
+        if True in changes:
             # whoever saved one of them for backward is to be told that it has changed
-            changed = [t for t in args[:2] if not t.is_inference()]
-            torch.autograd.graph.increment_version(changed)
+            changed = [t for t, is_write in zip(args, changes, strict=False) if is_write]
+            torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
         return results
 
     return run
@@ -193,6 +230,7 @@ for _name, _fake in (
     ("prepare_codebook", _prepare_codebook_fake),
     ("vector_quantize", _vector_quantize_fake),
     ("vector_quantize.prepared", _vector_quantize_fake),
+    ("vector_quantize_ema_", _vector_quantize_ema_fake),
     ("code_sums", _code_sums_fake),
     ("grad_x", _grad_x_fake),
     ("grad_codebook", _grad_codebook_fake),
@@ -219,6 +257,7 @@ nearest_code = torch.ops.vqtriton.nearest_code.default
 nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared
 prepare_codebook_op = torch.ops.vqtriton.prepare_codebook.default
 vector_quantize = torch.ops.vqtriton.vector_quantize.default
+vector_quantize_ema_ = torch.ops.vqtriton.vector_quantize_ema_.default
 vector_quantize_prepared = torch.ops.vqtriton.vector_quantize.prepared
 code_sums = torch.ops.vqtriton.code_sums.default
 grad_x = torch.ops.vqtriton.grad_x.default

@@ -8,18 +8,20 @@ and keeps the best score of a row from being negative. docs/exactness.md derives
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vqtriton.kernels.code_planes import CodePlanes, ScreenBound
 from vqtriton.kernels.constants import (
     BIAS_WEIGHTS,
     EXPONENT,
     GROUP,
     MIN_NORMAL,
+    NORM_BITS,
     PAD_CODES,
     PAD_OFFSET,
+    SAMPLE,
     SLACK,
 )
 from vqtriton.screening import U64
@@ -33,37 +35,6 @@ ACCUMULATION_UNIT = 2.0**-22
 U32 = 2.0**-24
 # Underflow, most of all of the bias in fp16: see docs/exactness.md.
 TINY = 2.0**-20
-
-
-class CodePlanes(NamedTuple):
-    """Codebooks in the form that the tensor-core screen reads."""
-
-    codes: Tensor  # [H, K, inner] fp16, K padded, in the order of the columns
-    offset: Tensor  # [H, K] fp32, (‖e_k‖² − E²)/2, likewise; PAD_OFFSET: no finite code
-    mean: Tensor  # [H, D] fp32
-    scale: Tensor  # [H] fp32, a power of two
-    # [H, 4] fp32; upper bounds: E, max ‖low part of e_k‖, max ‖residual of e_k‖; then the E²/2 that
-    # is in `offset`, rounded to nearest
-    norms: Tensor
-    group: int  # codes in a group: group j is codes [j·group, (j + 1)·group)
-    lanes: int  # threads that share a row of an accumulator
-    vec: int  # columns that follow one another in a thread
-    is_split: bool  # inner is (high, low, high, bias) per dimension, (low, high, high, weight) in x
-    has_bias_columns: bool  # three inner columns hold the bias
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What must be kept to make it again with `planes_of`."""
-        return self.codes, self.offset, self.mean, self.scale, self.norms
-
-
-class ScreenBound(NamedTuple):
-    """What `vqtriton.kernels.screen_codes` turns into the bound of a row."""
-
-    products: float  # times (‖x_h‖ + ‖x_l‖ + ‖δx‖)·E
-    bias: float  # times E²
-    distances: float  # times (‖x_h‖ + ‖x_l‖ + ‖δx‖)²
-    tiny: float
 
 
 # beyond it the first part of a bias may not fit into fp16: docs/exactness.md
@@ -116,6 +87,13 @@ def to_plane(values: Tensor) -> Tensor:
     return values.where(values.abs() >= MIN_NORMAL, 0).half()
 
 
+def _rounded_up(values: Tensor) -> Tensor:
+    """float64 to `NORM_BITS` bits."""
+    lost = 53 - NORM_BITS
+    bits = values.view(torch.int64)
+    return (((bits + (1 << lost) - 1) >> lost) << lost).view(torch.float64)
+
+
 def prepare_planes(
     codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2
 ) -> CodePlanes:
@@ -132,9 +110,17 @@ def prepare_planes(
     codes = codebook.double()
     is_finite = finite_rows(codes)
     codes = codes.where(is_finite[..., None], 0)
-    mean = (codes.sum(1) / is_finite.sum(1).clamp(min=1)[:, None]).float()
+    sampled = min(size, SAMPLE)
+    sample = torch.arange(sampled, dtype=torch.int64, device=codebook.device) * size // sampled
+    count = is_finite[:, sample].sum(1).clamp(min=1)
+    mean = (codes[:, sample].sum(1) / count[:, None]).float()
+    # the differences in float32, as in the kernels: of halves where they would overflow
+    is_large = torch.maximum(codes.abs(), mean.double().abs()[:, None]).amax(2) >= 2.0**126
+    half = torch.where(is_large, 0.5, 1.0)[..., None]
+    differences = (codes.float() * half - mean[:, None] * half).double() / half
+    largest = differences.where(is_finite[..., None], 0).abs().amax((1, 2))
+    exponent = torch.frexp(largest).exponent
     codes = (codes - mean.double()[:, None]).where(is_finite[..., None], 0)
-    exponent = torch.frexp(codes.abs().amax((1, 2))).exponent
     scale = torch.ldexp(torch.ones_like(mean[:, 0]), (EXPONENT - exponent).clamp(-126, 126))
     codes = codes * scale.double()[:, None, None]
 
@@ -145,7 +131,7 @@ def prepare_planes(
         low = to_plane(rest)
         rest = rest - low.double()
     sqnorm = codes.square().sum(2)
-    max_sqnorm = sqnorm.amax(1)
+    max_sqnorm = _rounded_up(sqnorm.amax(1) * (1 + (dim + 8) * 2.0**-23))
     sqnorms = [
         torch.maximum(max_sqnorm, high.double().square().sum(2).amax(1)),
         low.double().square().sum(2).amax(1),
@@ -153,6 +139,7 @@ def prepare_planes(
     ]
     # upper bounds stay upper bounds when they are rounded
     norms = torch.stack([*(sq.sqrt() * (1 + 2.0**-22) for sq in sqnorms), max_sqnorm / 2], 1)
+    norms = norms[:, None]
     offset = ((sqnorm - max_sqnorm[:, None]) / 2).where(is_finite, PAD_OFFSET)
     offset = torch.nn.functional.pad(offset, (0, padding), value=PAD_OFFSET).float()
 
@@ -189,7 +176,7 @@ def prepare_planes(
 def prepare_planes_with_kernels(
     codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2
 ) -> CodePlanes:
-    """`prepare_planes` in three launches. Only the order of the sums in float64 is another."""
+    """`prepare_planes` in one launch, or two. Only the order of sums is another."""
     from vqtriton.kernels import prepare_planes as kernel
 
     inner, is_split, has_bias_columns = inner_size(codebook.shape[2])

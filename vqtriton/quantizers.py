@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqtriton import dispatch
 from vqtriton.checks import INTEGERS, REDUCTIONS, check_number
-from vqtriton.functional import snapshot, vector_quantize
+from vqtriton.functional import snapshot, vector_quantize, vector_quantize_ema_
 from vqtriton.learning import LearnedCodebook
 from vqtriton.reference import Quantized
 from vqtriton.tensors import gather
@@ -240,6 +240,20 @@ class VectorQuantize(LearnedCodebook):
             self._start(vectors, mask)
         else:
             self._look()
+        if changes and self._steps_at_once():
+            quantized, indices, loss = vector_quantize_ema_(
+                vectors,
+                self.codebook,
+                mask,
+                self.cluster_size,
+                self._rates_here(),
+                commitment_weight=self.commitment_weight,
+                reduction=self.reduction,
+                revives=self._revives,
+                precision=self.precision,
+                backend=self.backend,
+            )
+            return Quantized(self._channels_back(quantized), indices, loss)
         codebook = self.codebook.detach() if is_held else self.codebook
         if changes:
             # backward needs the codes that were chosen from, not what the update makes of them

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqtriton.kernels.code_planes import OwnBound
 from vqtriton.kernels.constants import SLACK
 from vqtriton.tensors import finite_rows
 
@@ -30,14 +31,6 @@ class CentredCodebook(NamedTuple):
     mean: Tensor  # [D] screen dtype
     scale: Tensor  # [] screen dtype, a power of two
     max_norm: Tensor  # [] screen dtype, max ‖e_k‖
-
-
-class Bound(NamedTuple):
-    """|score error| ≤ products·(‖y‖·E + E²/2) + distances·‖y‖² + tiny, with E = max ‖e_k‖."""
-
-    products: float
-    distances: float
-    tiny: float
 
 
 def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
@@ -68,7 +61,7 @@ def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     )
 
 
-def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> Bound:
+def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> OwnBound:
     """Bound on the error of a score summed in ``dtype``, in any order.
 
     Args:
@@ -78,7 +71,7 @@ def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> Bo
             (2⁻⁹ for bfloat16), 0 if it takes them as they are.
     """
     roundoff = torch.finfo(dtype).eps / 2
-    return Bound(
+    return OwnBound(
         products=SLACK * ((dim + 8) * roundoff / (1 - (dim + 8) * roundoff) + 3 * input_roundoff),
         distances=SLACK * (dim + 4) * U64,
         tiny=TINY[dtype],

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqtriton.distributed import take_filled
+from vqtriton.distributed import sample_rows, take_filled
+from vqtriton.kernels.code_planes import OwnBound
 from vqtriton.screening import CentredCodebook, centred_codebook, error_bound
 from vqtriton.tensors import finite_rows, screen_dtype
 
@@ -19,6 +20,8 @@ from vqtriton.tensors import finite_rows, screen_dtype
 BLOCK_SCORES = 1 << 21
 # Codes whose scores are reduced together: strided `amax` is vectorised, `argmax` is not.
 GROUP = 8
+# Scores up to which all of a search is done at once.
+FEW_SCORES = 1 << 18
 # Groups whose codes in doubt are listed at a time: hard data can have all of them in doubt.
 BLOCK_GROUPS = 1 << 14
 # Elements of the vectors whose float64 distances are evaluated at a time: more leave the cache.
@@ -49,12 +52,20 @@ def search(
         prepared = centred_codebook(codebook, dtype)
     bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
 
+    if num_rows * size <= FEW_SCORES and dtype == torch.float32:
+        return _search_few(x, codebook, precision, prepared, bound)
+
     # padding to whole groups: a code with an infinite norm has the score -inf
     num_groups = -(-size // GROUP)
     padding = num_groups * GROUP - size
-    codes = torch.nn.functional.pad(prepared.codes, (0, 0, 0, padding)).T
-    bias = -torch.nn.functional.pad(prepared.half_sqnorm, (0, padding), value=torch.inf)
-    is_candidate = torch.nn.functional.pad(finite_rows(codebook), (0, padding))
+    codes, bias = prepared.codes.T, -prepared.half_sqnorm
+    if padding:
+        codes = torch.nn.functional.pad(codes, (0, padding))
+        bias = torch.nn.functional.pad(bias, (0, padding), value=-torch.inf)
+    is_candidate = bias > -torch.inf
+    if dtype == torch.float64:
+        # there, norms of finite codes may be infinite
+        is_candidate[:size] = finite_rows(codebook)
 
     # rows without a finite distance keep index 0
     indices = torch.zeros(num_rows, dtype=torch.int64, device=x.device)
@@ -64,22 +75,16 @@ def search(
     in_doubt = 0
     for start in range(0, num_rows, block):
         rows = x[start : start + block]
-        y = (rows.to(dtype) - prepared.mean) * prepared.scale
-        is_finite = finite_rows(rows)
-        y = y.where(is_finite[:, None], 0)
+        y, is_finite = _centred(rows, prepared)
         # with `out`, autocast leaves it alone
         block_scores = torch.addmm(bias, y, codes, out=scores[: rows.shape[0]])
 
         by_group = block_scores.view(-1, GROUP, num_groups)
         group_best = by_group.amax(1)
         best = group_best.amax(1)
-        norm = torch.linalg.vector_norm(y, dim=1)
-        error = (
-            bound.products * prepared.max_norm * (norm + prepared.max_norm / 2)
-            + bound.distances * norm.square()
-            + bound.tiny
-        )
-        threshold = best - 2 * error if precision == "exact" else best
+        threshold = best
+        if precision == "exact":
+            threshold = best - 2 * _score_error(y, prepared, bound)
         # `not below`, so that a NaN from overflow leaves the code in the race
         row, group = (~(group_best < threshold[:, None]) & is_finite[:, None]).nonzero().unbind(1)
         if has_repeats and row.numel() > 2 * rows.shape[0]:
@@ -110,6 +115,50 @@ def search(
             _keep_nearest(least, indices[start : start + block], pair_row, code, distances)
         in_doubt += int(is_contested.sum())
     return indices, in_doubt
+
+
+def _centred(rows: Tensor, prepared: CentredCodebook) -> tuple[Tensor, Tensor]:
+    """y [N, D], zeros for rows that are not finite; [N] bool, which are finite."""
+    y = (rows.to(prepared.codes.dtype) - prepared.mean) * prepared.scale
+    is_finite = finite_rows(rows)
+    return y.where(is_finite[:, None], 0), is_finite
+
+
+def _score_error(y: Tensor, prepared: CentredCodebook, bound: OwnBound) -> Tensor:
+    """[N], of `vqtriton.screening.error_bound`."""
+    norm = torch.linalg.vector_norm(y, dim=1)
+    products = bound.products * prepared.max_norm
+    error = norm.square().mul_(bound.distances).add_(bound.tiny)
+    return error.addcmul_(norm + prepared.max_norm / 2, products)
+
+
+def _search_few(
+    x: Tensor, codebook: Tensor, precision: str, prepared: CentredCodebook, bound: OwnBound
+) -> tuple[Tensor, int]:
+    """`search` where the scores are few, and what is done for all codes would take longest."""
+    y, is_finite = _centred(x, prepared)
+    # with `out`, autocast leaves it alone
+    scores = torch.empty(len(x), len(codebook), dtype=y.dtype, device=x.device)
+    torch.addmm(-prepared.half_sqnorm, y, prepared.codes.T, out=scores)
+    best, indices = scores.max(1)
+    indices *= is_finite
+    if precision != "exact":
+        return indices, 0
+    threshold = best - 2 * _score_error(y, prepared, bound)
+    # `not below`, so that a NaN from overflow leaves the code in the race
+    in_race = (scores < threshold[:, None]).logical_not_()
+    (contested,) = ((in_race.sum(1) > 1) & is_finite).nonzero(as_tuple=True)
+    if len(contested):
+        pair, code = in_race[contested].nonzero(as_tuple=True)
+        # codes that are not finite are no candidates
+        keep = prepared.half_sqnorm[code] < torch.inf
+        pair, code = pair[keep], code[keep]
+        distances = _distances_of_pairs(x, codebook, contested[pair], code)
+        found = torch.zeros_like(contested)
+        least = torch.full_like(found, torch.inf, dtype=torch.float64)
+        _keep_nearest(least, found, pair, code, distances)
+        indices[contested] = found
+    return indices, len(contested)
 
 
 def _keep_nearest(
@@ -177,19 +226,56 @@ def vector_quantize(
     mask: Tensor | None,
     commitment_weight: float,
     codebook_weight: float,
+    reduction: str,
     precision: str,
     prepared: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes; the loss of each row; indices, -1 where ``mask`` [N] is false.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes; the loss; indices, -1 where ``mask`` [N] is false; what the loss was multiplied by.
 
-    The two terms of the loss have one value, the squared distance; the weights part where it is
-    differentiated.
+    The loss is of each row with "none", when the last is empty; else [], as the last. The two terms
+    have one value, the squared distance; the weights part where it is differentiated.
     """
     indices = nearest_code(x, codebook, precision, prepared)
     if mask is not None:
         indices = indices.where(mask, -1)
-    quantized, sq_error = gather_codes(x, codebook, indices)
-    return quantized, sq_error * (commitment_weight + codebook_weight), indices
+    quantized, losses = gather_codes(x, codebook, indices)
+    losses *= commitment_weight + codebook_weight
+    if reduction == "none":
+        return quantized, losses, indices, losses.new_empty(0)
+    share = torch.ones((), dtype=torch.float64, device=x.device)
+    if reduction == "mean" and mask is None:
+        share /= max(x.numel(), 1)
+    elif reduction == "mean":
+        # 1 if no row counts, so that the mean is 0
+        share /= ((indices >= 0).sum() * x.shape[1]).clamp(min=1)
+    # float64, so that a sum over millions of rows keeps the digits of float32
+    loss = (losses.sum(dtype=torch.float64) * share).to(losses.dtype)
+    return quantized, loss, indices, share.to(losses.dtype)
+
+
+def vector_quantize_ema_(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    cluster_size: Tensor,
+    rates: Tensor,
+    commitment_weight: float,
+    reduction: str,
+    revives: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize`, and then a step of the codes; also the codes as they were."""
+    before = codebook.clone(memory_format=torch.contiguous_format)
+    found = vector_quantize(x, before, mask, commitment_weight, 0.0, reduction, precision)
+    indices = found[2]
+    sums, counts = code_sums(x, indices, len(codebook))
+    samples, is_filled = None, None
+    if revives:
+        keep = (indices >= 0) & finite_rows(x)
+        samples, is_filled = sample_rows(x, len(codebook), keep=keep, sync=False)
+    statistics = counts.float(), sums.float(), samples, is_filled, rates
+    ema_update_(cluster_size, codebook, *statistics)
+    return *found, before
 
 
 def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

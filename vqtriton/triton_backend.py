@@ -17,21 +17,27 @@ from vqtriton import torch_backend
 from vqtriton.kernels import atomic_sums, ema_update, vector_quantize_grad
 from vqtriton.kernels import code_sums as sums_kernels
 from vqtriton.kernels.constants import GROUP
+from vqtriton.kernels.draw_rows import draw_rows
 from vqtriton.kernels.nearest_code import (
     NearestCode,
     NearestCodeConfig,
-    nearest_code_config,
+    config_for,
 )
 from vqtriton.kernels.nearest_code import (
     nearest_code as nearest_code_kernels,
 )
+from vqtriton.kernels.replay import replayed
 from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture, rows_are_aligned
 from vqtriton.planes import CodePlanes, planes_of, prepare_planes_with_kernels, screen_bound
 from vqtriton.screening import error_bound
 from vqtriton.tiles import tables
 from vqtriton.tiles.candidates import ALIGNMENT
 
+# codes, loss, indices, what the sum of the losses was multiplied by
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
+
+@replayed
 def nearest_code(
     x: Tensor, codebook: Tensor, precision: str, prepared: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -44,22 +50,83 @@ def prepare_codebook(codebook: Tensor) -> list[Tensor]:
     return list(_prepare_planes(codebook).tensors)
 
 
+@replayed
 def vector_quantize(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
     commitment_weight: float,
     codebook_weight: float,
+    reduction: str,
     precision: str,
     prepared: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights = commitment_weight, codebook_weight
+) -> Quantized:
     if x.shape[0] == 0:
-        return torch_backend.vector_quantize(x, codebook, mask, *weights, precision)
-    out = run_kernels(x, codebook, prepared, exact=precision == "exact", mask=mask, gather=True)
+        return torch_backend.vector_quantize(
+            x, codebook, mask, commitment_weight, codebook_weight, reduction, precision
+        )
+    out = run_kernels(
+        x,
+        codebook,
+        prepared,
+        exact=precision == "exact",
+        mask=mask,
+        gather=True,
+        reduction=reduction,
+        weight=commitment_weight + codebook_weight,
+    )
     assert out.quantized is not None
-    assert out.sq_error is not None
-    return out.quantized[0], out.sq_error[0] * sum(weights), out.indices[0]
+    assert out.losses is not None
+    if out.loss is None or out.share is None:
+        # nothing was multiplied
+        return out.quantized[0], out.losses[0], out.indices[0], out.losses.new_empty(0)
+    return out.quantized[0], out.loss[0], out.indices[0], out.share[0]
+
+
+def vector_quantize_ema_(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    cluster_size: Tensor,
+    rates: Tensor,
+    commitment_weight: float,
+    reduction: str,
+    revives: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    state = codebook, mask, cluster_size, rates, commitment_weight, reduction
+    if x.shape[0] == 0:
+        return torch_backend.vector_quantize_ema_(x, *state, revives, precision)
+    # on the device: a replayed graph draws anew
+    seed = torch.empty(1, dtype=torch.int64, device=x.device).random_(1 << 62) if revives else None
+    return _learn(x, *state, seed, precision)
+
+
+@replayed
+def _learn(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    cluster_size: Tensor,
+    rates: Tensor,
+    commitment_weight: float,
+    reduction: str,
+    seed: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`vector_quantize_ema_`; rows are drawn for dead codes where there is a seed."""
+    found = vector_quantize(x, codebook, mask, commitment_weight, 0.0, reduction, precision)
+    indices = found[2]
+    sums, counts = _code_sums(x, indices, len(codebook), False)
+    drawn = None if seed is None else draw_rows(x, indices, cluster_size, seed)
+    before = torch.empty(codebook.shape, dtype=codebook.dtype, device=codebook.device)
+    ema_update.ema_update_(
+        *(cluster_size, codebook, counts, sums, None, None, rates),
+        before=before,
+        drawn=drawn,
+        config=_tiles("ema_update", codebook, len(codebook)),
+    )
+    return *found, before
 
 
 def run_kernels(
@@ -70,11 +137,13 @@ def run_kernels(
     exact: bool,
     mask: Tensor | None = None,
     gather: bool = False,
+    reduction: str = "none",
+    weight: float = 1.0,
 ) -> NearestCode:
     """`vqtriton.kernels.nearest_code` for one head; N >= 1."""
     planes = _prepare_planes(codebook, prepared)
     is_aligned = rows_are_aligned(x[None])
-    config = nearest_code_config(architecture(x.device), planes.codes.shape[2], is_aligned)
+    config = config_for(x[None], planes.codes.shape[2])
     # tables are of contiguous rows, whose addresses are as well aligned as D allows
     is_as_tuned = is_aligned or x.shape[1] % ALIGNMENT != 0
     screen = _tiles("nearest_code", x, codebook.shape[0]) if is_as_tuned else None
@@ -89,6 +158,8 @@ def run_kernels(
             exact=exact,
             mask=None if mask is None else mask[None],
             gather=gather,
+            reduction=reduction,
+            weight=weight,
             config=config,
         )
 
@@ -123,6 +194,13 @@ def code_sums(
     if not (deterministic or torch.are_deterministic_algorithms_enabled()):
         sums, counts = atomic_sums.atomic_sums(x[None], indices[None], codebook_size, double=double)
         return sums[0], counts[0]
+    return _code_sums(x, indices, codebook_size, double)
+
+
+@replayed
+def _code_sums(
+    x: Tensor, indices: Tensor, codebook_size: int, double: bool
+) -> tuple[Tensor, Tensor]:
     tiles = _tiles("code_sums", x, codebook_size)
     sums, counts = sums_kernels.code_sums(
         x[None], indices[None], codebook_size, double=double, config=tiles
@@ -130,6 +208,7 @@ def code_sums(
     return sums[0], counts[0]
 
 
+@replayed
 def grad_x(
     grad_quantized: Tensor,
     grad_loss: Tensor,
@@ -143,6 +222,7 @@ def grad_x(
     return vector_quantize_grad.grad_x(*tensors, weight, config=tiles)[0]
 
 
+@replayed
 def grad_codebook(
     grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float
 ) -> Tensor:

@@ -59,7 +59,7 @@ def screen_default(target: str, dim: int) -> Any:
 def sums_candidates(dim: int) -> list[Any]:
     return [
         code_sums.CodeSumsConfig(least_chunk=chunk, block_elements=elements, num_warps=warps)
-        for chunk, elements, warps in product((256, 512, 1024), (512, 1024, 2048), (4, 8))
+        for chunk, elements, warps in product((32, 64, 128), (512, 1024, 2048), (4, 8))
     ]
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from vqtriton.kernels import replay
 from vqtriton.tiles.problems import Problem, problem_fault, type_fault
 
 SCHEMA = 1
@@ -183,6 +184,7 @@ def forget() -> None:
     _chosen.clear()
     _rejected.clear()
     _missing.clear()
+    replay.forget()
 
 
 def choose(
@@ -235,6 +237,7 @@ def reject(config: Any) -> None:
     warnings.warn(f"{config} does not fit on this device; the default is used", stacklevel=3)
     _rejected.append(config)
     _chosen.clear()
+    replay.forget()
 
 
 def _steps(count: int) -> int:

@@ -17,6 +17,10 @@ VARIABLE = "VQTRITON_TRACE"
 _seen: set[tuple[Any, ...]] = set()
 
 
+def is_on() -> bool:
+    return VARIABLE in os.environ
+
+
 def record(op: str, x: torch.Tensor, codebook_size: int) -> None:
     """Notes a shape when it is first seen, at once: what is killed later keeps it.
 

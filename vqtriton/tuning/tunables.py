@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqtriton import reference, torch_backend
 from vqtriton.kernels import code_sums, ema_update, nearest_code, screen_codes, vector_quantize_grad
-from vqtriton.planes import GROUP, prepare_planes, screen_bound
+from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 from vqtriton.tiles.problems import DTYPES, Problem
 from vqtriton.tuning.compiling import Launch, launches_of
@@ -80,11 +80,7 @@ def prepare_screen(inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
 def run_screen(prepared: tuple[Tensor, Tensor, Any], config: Any) -> tuple[Tensor, ...]:
     """The whole search, which is what the screen's tiles have to be good for."""
     x, codebook, planes = prepared
-    rest = nearest_code.nearest_code_config(
-        screen_codes.architecture(x.device),
-        planes.codes.shape[2],
-        screen_codes.rows_are_aligned(x[None]),
-    )
+    rest = nearest_code.config_for(x[None], planes.codes.shape[2])
     out = nearest_code.nearest_code(
         x[None],
         codebook[None],
@@ -92,7 +88,7 @@ def run_screen(prepared: tuple[Tensor, Tensor, Any], config: Any) -> tuple[Tenso
         screen_bound(planes, config.block_k),
         error_bound(x.shape[1], torch.float32),
         exact=True,
-        config=nearest_code.NearestCodeConfig(config, rest.finish, rest.rescue),
+        config=nearest_code.NearestCodeConfig(config, rest.rescue),
     )
     return (out.indices[0],)
 
@@ -110,15 +106,26 @@ def screen_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     )
 
 
-def screen_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
+def screen_launches(problem: Problem, target: str, config: Any, splits: int = 1) -> list[Launch]:
+    """In one part the screen finishes as well, for which it needs more registers."""
     x = torch.zeros(1, 48, problem.dim, dtype=DTYPES[problem.dtype])
     # two tiles at least
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(512, problem.dim, dtype=torch.float32, generator=generator)
     planes = _planes(codebook, target)
     bound = screen_bound(planes, config.block_k)
+    rest = nearest_code.config_for(x, planes.codes.shape[2])
     launched = launches_of(
-        screen_codes, screen_codes.screen_codes, x, planes, bound, splits=1, config=config
+        (screen_codes, nearest_code),
+        nearest_code.nearest_code,
+        x,
+        codebook[None],
+        planes,
+        bound,
+        error_bound(problem.dim, torch.float32),
+        exact=True,
+        splits=splits,
+        config=nearest_code.NearestCodeConfig(config, rest.rescue),
     )
     return [launch for launch in launched if launch.name == "screen_codes"]
 
@@ -145,7 +152,8 @@ def screen_unevenness(problem: Problem, config: Any, processors: int) -> float:
     """Of few rows: whole tiles are counted, and programs that do not go round."""
     rows = -(-problem.num_rows // config.block_n)
     tiles = -(-problem.codebook_size // config.block_k)
-    splits = screen_codes.choose_splits(rows, tiles, processors)
+    tile_bytes = 2 * inner_size(problem.dim)[0] * config.block_k
+    splits = screen_codes.choose_splits(rows, tiles, tile_bytes, processors)
     tiles_per_split = -(-tiles // min(splits, tiles))
     programs = rows * -(-tiles // tiles_per_split)
     of_program = config.block_n * config.block_k * tiles_per_split
@@ -155,7 +163,7 @@ def screen_unevenness(problem: Problem, config: Any, processors: int) -> float:
 
 def _planes(codebook: Tensor, target: str) -> Any:
     lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
-    return prepare_planes(codebook[None], group=GROUP, lanes=lanes, vec=vec)
+    return prepare_planes(codebook[None], lanes=lanes, vec=vec)
 
 
 def as_they_are(inputs: Inputs) -> Inputs:
