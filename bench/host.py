@@ -144,7 +144,7 @@ def host_us(roots: Sequence[Path] = (ROOT,)) -> list[dict[str, list[float]]]:
 
 def only_kernels() -> Any:
     """Kernels are launched wherever the tensors are."""
-    # of an earlier commit, the op itself chose
+    # in earlier commits this function was in `ops`
     name = "dispatch" if hasattr(vqtriton, "dispatch") else "ops"
     return mock.patch(f"vqtriton.{name}.resolve_backend", _triton)
 

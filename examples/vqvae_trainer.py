@@ -66,7 +66,7 @@ class VQVAETrainer(Trainer):
         # loss terms; how often each code was chosen
         self.sums = {"sums": torch.zeros(3, **double)}
         self.sums["counts"] = torch.zeros(args.codebook_size, **double)
-        # of the steps that are not in the sums yet: it does not wait for the device
+        # counts the codes of recent steps, which are then added to the sums: no step waits for that
         self.meter = vqtriton.metrics.Meter(args.codebook_size)
         self.digests: list[str] = []
         eager = DistributedDataParallel(model) if self.world > 1 else model

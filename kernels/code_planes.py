@@ -14,8 +14,8 @@ class CodePlanes(NamedTuple):
     offset: Tensor  # [H, K] fp32, (‖e_k‖² − E²)/2, likewise; PAD_OFFSET: no finite code
     mean: Tensor  # [H, D] fp32
     scale: Tensor  # [H] fp32, a power of two
-    # [H, P, 4] fp32, of which the largest count; upper bounds: E, max ‖low part of e_k‖,
-    # max ‖residual of e_k‖; then the E²/2 that is in `offset`
+    # [H, P, 4] fp32: upper bounds of E, of max ‖low part of e_k‖ and of max ‖residual of e_k‖, and
+    # the E²/2 that is in `offset`. Each program may have written a row: the largest value holds.
     norms: Tensor
     group: int  # codes in a group: group j is codes [j·group, (j + 1)·group)
     lanes: int  # threads that share a row of an accumulator

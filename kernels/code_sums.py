@@ -6,7 +6,7 @@ neighbour a partial sum is left. A second kernel adds up the partial sums of tho
 program has equally many rows, whatever the data, and no code has more chunks than √N or 256.
 
 Few rows are sorted by a kernel of our own: it counts the rows that come before each row, which is
-the place of the row. That is N² comparisons and one launch, where torch's sort takes about ten.
+the place of the row. That is N² comparisons and one launch, where torch's sort takes several.
 
 All adds in float64, and a sum is rounded to float32 once, so what it is wrong by does not grow with
 the number of rows: at most 2⁻²⁴ of it, and n·2⁻⁵³·Σ|x|. Callers that divide the sums can have them
@@ -87,7 +87,7 @@ def place_rows_kernel(
     for start in range(0, num_rows, BLOCK_OTHERS):
         other = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_OTHERS)
         others = _segments(indices_ptr, other, num_rows, N, K, num_segments, HAS_HEADS)
-        # of the same code those before it, too
+        # an earlier row of the same code comes first, too
         others -= (other < first).to(tl.int32)
         # what is counted below or is not there comes before none
         is_other = (other < num_rows) & ((other < first) | (other >= first + BLOCK_ROWS))

@@ -20,7 +20,9 @@ PAD_OFFSET = 1.0
 SLACK = 1.05
 # codes whose mean is the centre: any point near the codes would do
 SAMPLE = 128
-# of E², rounded up
+# E² is rounded up to so many bits
 NORM_BITS = 10
 # rows of `CodePlanes.norms`, at most; a power of two
 MOST_NORMS = 64
+# parts that a large codebook is looked at in, at most; a power of two
+MOST_PARTS = 256

@@ -27,7 +27,7 @@ class Variant:
 
     def __init__(self, kernel: JITFunction, given: dict[str, Any]) -> None:
         params = kernel.params
-        # of each argument that is not a constexpr; constexprs are the last parameters
+        # whether Triton compiles for the value of an argument; constexprs are the last parameters
         self.specializes = [not p.do_not_specialize for p in params if not p.is_constexpr]
         self.constants = [given[p.name] for p in params[len(self.specializes) :]]
         self.compiled: dict[tuple[Any, ...], Any] = {}
@@ -72,7 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **given: Any) -> None
     if program is None:
         with _one_at_a_time:
             program = kernel[grid](*args, **given)
-        # there is none where a hook kept Triton from compiling
+        # a hook may keep Triton from compiling: then there is no program
         if program is not None:
             variant.compiled[place] = program
     else:

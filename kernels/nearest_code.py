@@ -88,11 +88,11 @@ class Scratch(NamedTuple):
 class Rescue(NamedTuple):
     """How the rescue is divided."""
 
-    tiles: int  # of rows, of the screen
-    span: int  # tiles that are taken together
+    tiles: int  # tiles of rows that the screen has
+    span: int  # how many tiles one program takes together
     spans: int
-    splits: int  # of the codes
-    codes: int  # of a split, but for the last
+    splits: int  # parts that the codes are divided into
+    codes: int  # codes in each part; the last may have fewer
 
     @property
     def programs(self) -> int:

@@ -30,7 +30,7 @@ PAD_OFFSET = tl.constexpr(constants.PAD_OFFSET)
 SAMPLE = tl.constexpr(constants.SAMPLE)
 LOST_BITS = tl.constexpr(53 - constants.NORM_BITS)
 ROUND_UP = tl.constexpr((1 << (53 - constants.NORM_BITS)) - 1)
-MOST_PARTS = tl.constexpr(256)
+MOST_PARTS = tl.constexpr(constants.MOST_PARTS)
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class PreparePlanesConfig:
     """A tile is whole codes of about so many elements."""
 
     block_elements: int = 4096
-    # of a codebook that every program goes through: a multiprocessor of an H100 reads them in 10 µs
+    # a codebook with no more elements is small: every program goes through all of it
     most_elements: int = 1 << 18
-    # parts of a larger one: two for each processor of a large GPU
-    most_parts: int = 256
+    # parts of a larger one, at most; about two for each processor of a large GPU
+    most_parts: int = constants.MOST_PARTS
     num_warps: int = 8
 
 
@@ -353,7 +353,9 @@ def prepare_planes(
     peaks, parts = None, 0
     with torch.cuda.device_of(codebook):
         if not is_small:
-            codes_per_part = cdiv(cdiv(size, block_k), config.most_parts) * block_k
+            # the kernel that follows looks at no more
+            most_parts = min(config.most_parts, constants.MOST_PARTS)
+            codes_per_part = cdiv(cdiv(size, block_k), most_parts) * block_k
             parts = cdiv(size, codes_per_part)
             peaks = empty(heads, parts, 2, dtype=torch.float64)
             tensors = codebook, peaks, mean, norms

@@ -57,7 +57,7 @@ class ScreenCodesConfig:
 
 # threads that share a row of an accumulator, and columns that follow one another in a thread
 ACCUMULATOR_ORDER = {"sm_80": (8, 2), "sm_90": (4, 2), "sm_100": (1, 2), "gfx942": (2, 4)}
-# bytes of codes that are no part of their own: a multiprocessor of an H100 fetches them in 10 µs
+# a part of the codes has at least so many bytes, unless it has many tiles
 LEAST_PART_BYTES = 1 << 20
 # inner columns up to which the rows are held
 HELD_INNER = {"sm_80": 128, "sm_90": 256, "sm_100": 256, "gfx942": 128}
@@ -300,7 +300,7 @@ class Parts(NamedTuple):
     """How the codes are divided."""
 
     splits: int
-    codes: int  # of each part but the last
+    codes: int  # codes in each part; the last may have fewer
 
 
 def parts_of(
