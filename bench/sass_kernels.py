@@ -23,6 +23,7 @@ from vqtriton.kernels import (
     vector_quantize_grad,
 )
 from vqtriton.kernels import prepare_planes as planes_kernels
+from vqtriton.kernels.code_planes import CodePlanes
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 from vqtriton.tuning.compiling import Launch, launches_of
@@ -102,33 +103,27 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
     # of two tiles at least
     codebook = codebook_of(x.shape[1]).repeat(8, 1)[None]
     planes = prepare_planes(codebook, lanes=lanes, vec=vec)
-    launches = []
-    for is_few, splits in product((False, True), (1, 2)):
-        config = nearest_code.nearest_code_config(
-            target, planes.codes.shape[2], screen_codes.rows_are_aligned(x[None]), is_few=is_few
+    return [
+        launch
+        for is_few, splits in product((False, True), (1, 2))
+        for launch in launches_of_search(
+            x, codebook, planes, target, is_few, exact=True, reduction="mean", splits=splits
         )
-        launches += launches_of(
-            (screen_codes, nearest_code),
-            nearest_code.nearest_code,
-            x[None],
-            codebook,
-            planes,
-            screen_bound(planes, config.screen.block_k),
-            error_bound(x.shape[1], torch.float32),
-            exact=True,
-            gather=True,
-            reduction="mean",
-            splits=splits,
-            config=config,
-        )
-    return launches
+    ]
 
 
-def record_fast_search(x: torch.Tensor, target: str) -> list[Launch]:
-    """Without a rescue."""
-    codebook = codebook_of(x.shape[1])[None]
-    planes = prepare_planes(codebook)
-    config = nearest_code.nearest_code_config(accumulator_of(target), planes.codes.shape[2])
+def launches_of_search(
+    x: torch.Tensor,
+    codebook: torch.Tensor,
+    planes: CodePlanes,
+    target: str,
+    is_few: bool,
+    **options: Any,
+) -> list[Launch]:
+    """Of a search with the default tiles of a target."""
+    is_aligned = screen_codes.rows_are_aligned(x[None])
+    inner = planes.codes.shape[2]
+    config = nearest_code.nearest_code_config(target, inner, is_aligned, is_few=is_few)
     return launches_of(
         (screen_codes, nearest_code),
         nearest_code.nearest_code,
@@ -137,14 +132,21 @@ def record_fast_search(x: torch.Tensor, target: str) -> list[Launch]:
         planes,
         screen_bound(planes, config.screen.block_k),
         error_bound(x.shape[1], torch.float32),
-        exact=False,
         gather=True,
-        reduction="sum",
         config=config,
+        **options,
     )
 
 
-# as many rows: sorted by torch
+def record_fast_search(x: torch.Tensor, target: str) -> list[Launch]:
+    """Without a rescue."""
+    codebook = codebook_of(x.shape[1])[None]
+    planes = prepare_planes(codebook)
+    options = {"exact": False, "reduction": "sum"}
+    return launches_of_search(x, codebook, planes, accumulator_of(target), False, **options)
+
+
+# tiles with which torch sorts the rows, as it does where they are many
 SORTED = code_sums.CodeSumsConfig(most_counted=0)
 
 
