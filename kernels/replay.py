@@ -107,7 +107,7 @@ class Plan:
             self.place_of_result.append(place.base if isinstance(place, Pointer) else None)
             if result.numel() == 0:
                 continue
-            is_own = isinstance(place, Pointer) and place.base >= first and place.offset == 0
+            is_own = isinstance(place, Pointer) and place.base >= first
             if not (
                 is_own
                 and result.is_contiguous()
