@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
 
 # signatures that are kept
 MOST_PLANS = 1024
@@ -99,12 +100,12 @@ class Plan:
             (launch, args, [(i, *arg) for i, arg in enumerate(args) if isinstance(arg, Pointer)])
             for launch, args in tape.launches
         ]
-        # shape and dtype of what is returned; allocations that are
-        self.returned = [(tuple(result.shape), result.dtype) for result in results]
-        self.place_of_result: list[int | None] = []
+        # shape, dtype and allocation of each tensor that is returned
+        self.returned: list[tuple[tuple[int, ...], torch.dtype, int | None]] = []
         for result in results:
             place = tape.place(result)
-            self.place_of_result.append(place.base if isinstance(place, Pointer) else None)
+            base = place.base if isinstance(place, Pointer) else None
+            self.returned.append((tuple(result.shape), result.dtype, base))
             if result.numel() == 0:
                 continue
             is_own = isinstance(place, Pointer) and place.base >= first
@@ -114,13 +115,13 @@ class Plan:
                 and result.numel() == tape.allocations[place.base - first].numel()
             ):
                 tape.can_be_replayed = False
-        returned = set(self.place_of_result)
-        if len(returned - {None}) + self.place_of_result.count(None) < len(results):
+        returned = [base for *_, base in self.returned if base is not None]
+        if len(set(returned)) < len(returned):
             # the same one twice
             tape.can_be_replayed = False
         # the offset in the block of each allocation that is not returned
         self.offsets: list[tuple[int, int]] = []
-        self.num_bases = first + len(tape.allocations)
+        self.own_bases = [0] * len(tape.allocations)
         self.bytes = 0
         for number, allocation in enumerate(tape.allocations, first):
             if number not in returned:
@@ -128,25 +129,27 @@ class Plan:
                 size = allocation.untyped_storage().nbytes()
                 self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
 
-    def replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        device = inputs[0].device
-        bases = [tensor.data_ptr() for tensor in inputs]
-        bases += [0] * (self.num_bases - len(bases))
+    def replay(self, device: torch.device, bases: list[int]) -> list[Tensor]:
+        """Makes the launches for other inputs, which begin at ``bases``."""
+        bases += self.own_bases
         results = []
-        for (shape, dtype), place in zip(self.returned, self.place_of_result, strict=True):
+        for shape, dtype, place in self.returned:
             result = torch.empty(shape, dtype=dtype, device=device)
             if place is not None:
                 bases[place] = result.data_ptr()
             results.append(result)
-        block = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-        start = block.data_ptr()
-        for number, offset in self.offsets:
-            bases[number] = start + offset
+        if self.bytes:
+            block = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+            start = block.data_ptr()
+            for place, offset in self.offsets:
+                bases[place] = start + offset
+        # else each launch asks for it
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
         for launch, args, pointers in self.launches:
             given = args.copy()
             for place, base, offset in pointers:
                 given[place] = bases[base] + offset
-            launch(*given)
+            launch(*given, stream=stream)
         return results
 
 
@@ -173,16 +176,23 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
             # part of another's recording
             return function(*args)
         inputs: list[Tensor] = []
+        # of each tensor, where it begins
+        bases: list[int] = []
         key: list[Any] = [function, torch.are_deterministic_algorithms_enabled()]
         for arg in args:
             if isinstance(arg, Tensor):
-                inputs.append(arg)
-                key.append(_signature(arg))
+                tensors = (arg,)
             elif isinstance(arg, (tuple, list)):
-                inputs += arg
-                key.append(tuple(map(_signature, arg)))
+                tensors = arg
+                key.append(len(arg))
             else:
                 key.append(arg)
+                continue
+            for t in tensors:
+                address = t.data_ptr()
+                bases.append(address)
+                inputs.append(t)
+                key += t.dtype, t.shape, t.stride(), address & 15 == 0, t.get_device()
         place = tuple(key)
         try:
             plan = _plans[place]
@@ -191,7 +201,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         if plan is None:
             return function(*args)
         with torch.cuda.device_of(inputs[0]):
-            results = plan.replay(inputs)
+            results = plan.replay(inputs[0].device, bases)
         return tuple(results) if len(results) > 1 else results[0]
 
     return call
@@ -214,11 +224,6 @@ def _record(
     # what is returned may have shown that it cannot be
     _plans[key] = plan if recording.can_be_replayed else None
     return results
-
-
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    is_aligned = tensor.data_ptr() & 15 == 0
-    return tensor.dtype, tensor.shape, tensor.stride(), is_aligned, tensor.device
 
 
 def _extent(tensor: Tensor) -> int:

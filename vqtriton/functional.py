@@ -114,12 +114,17 @@ def nearest_code(
     """
     codes, prepared, backend = _parts(codebook, backend)
     check_arguments(x, codes, precision=precision, backend=backend)
-    flat = x.detach().reshape(-1, x.shape[-1])
+    flat = _flat(x.detach() if x.requires_grad else x)
     if isinstance(codebook, PreparedCodebook):
         indices = ops.nearest_code_prepared(flat, codes, precision, backend, prepared)
     else:
         indices = ops.nearest_code(flat, codes.detach(), precision, backend)
-    return indices.reshape(x.shape[:-1])
+    return indices if x.ndim == 2 else indices.reshape(x.shape[:-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[N, D]"""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _parts(
@@ -210,7 +215,7 @@ def vector_quantize(
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     quantized, loss, indices, _ = _apply(
         _VectorQuantize,
-        x.reshape(-1, x.shape[-1]),
+        _flat(x),
         codes,
         None if mask is None else mask.reshape(-1),
         float(commitment_weight),
@@ -243,7 +248,7 @@ def vector_quantize_ema_(
     check_arguments(x, codebook, mask, precision=precision, backend=backend)
     quantized, loss, indices, *_ = _apply(
         _VectorQuantizeEma,
-        x.reshape(-1, x.shape[-1]),
+        _flat(x),
         codebook,
         None if mask is None else mask.reshape(-1),
         cluster_size,
@@ -258,6 +263,8 @@ def vector_quantize_ema_(
 
 
 def _in_shape_of(x: Tensor, quantized: Tensor, indices: Tensor, loss: Tensor) -> Quantized:
+    if x.ndim == 2:
+        return Quantized(quantized, indices, loss)
     indices = indices.reshape(x.shape[:-1])
     if loss.ndim > 0:
         loss = loss.reshape(x.shape[:-1])
@@ -304,7 +311,7 @@ def code_sums(
         >>> means = sums / counts.clamp(min=1)[:, None]  # [512, 64]
     """
     check_sums(x, indices, codebook_size, deterministic, backend)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _flat(x)
     arguments = codebook_size, backend, deterministic, False
     return _apply(_CodeSums, rows, indices.reshape(-1), *arguments)
 
@@ -329,7 +336,8 @@ class _Function(torch.autograd.Function):
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
         def forward(ctx: Any, *args: Any) -> Any:
-            results = cls.forward(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                results = cls.forward(*args)
             cls.setup_context(ctx, args, results)
             return results
 
@@ -340,7 +348,10 @@ class _Function(torch.autograd.Function):
 def _apply(function: type[_Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return function.apply(*args)
-    return function.eager.apply(*args)
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return function.eager.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function.forward(*args)
 
 
 class _Snapshot(_Function):

@@ -11,7 +11,7 @@ Without the backend, an op's arguments are those of the function of the same nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -174,53 +174,44 @@ def _ema_update_fake(*_: Any) -> None:
     pass
 
 
-def _by_backend(name: str) -> Callable[..., Any]:
-    """The function of an op's name in the backend that is asked for."""
-    schema, packet = _schema(name), name.partition(".")[0]
-    place = next(i for i, arg in enumerate(schema.arguments) if arg.name == "backend")
+def _implementation(name: str) -> Callable[..., Any]:
+    """An op, by the function of its name in the backend that it is asked for."""
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.vqtriton, packet), overload or "default")
+    arguments = op._schema.arguments
+    place = next(i for i, argument in enumerate(arguments) if argument.name == "backend")
+    changed = [i for i, argument in enumerate(arguments) if argument.is_write]
     traced = TRACED.get(packet)
-    changes = [arg.is_write for arg in schema.arguments if arg.name != "backend"]
 
     def run(*args: Any) -> Any:
-        backend, args = args[place], (*args[:place], *args[place + 1 :])
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        device = args[0].device
+        if not has_float64(device):
+            return _on_cpu(run, changed, args)
+        others = (*args[:place], *args[place + 1 :])
         if traced is not None and trace.is_on():
-            for x, size, names in traced(*args):
-                for name in names:
-                    trace.record(name, x, size)
+            for x, size, names in traced(*others):
+                for traced_name in names:
+                    trace.record(traced_name, x, size)
         if packet == "vector_quantize_ema_":
             _refuse_backward()
-        results = getattr(backend_for(backend, device), packet)(*args)
-        if True in changes:
+        results = getattr(backend_for(args[place], device), packet)(*others)
+        if changed:
             # whoever saved one of them for backward is to be told that it has changed
-            changed = [t for t, is_write in zip(args, changes, strict=False) if is_write]
-            torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+            tensors = [args[i] for i in changed if not args[i].is_inference()]
+            torch.autograd.graph.increment_version(tensors)
         return results
 
     return run
 
 
-def _schema(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.vqtriton, packet), overload or "default")._schema
-
-
-def _where_float64_is(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation, which takes a detour by way of the CPU for devices without float64."""
-    is_changed = [argument.is_write for argument in _schema(name).arguments]
-
-    def run(*args: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if has_float64(device):
-            return implementation(*args)
-        on_cpu = _pytree.tree_map_only(Tensor, Tensor.cpu, args)
-        results = implementation(*on_cpu)
-        for arg, moved, changed in zip(args, on_cpu, is_changed, strict=False):
-            if changed:
-                arg.copy_(moved)
-        return _pytree.tree_map_only(Tensor, lambda result: result.to(device), results)
-
-    return run
+def _on_cpu(run: Callable[..., Any], changed: Sequence[int], args: Sequence[Any]) -> Any:
+    """The detour of an op for devices without float64."""
+    device = args[0].device
+    moved = _pytree.tree_map_only(Tensor, Tensor.cpu, args)
+    results = run(*moved)
+    for i in changed:
+        args[i].copy_(moved[i])
+    return _pytree.tree_map_only(Tensor, lambda result: result.to(device), results)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -237,8 +228,7 @@ for _name, _fake in (
     ("ema_update_", _ema_update_fake),
     ("snapshot", _snapshot_fake),
 ):
-    _implementation = _snapshot if _name == "snapshot" else _by_backend(_name)
-    IMPLEMENTATIONS[_name] = _where_float64_is(_name, _implementation)
+    IMPLEMENTATIONS[_name] = _snapshot if _name == "snapshot" else _implementation(_name)
     _library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
 
