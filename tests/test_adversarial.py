@@ -34,14 +34,16 @@ def test_exact_with_the_worst_sums(monkeypatch: pytest.MonkeyPatch, case: str, d
     x, codebook = data.HARD[case](400, 64, dim)
     want = oracle.nearest_code(x, codebook)
 
-    def worst(bias, y, codes, *, out):
-        y, codes, half = y.double(), codes.double(), -bias.double()
+    def worst(half, y, codes, *, alpha, out):
+        y, codes, half = y.double(), codes.double(), half.double()
         error = y.norm(dim=1)[:, None] * codes.norm(dim=0) + half.where(half < torch.inf, 0)
         error *= (dim + 1) * 2.0**-24
-        is_nearest = torch.arange(bias.numel()) == want[:, None]
-        return out.copy_(y @ codes - half + torch.where(is_nearest, -error, error))
+        is_nearest = torch.arange(half.numel()) == want[:, None]
+        return out.copy_(half + alpha * (y @ codes) + torch.where(is_nearest, error, -error))
 
     monkeypatch.setattr(torch, "addmm", worst)
+    # all rows at once
+    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 400 * dim)
     assert torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
 
 

@@ -184,8 +184,8 @@ def test_exact_where_matmuls_round_their_inputs(monkeypatch: pytest.MonkeyPatch)
     # what torch may do with float32_matmul_precision="medium" on hardware that has bfloat16
     addmm = torch.addmm
 
-    def rounded(bias, y, codes, *, out):
-        return addmm(bias, y.bfloat16().float(), codes.bfloat16().float(), out=out)
+    def rounded(half, y, codes, *, alpha, out):
+        return addmm(half, y.bfloat16().float(), codes.bfloat16().float(), alpha=alpha, out=out)
 
     x, codebook = data.gaussian(2000, 500, 16)
     want = oracle.nearest_code(x, codebook)

@@ -55,7 +55,7 @@ def test_both_are_as_in_float64(
     )
     on_device = [t.to(backend.device) for t in (grad_quantized, grad_loss, x, codebook, indices)]
     # several blocks of the torch backend
-    with mock.patch.object(torch_backend, "BLOCK_ROWS", 16):
+    with mock.patch.object(torch_backend, "BLOCK_ELEMENTS", 1):
         got = ops.grad_x(*on_device, 0.5, backend.name).cpu()
     codes = codebook[indices.clamp(min=0)]
     want = grad_x_in_float64(grad_quantized, grad_loss, x, codes, 0.5)
@@ -67,7 +67,7 @@ def test_both_are_as_in_float64(
         got[~is_masked].double(), want[~is_masked], rtol=eps, atol=4 * 2**-24 * 8, equal_nan=True
     )
 
-    with mock.patch.object(torch_backend, "BLOCK_ROWS", 16):
+    with mock.patch.object(torch_backend, "BLOCK_ELEMENTS", 1):
         got = ops.grad_codebook(*on_device[1:], 2.0, backend.name).cpu()
     is_counted = ~is_masked & x.isfinite().all(1)
     pulls = 2 * grad_loss.double()[:, None] * (codes.double() - x.double())

@@ -20,7 +20,6 @@ from torch.utils import _pytree
 
 from vqtriton.dispatch import backend_for, resolve_backend
 from vqtriton.planes import inner_size, prepare_planes
-from vqtriton.screening import centred_codebook
 from vqtriton.tensors import has_float64, screen_dtype
 from vqtriton.tiles import trace
 
@@ -107,7 +106,9 @@ def _nearest_code_fake(x: Tensor, *_: Any) -> Tensor:
 
 def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
     if resolve_backend(backend, codebook.device) == "torch":
-        return list(centred_codebook(codebook, screen_dtype(codebook, codebook)))
+        dtype, (size, dim) = screen_dtype(codebook, codebook), codebook.shape
+        shapes = (size, dim), (size,), (dim,), (), ()
+        return [torch.empty(shape, dtype=dtype, device=codebook.device) for shape in shapes]
     from vqtriton.kernels.prepare_planes import norms_of
 
     *tensors, norms = prepare_planes(codebook[None]).tensors

@@ -40,25 +40,38 @@ def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     is far from the origin; scaling keeps the products away from overflow and underflow. In float64
     there is no scale: there the screen must overflow and underflow where the distances do.
     """
-    # in place: float64 copies of a codebook are what takes the most memory
-    codes = codebook.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    is_not_finite = ~finite_rows(codes)[:, None]
-    codes.masked_fill_(is_not_finite, 0)
-    # an average of values below the largest double cannot overflow, their sum can
-    mean = (codes / (~is_not_finite).sum().clamp(min=1)).sum(0).to(dtype)
-    codes.sub_(mean.double()).masked_fill_(is_not_finite, 0)
-    scale = torch.ones_like(codes[0, 0])
+    centred = _centred(codebook.to(dtype), dtype, None)
+    if not centred.max_norm.isfinite():
+        # codes that are not finite, or whose difference overflows
+        centred = _centred(codebook.double(), dtype, finite_rows(codebook))
+    return centred
+
+
+def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> CentredCodebook:
+    """`centred_codebook`, with differences in the codebook's dtype; None: all codes are finite."""
+    count: Tensor | int = len(codebook)
+    if is_finite is not None:
+        codebook = codebook.masked_fill(~is_finite[:, None], 0)
+        count = is_finite.sum().clamp(min=1)
+    # an average of values below the largest number cannot overflow, their sum can
+    mean = codebook.div(count).sum(0).to(dtype)
+    codes = codebook.sub(mean)
+    if is_finite is not None:
+        codes.masked_fill_(~is_finite[:, None], 0)
+    scale = torch.ones((), dtype=dtype, device=codes.device)
     if dtype == torch.float32:
         low, high = codes.aminmax()
         exponent = torch.frexp(torch.maximum(-low, high)).exponent
         scale = torch.ldexp(scale, -exponent.clamp(-120, 120))
-    rounded = codes.mul_(scale).to(dtype, copy=True)
+        codes.mul_(scale)
+    codes = codes.to(dtype, memory_format=torch.contiguous_format)
     # of the codes as they were rounded
-    sqnorm = codes.copy_(rounded).square_().sum(1)
-    half_sqnorm = (sqnorm / 2).masked_fill(is_not_finite[:, 0], torch.inf).to(dtype)
-    return CentredCodebook(
-        rounded, half_sqnorm, mean, scale.to(dtype), sqnorm.amax().sqrt().to(dtype)
-    )
+    sqnorm = codes.square().sum(1, dtype=torch.float64)
+    half_sqnorm = sqnorm / 2
+    if is_finite is not None:
+        half_sqnorm.masked_fill_(~is_finite, torch.inf)
+    largest = sqnorm.amax().sqrt()
+    return CentredCodebook(codes, half_sqnorm.to(dtype), mean, scale, largest.to(dtype))
 
 
 def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> OwnBound:

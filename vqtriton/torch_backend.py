@@ -6,30 +6,28 @@ memory is O(N + K·D), never O(N·K), whatever the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
-from vqtriton.screening import CentredCodebook, centred_codebook, error_bound
+from vqtriton.screening import U64, CentredCodebook, centred_codebook, error_bound
 from vqtriton.tensors import finite_rows, screen_dtype
 
-# Scores held at a time: 8 MiB in float32, about what stays in a cache between two passes.
-BLOCK_SCORES = 1 << 21
-# Codes whose scores are reduced together: strided `amax` is vectorised, `argmax` is not.
-GROUP = 8
-# Scores up to which all of a search is done at once.
+# Elements that a pass holds at a time, so that they stay in a cache until the next pass.
+BLOCK_ELEMENTS = 1 << 18
+# Scores of a block, and of a search that is done all at once.
+BLOCK_SCORES = 1 << 19
 FEW_SCORES = 1 << 18
-# Groups whose codes in doubt are listed at a time: hard data can have all of them in doubt.
+# Codes whose costs are reduced together: `amin` over strides is vectorised, `argmin` is not.
+GROUP = 8
+# Groups whose codes are listed at a time: hard data can have all of them in doubt.
 BLOCK_GROUPS = 1 << 14
-# Elements of the vectors whose float64 distances are evaluated at a time: more leave the cache.
-BLOCK_PAIRS_ELEMENTS = 1 << 17
-# Elements of the codes that are averaged at a time.
-BLOCK_CODES_ELEMENTS = 1 << 18
-# Rows that are converted to another dtype at a time.
-BLOCK_ROWS = 1 << 14
+# Norms below it have squares, and distances, that do not overflow.
+LARGEST_NORM = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
 
 def nearest_code(
@@ -42,155 +40,199 @@ def nearest_code(
 def search(
     x: Tensor, codebook: Tensor, precision: str, tensors: Sequence[Tensor] = ()
 ) -> tuple[Tensor, int]:
-    """The indices, and how many rows were in doubt: those with more than one candidate."""
+    """The indices, and how many rows were in doubt: those with more than one candidate.
+
+    The cost of a code, ‖e_k‖²/2 - y·e_k, is the opposite of its score in `vqtriton.screening`.
+    """
     num_rows, dim = x.shape
-    size = codebook.shape[0]
+    size = len(codebook)
     dtype = screen_dtype(x, codebook)
     if tensors and tensors[0].dtype == dtype:
         prepared = CentredCodebook(*tensors)
     else:
         prepared = centred_codebook(codebook, dtype)
-    bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
+    max_norm, bound = float(prepared.max_norm), None
+    if precision == "exact":
+        bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
+    if max_norm == 0 and not (prepared.half_sqnorm < torch.inf).any():
+        # no code is finite
+        return torch.zeros(num_rows, dtype=torch.int64, device=x.device), 0
 
-    if num_rows * size <= FEW_SCORES and dtype == torch.float32:
-        return _search_few(x, codebook, precision, prepared, bound)
-
-    # padding to whole groups: a code with an infinite norm has the score -inf
-    num_groups = -(-size // GROUP)
-    padding = num_groups * GROUP - size
-    codes, bias = prepared.codes.T, -prepared.half_sqnorm
+    codes, half_sqnorm = prepared.codes.T, prepared.half_sqnorm
+    group = 1 if num_rows * size <= FEW_SCORES else GROUP
+    padding = -size % group
     if padding:
+        # to whole groups
         codes = torch.nn.functional.pad(codes, (0, padding))
-        bias = torch.nn.functional.pad(bias, (0, padding), value=-torch.inf)
-    is_candidate = bias > -torch.inf
-    if dtype == torch.float64:
-        # there, norms of finite codes may be infinite
-        is_candidate[:size] = finite_rows(codebook)
+        half_sqnorm = torch.nn.functional.pad(half_sqnorm, (0, padding), value=torch.inf)
 
-    # rows without a finite distance keep index 0
-    indices = torch.zeros(num_rows, dtype=torch.int64, device=x.device)
-    block = max(16, min(BLOCK_SCORES // bias.numel(), BLOCK_ROWS))
-    scores = torch.empty(min(block, num_rows), bias.numel(), dtype=dtype, device=x.device)
-    has_repeats = precision == "exact"
+    indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
+    block = max(16, min(BLOCK_SCORES // (size + padding), BLOCK_ELEMENTS // dim))
+    # made once: to touch new memory takes longer than to compute what goes there
+    y = torch.empty(min(block, num_rows), dim, dtype=dtype, device=x.device)
+    costs = torch.empty(len(y), size + padding, dtype=dtype, device=x.device)
+    is_first: Tensor | None = None
     in_doubt = 0
     for start in range(0, num_rows, block):
-        rows = x[start : start + block]
-        y, is_finite = _centred(rows, prepared)
+        rows, found, block_y, block_costs = x, indices, y, costs
+        if num_rows > block:
+            rows, found = x[start : start + block], indices[start : start + block]
+            block_y, block_costs = y[: len(rows)], costs[: len(rows)]
+        torch.sub(rows, prepared.mean, out=block_y).mul_(prepared.scale)
         # with `out`, autocast leaves it alone
-        block_scores = torch.addmm(bias, y, codes, out=scores[: rows.shape[0]])
-
-        by_group = block_scores.view(-1, GROUP, num_groups)
-        group_best = by_group.amax(1)
-        best = group_best.amax(1)
-        threshold = best
-        if precision == "exact":
-            threshold = best - 2 * _score_error(y, prepared, bound)
-        # `not below`, so that a NaN from overflow leaves the code in the race
-        row, group = (~(group_best < threshold[:, None]) & is_finite[:, None]).nonzero().unbind(1)
-        if has_repeats and row.numel() > 2 * rows.shape[0]:
+        torch.addmm(half_sqnorm, block_y, codes, alpha=-1, out=block_costs)
+        least_of_groups = block_costs
+        if group > 1:
+            by_group = block_costs.view(len(rows), group, -1)
+            least_of_groups = by_group.amin(1)
+        limits = least_of_groups.amin(1)
+        is_sound = _add_margin(limits, block_y, max_norm, bound)
+        row, column = (least_of_groups <= limits[:, None]).nonzero().unbind(1)
+        if group == 1 and is_sound is None and len(row) == len(rows):
+            # one candidate each
+            found.copy_(column)
+            continue
+        if is_first is None and bound is not None and len(row) > 2 * len(rows):
             # of equal codes the first will do; the others are out from now on
-            is_candidate[:size] &= _is_first(codebook)
-            bias = bias.where(is_candidate, -torch.inf)
-            has_repeats = False
-
-        groups_per_row = torch.bincount(row, minlength=rows.shape[0])
-        least = torch.full_like(groups_per_row, torch.inf, dtype=torch.float64)
-        is_contested = groups_per_row > 1
-        for part in range(0, row.numel(), BLOCK_GROUPS):
-            part_row, part_group = (t[part : part + BLOCK_GROUPS] for t in (row, group))
-            member_scores = by_group[part_row, :, part_group]
-            pair, member = (~(member_scores < threshold[part_row, None])).nonzero().unbind(1)
-            pair_row, code = part_row[pair], member * num_groups + part_group[pair]
-            # padding and codes that are not finite are no candidates
-            keep = is_candidate[code]
-            pair_row, code = pair_row[keep], code[keep]
-            is_contested |= torch.bincount(pair_row, minlength=rows.shape[0]) > 1
-            # a row's only candidate is taken unseen, unless its distance may overflow
-            evaluated = is_contested[pair_row] | (dtype == torch.float64)
-            distances = torch.zeros_like(code, dtype=torch.float64)
-            if precision == "exact":
-                distances[evaluated] = _distances_of_pairs(
-                    rows, codebook, pair_row[evaluated], code[evaluated]
-                )
-            _keep_nearest(least, indices[start : start + block], pair_row, code, distances)
-        in_doubt += int(is_contested.sum())
+            is_first = _is_first(codebook)
+            half_sqnorm = half_sqnorm.clone()
+            half_sqnorm[:size].masked_fill_(~is_first, torch.inf)
+        for part_row, part_column in _parts(row, column, len(rows)):
+            pair_row, code = part_row, part_column
+            if group > 1:
+                of_members = by_group[part_row, :, part_column]
+                pair, member = (of_members <= limits[part_row, None]).nonzero().unbind(1)
+                pair_row, code = part_row[pair], member * by_group.shape[2] + part_column[pair]
+            if is_first is not None:
+                keep = is_first[code]
+                pair_row, code = pair_row[keep], code[keep]
+            in_doubt += _choose(rows, codebook, pair_row, code, found, precision)
+        if is_sound is not None:
+            (others,) = (~is_sound).nonzero(as_tuple=True)
+            found[others] = _nearest_of_all(rows[others], codebook)
     return indices, in_doubt
 
 
-def _centred(rows: Tensor, prepared: CentredCodebook) -> tuple[Tensor, Tensor]:
-    """y [N, D], zeros for rows that are not finite; [N] bool, which are finite."""
-    y = (rows.to(prepared.codes.dtype) - prepared.mean) * prepared.scale
-    is_finite = finite_rows(rows)
-    return y.where(is_finite[:, None], 0), is_finite
+def _add_margin(
+    least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | None
+) -> Tensor | None:
+    """Adds to the least costs [N] of rows y [N, D] what that of the nearest code may be above it.
 
-
-def _score_error(y: Tensor, prepared: CentredCodebook, bound: OwnBound) -> Tensor:
-    """[N], of `vqtriton.screening.error_bound`."""
+    Returns where that is right, [N] bool: where nothing overflows. Elsewhere NaN is left. None: it
+    is right everywhere.
+    """
+    largest = LARGEST_NORM[y.dtype] - max_norm
     norm = torch.linalg.vector_norm(y, dim=1)
-    products = bound.products * prepared.max_norm
-    error = norm.square().mul_(bound.distances).add_(bound.tiny)
-    return error.addcmul_(norm + prepared.max_norm / 2, products)
+    longest = float(norm.amax())
+    is_sound = None
+    if not longest < largest:
+        is_sound = norm < largest
+        least.masked_fill_(~is_sound, torch.nan)
+        norm.masked_fill_(~is_sound, 0)
+        longest = float(norm.amax())
+    if bound is not None:
+        # twice the error of a score
+        slope = 2 * (bound.products * max_norm + bound.distances * longest)
+        least.add_(norm, alpha=slope).add_(bound.products * max_norm * max_norm + 2 * bound.tiny)
+    return is_sound
 
 
-def _search_few(
-    x: Tensor, codebook: Tensor, precision: str, prepared: CentredCodebook, bound: OwnBound
-) -> tuple[Tensor, int]:
-    """`search` where the scores are few, and what is done for all codes would take longest."""
-    y, is_finite = _centred(x, prepared)
-    # with `out`, autocast leaves it alone
-    scores = torch.empty(len(x), len(codebook), dtype=y.dtype, device=x.device)
-    torch.addmm(-prepared.half_sqnorm, y, prepared.codes.T, out=scores)
-    best, indices = scores.max(1)
-    indices *= is_finite
-    if precision != "exact":
-        return indices, 0
-    threshold = best - 2 * _score_error(y, prepared, bound)
-    # `not below`, so that a NaN from overflow leaves the code in the race
-    in_race = (scores < threshold[:, None]).logical_not_()
-    (contested,) = ((in_race.sum(1) > 1) & is_finite).nonzero(as_tuple=True)
-    if len(contested):
-        pair, code = in_race[contested].nonzero(as_tuple=True)
-        # codes that are not finite are no candidates
-        keep = prepared.half_sqnorm[code] < torch.inf
-        pair, code = pair[keep], code[keep]
-        distances = _distances_of_pairs(x, codebook, contested[pair], code)
-        found = torch.zeros_like(contested)
-        least = torch.full_like(found, torch.inf, dtype=torch.float64)
-        _keep_nearest(least, found, pair, code, distances)
-        indices[contested] = found
-    return indices, len(contested)
+def _parts(row: Tensor, column: Tensor, num_rows: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Pairs in the order of their rows, some at a time; those of a row stay together."""
+    if len(row) <= BLOCK_GROUPS:
+        return [(row, column)]
+    per_row = torch.bincount(row, minlength=num_rows)
+    part_of_row = (per_row.cumsum(0) - per_row) // BLOCK_GROUPS
+    sizes = torch.bincount(part_of_row[row]).tolist()
+    return zip(row.split(sizes), column.split(sizes), strict=True)
 
 
-def _keep_nearest(
-    least: Tensor, indices: Tensor, row: Tensor, code: Tensor, distances: Tensor
-) -> None:
-    """Update what is the nearest so far in each row; of equal distances, the lowest index."""
-    before = least.clone()
-    least.scatter_reduce_(0, row, distances, "amin")
-    indices[least < before] = torch.iinfo(indices.dtype).max
-    is_least = (distances == least[row]) & (distances < torch.inf)
-    indices.scatter_reduce_(0, row[is_least], code[is_least], "amin")
+def _choose(
+    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, indices: Tensor, precision: str
+) -> int:
+    """Writes the nearest of its candidates into the index [N] of each row of x that has any.
+
+    Candidates are pairs (row, code), [P] each. Returns how many rows have several.
+    """
+    is_contested = torch.bincount(row, minlength=len(x)) > 1
+    contested = int(is_contested.sum())
+    if contested and precision == "exact":
+        in_doubt = is_contested[row]
+        is_nearest = torch.ones_like(in_doubt)
+        is_nearest[in_doubt] = _are_nearest(x, codebook, row[in_doubt], code[in_doubt], contested)
+        row, code = row[is_nearest], code[is_nearest]
+    # of those that are equally near, the lowest index
+    none = torch.iinfo(indices.dtype).max
+    chosen = torch.full_like(indices, none).scatter_reduce_(0, row, code, "amin")
+    torch.where(chosen < none, chosen, indices, out=indices)
+    return contested
 
 
-def _distances_of_pairs(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> Tensor:
-    """[P] float64 distances between x[row] and codebook[code]; a NaN ranks as +inf."""
-    distances = torch.empty(row.shape, dtype=torch.float64, device=x.device)
-    block = max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1])
-    for start in range(0, distances.numel(), block):
-        pairs = slice(start, start + block)
-        distances[pairs] = _squared_distances(x[row[pairs]], codebook[code[pairs]])
-    return distances.where(distances < torch.inf, torch.inf)
+def _are_nearest(
+    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, num_rows: int
+) -> Tensor:
+    """[P] bool: whether no other candidate of the row is nearer. All distances are finite."""
+    if torch.float64 in (x.dtype, codebook.dtype):
+        is_near = torch.ones_like(row, dtype=torch.bool)
+    else:
+        # summed in any order; what is beyond the rounding of both sums needs no exact one
+        distances = _distances_of_pairs(x, codebook, row, code, _sums_of_squares)
+        slack = 1 + 8 * (x.shape[1] + 2) * U64
+        is_near = distances <= slack * _least(distances, row, len(x))[row]
+    if int(is_near.sum()) == num_rows:
+        return is_near
+    row, code = row[is_near], code[is_near]
+    distances = _distances_of_pairs(x, codebook, row, code, _canonical_sums_of_squares)
+    return is_near.masked_scatter(is_near, distances == _least(distances, row, len(x))[row])
 
 
-def _squared_distances(x: Tensor, codes: Tensor) -> Tensor:
-    """Row by row, in the order of operations that `vqtriton.reference` lays down."""
+def _least(distances: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    least = torch.full((num_rows,), torch.inf, dtype=distances.dtype, device=distances.device)
+    return least.scatter_reduce_(0, row, distances, "amin")
+
+
+def _distances_of_pairs(
+    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, sums: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[P] float64 distances between x[row] and codebook[code]."""
+    block = max(256, BLOCK_ELEMENTS // x.shape[1])
+    pairs = zip(row.split(block), code.split(block), strict=True)
+    return torch.cat([sums(x[i].double().sub_(codebook[k].double())) for i, k in pairs])
+
+
+def _sums_of_squares(differences: Tensor) -> Tensor:
+    return differences.square_().sum(-1)
+
+
+def _canonical_sums_of_squares(differences: Tensor) -> Tensor:
+    """[..., D] -> [...], in the order of operations that `vqtriton.reference` lays down."""
     # a copy with the dimensions first, so that each step reads contiguous memory
-    x, codes = x.T.double().contiguous(), codes.T.double().contiguous()
-    distances = x.new_zeros(x.shape[1])
-    for x_column, code_column in zip(x, codes, strict=True):
-        difference = x_column.sub_(code_column)
-        distances += difference.mul_(difference)
-    return distances
+    squares = differences.movedim(-1, 0).contiguous().square_()
+    sums = torch.zeros_like(squares[0])
+    for square in squares:
+        sums += square
+    return sums
+
+
+def _nearest_of_all(x: Tensor, codebook: Tensor) -> Tensor:
+    """[N]: the nearest codes by all distances, of which any may overflow; 0 if all do."""
+    indices = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    (codes,) = finite_rows(codebook).nonzero(as_tuple=True)
+    (rows,) = finite_rows(x).nonzero(as_tuple=True)
+    if len(codes) == 0:
+        return indices
+    finite = codebook[codes].double()
+    for row in rows.tolist():
+        distances = torch.cat(
+            [
+                _canonical_sums_of_squares(x[row].double() - part)
+                for part in finite.split(max(256, BLOCK_ELEMENTS // x.shape[1]))
+            ]
+        )
+        least, place = distances.min(0)
+        if least < torch.inf:
+            indices[row] = codes[place]
+    return indices
 
 
 def _is_first(codebook: Tensor) -> Tensor:
@@ -235,22 +277,51 @@ def vector_quantize(
     The loss is of each row with "none", when the last is empty; else [], as the last. The two terms
     have one value, the squared distance; the weights part where it is differentiated.
     """
-    indices = nearest_code(x, codebook, precision, prepared)
-    if mask is not None:
-        indices = indices.where(mask, -1)
-    quantized, losses = gather_codes(x, codebook, indices)
-    losses *= commitment_weight + codebook_weight
+    weight = commitment_weight + codebook_weight
+    quantized, errors, total, indices = _quantize(x, codebook, mask, precision, prepared)
     if reduction == "none":
-        return quantized, losses, indices, losses.new_empty(0)
-    share = torch.ones((), dtype=torch.float64, device=x.device)
+        return quantized, errors.mul_(weight), indices, errors.new_empty(0)
+    share = torch.ones_like(total)
     if reduction == "mean" and mask is None:
         share /= max(x.numel(), 1)
     elif reduction == "mean":
         # 1 if no row counts, so that the mean is 0
         share /= ((indices >= 0).sum() * x.shape[1]).clamp(min=1)
+    loss = total.mul_(weight).mul_(share)
+    return quantized, loss.to(errors.dtype), indices, share.to(errors.dtype)
+
+
+def _quantize(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    precision: str,
+    prepared: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes in x's dtype, [N] sums of squared differences, their sum in float64, indices."""
+    indices = nearest_code(x, codebook, precision, prepared)
+    if mask is not None:
+        indices.masked_fill_(~mask, -1)
+    dtype = screen_dtype(x, codebook)
+    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    errors = torch.empty(len(x), dtype=dtype, device=x.device)
+    for block in _blocks(x):
+        codes = _gathered(codebook, indices[block], dtype)
+        if mask is not None:
+            codes.masked_fill_(~mask[block, None], 0)
+        quantized[block] = codes
+        # in one layout, as the order in which a row is summed follows it
+        torch.sum(codes.sub_(x[block]).square_(), 1, out=errors[block])
+    if mask is not None:
+        errors.masked_fill_(~mask, 0)
     # float64, so that a sum over millions of rows keeps the digits of float32
-    loss = (losses.sum(dtype=torch.float64) * share).to(losses.dtype)
-    return quantized, loss, indices, share.to(losses.dtype)
+    total = errors.sum(dtype=torch.float64)
+    if not isfinite(float(total)):
+        # an infinite x gives NaN, as a NaN does
+        is_wrong = ~finite_rows(x)
+        errors.masked_fill_(is_wrong if mask is None else is_wrong & mask, torch.nan)
+        total = errors.sum(dtype=torch.float64)
+    return quantized, errors, total, indices
 
 
 def vector_quantize_ema_(
@@ -278,23 +349,6 @@ def vector_quantize_ema_(
     return *found, before
 
 
-def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, D], indices [N] -> codebook[indices] in x's dtype, row sums of squared differences."""
-    dtype = screen_dtype(x, codebook)
-    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sq_error = torch.empty(x.shape[0], dtype=dtype, device=x.device)
-    for block in _blocks(x):
-        is_masked = indices[block] < 0
-        # in one layout, as the order in which a row is summed follows it
-        rows = x[block].to(dtype).contiguous()
-        codes = codebook[indices[block].clamp(min=0)].to(dtype)
-        quantized[block] = codes.masked_fill(is_masked[:, None], 0)
-        # inf - inf: an infinite x gives NaN, as a NaN does
-        error = (rows - codes).square().sum(1) + (rows - rows).sum(1)
-        sq_error[block] = error.masked_fill_(is_masked, 0)
-    return quantized, sq_error
-
-
 def grad_x(
     grad_quantized: Tensor,
     grad_loss: Tensor,
@@ -307,19 +361,19 @@ def grad_x(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for block in _blocks(x):
         pull = _differences(x[block], codebook, indices[block], grad_loss[block], -weight)
-        out[block] = pull.add_(grad_quantized[block]).masked_fill_(indices[block, None] < 0, 0)
-    return out
+        out[block] = pull.add_(grad_quantized[block])
+    return out.masked_fill_((indices < 0)[:, None], 0)
 
 
 def grad_codebook(
     grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float
 ) -> Tensor:
     """Σ weight·grad_loss·(codebook[k] - x) over the finite rows of each code."""
-    sums = torch.zeros(codebook.shape[0] + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    sums = torch.zeros(len(codebook) + 1, x.shape[1], dtype=torch.float64, device=x.device)
+    index = _counted(x, indices, len(codebook))
     for block in _blocks(x):
-        index = _counted(x[block], indices[block], codebook.shape[0])
         pull = _differences(x[block], codebook, indices[block], grad_loss[block], weight)
-        sums.index_put_((index,), pull.double(), accumulate=True)
+        _add_rows(sums, index[block], pull)
     return sums[:-1].to(grad_loss.dtype)
 
 
@@ -338,13 +392,22 @@ def code_sums(
     # rows that are left out go to an extra code, so that no shape depends on the data
     sums = torch.zeros(codebook_size + 1, x.shape[1], dtype=torch.float64, device=x.device)
     counts = torch.zeros(codebook_size + 1, dtype=torch.int64, device=x.device)
+    index = _counted(x, indices, codebook_size)
     for block in _blocks(x):
-        index = _counted(x[block], indices[block], codebook_size)
-        # index_put_ with accumulate is deterministic on every device, index_add_ is not
-        sums.index_put_((index,), x[block].double(), accumulate=True)
-        counts.index_put_((index,), torch.ones_like(index), accumulate=True)
+        _add_rows(sums, index[block], x[block])
+    _add_rows(counts, index, torch.ones_like(index))
     dtype = torch.float64 if double or x.dtype == torch.float64 else torch.float32
     return sums[:-1].to(dtype), counts[:-1]
+
+
+def _add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
+    """sums[index[n]] += rows[n], the same whenever it is done again."""
+    rows = rows.to(sums.dtype)
+    if sums.device.type == "cpu":
+        sums.index_add_(0, index, rows)
+    else:
+        # where index_add_ is not deterministic
+        sums.index_put_((index,), rows, accumulate=True)
 
 
 def ema_update_(
@@ -375,8 +438,7 @@ def ema_update_(
         share = (weight * counts / cluster_size).nan_to_num_(0).clamp_(max=1)[:, None]
         rows = counts.clamp(min=1)[:, None]
         # some codes at a time, so that what is held beside them is small
-        block = max(1, BLOCK_CODES_ELEMENTS // codebook.shape[1])
-        for part in (slice(start, start + block) for start in range(0, len(codebook), block)):
+        for part in _blocks(codebook):
             _average_(codebook[part], sums[part], rows[part], share[part])
     if samples is not None and is_filled is not None:
         is_dead = cluster_size < rates[1]
@@ -389,25 +451,46 @@ def ema_update_(
 
 def _average_(codes: Tensor, sums: Tensor, rows: Tensor, share: Tensor) -> None:
     """Moves codes [K, D] to the means of their new rows, by the share [K, 1] that these have."""
-    largest = torch.finfo(sums.dtype).max
-    means = sums.clamp(-largest, largest).div_(rows)
+    moved = _averaged(codes, sums, rows, share, lambda tensor: tensor)
+    # one number says that nothing overflows
+    if not isfinite(float(moved.sum())):
+        largest = torch.finfo(sums.dtype).max
+        moved = _averaged(codes, sums, rows, share, lambda t: t.clamp(-largest, largest))
+        # a sum of several ranks may be inf - inf: it moves nothing
+        moved = moved.where(~sums.isnan(), codes)
+    codes.copy_(moved)
+
+
+def _averaged(
+    codes: Tensor, sums: Tensor, rows: Tensor, share: Tensor, limited: Callable[[Tensor], Tensor]
+) -> Tensor:
+    means = limited(sums) / rows
     # as lerp, but for what overflows: exact at both ends, and where they are equal
-    step = (means - codes).clamp_(-largest, largest)
+    step = limited(means - codes)
     is_near = share < 0.5
     start = codes.where(is_near, means)
-    step.mul_(share.where(is_near, share - 1)).add_(start).clamp_(-largest, largest)
-    # a sum of several ranks may be inf - inf: it moves nothing
-    codes.copy_(step.where((share > 0) & ~sums.isnan(), codes))
+    moved = limited(step.mul_(share.where(is_near, share - 1)).add_(start))
+    # a code without rows stays, bit for bit
+    return moved.where(share > 0, codes)
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    return [slice(start, start + BLOCK_ROWS) for start in range(0, x.shape[0], BLOCK_ROWS)]
+    rows = max(16, BLOCK_ELEMENTS // x.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 def _counted(x: Tensor, indices: Tensor, codebook_size: int) -> Tensor:
     """The indices of rows that count, codebook_size for the others."""
-    keep = (indices >= 0) & (indices < codebook_size) & finite_rows(x)
+    keep = (indices >= 0) & (indices < codebook_size)
+    # one number says that all rows are finite
+    if not isfinite(float(x.sum(dtype=torch.float32))):
+        keep &= finite_rows(x)
     return indices.where(keep, codebook_size)
+
+
+def _gathered(codebook: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor, codebook[indices]; any code where the index is -1."""
+    return codebook.index_select(0, indices.clamp(min=0)).to(dtype)
 
 
 def _differences(
@@ -417,5 +500,5 @@ def _differences(
 
     In that of halves a difference may overflow.
     """
-    codes = codebook[indices.clamp(min=0)].to(grad_loss.dtype)
+    codes = _gathered(codebook, indices, grad_loss.dtype)
     return codes.sub_(x).mul_((weight * grad_loss)[:, None])
