@@ -22,6 +22,9 @@ U64 = 2.0**-53
 # Underflow: each of some 3·D roundings can lose the smallest normal number, D < 2¹².
 TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
 
+# Elements of the codes that are squared at a time.
+BLOCK_ELEMENTS = 1 << 16
+
 
 class CentredCodebook(NamedTuple):
     """A codebook in the form that the screens read."""
@@ -54,8 +57,9 @@ def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> 
         codebook = codebook.masked_fill(~is_finite[:, None], 0)
         count = is_finite.sum().clamp(min=1)
     # an average of values below the largest number cannot overflow, their sum can
-    mean = codebook.div(count).sum(0).to(dtype)
-    codes = codebook.sub(mean)
+    codes = codebook / count
+    mean = codes.sum(0).to(dtype)
+    torch.sub(codebook, mean, out=codes)
     if is_finite is not None:
         codes.masked_fill_(~is_finite[:, None], 0)
     scale = torch.ones((), dtype=dtype, device=codes.device)
@@ -65,8 +69,9 @@ def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> 
         scale = torch.ldexp(scale, -exponent.clamp(-120, 120))
         codes.mul_(scale)
     codes = codes.to(dtype, memory_format=torch.contiguous_format)
-    # of the codes as they were rounded
-    sqnorm = codes.square().sum(1, dtype=torch.float64)
+    # of the codes as they were rounded, some at a time: new memory takes longer than the sums
+    parts = codes.split(max(1, BLOCK_ELEMENTS // codes.shape[1]))
+    sqnorm = torch.cat([part.double().square_().sum(1) for part in parts])
     half_sqnorm = sqnorm / 2
     if is_finite is not None:
         half_sqnorm.masked_fill_(~is_finite, torch.inf)

@@ -18,9 +18,9 @@ from vqtriton.screening import U64, CentredCodebook, centred_codebook, error_bou
 from vqtriton.tensors import finite_rows, screen_dtype
 
 # Elements that a pass holds at a time, so that they stay in a cache until the next pass.
-BLOCK_ELEMENTS = 1 << 18
-# Scores of a block, and of a search that is done all at once.
-BLOCK_SCORES = 1 << 19
+BLOCK_ELEMENTS = 1 << 19
+# Scores of a block: smaller ones are slower. And of a search that is done all at once.
+BLOCK_SCORES = 1 << 21
 FEW_SCORES = 1 << 18
 # Codes whose costs are reduced together: `amin` over strides is vectorised, `argmin` is not.
 GROUP = 8
@@ -113,9 +113,7 @@ def search(
     return indices, in_doubt
 
 
-def _add_margin(
-    least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | None
-) -> Tensor | None:
+def _add_margin(least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | None) -> Tensor | None:
     """Adds to the least costs [N] of rows y [N, D] what that of the nearest code may be above it.
 
     Returns where that is right, [N] bool: where nothing overflows. Elsewhere NaN is left. None: it
@@ -168,9 +166,7 @@ def _choose(
     return contested
 
 
-def _are_nearest(
-    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, num_rows: int
-) -> Tensor:
+def _are_nearest(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, num_rows: int) -> Tensor:
     """[P] bool: whether no other candidate of the row is nearer. All distances are finite."""
     if torch.float64 in (x.dtype, codebook.dtype):
         is_near = torch.ones_like(row, dtype=torch.bool)
