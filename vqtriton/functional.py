@@ -336,6 +336,7 @@ class _Function(torch.autograd.Function):
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
         def forward(ctx: Any, *args: Any) -> Any:
+            # what is registered for an op by itself has nothing to add
             with torch._C._AutoDispatchBelowAutograd():
                 results = cls.forward(*args)
             cls.setup_context(ctx, args, results)

@@ -195,7 +195,8 @@ def _implementation(name: str) -> Callable[..., Any]:
                     trace.record(traced_name, x, size)
         if packet == "vector_quantize_ema_":
             _refuse_backward()
-        results = getattr(backend_for(args[place], device), packet)(*others)
+        with torch._C._AutoDispatchBelowAutograd():
+            results = getattr(backend_for(args[place], device), packet)(*others)
         if changed:
             # whoever saved one of them for backward is to be told that it has changed
             tensors = [args[i] for i in changed if not args[i].is_inference()]

@@ -8,6 +8,7 @@ float64 distance of `vqtriton.reference.squared_distances`. docs/design.md deriv
 
 from __future__ import annotations
 
+from math import frexp, isfinite, sqrt
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ U64 = 2.0**-53
 TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
 
 # Elements of the codes that are squared at a time.
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 17
 
 
 class CentredCodebook(NamedTuple):
@@ -43,40 +44,45 @@ def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     is far from the origin; scaling keeps the products away from overflow and underflow. In float64
     there is no scale: there the screen must overflow and underflow where the distances do.
     """
-    centred = _centred(codebook.to(dtype), dtype, None)
-    if not centred.max_norm.isfinite():
-        # codes that are not finite, or whose difference overflows
-        centred = _centred(codebook.double(), dtype, finite_rows(codebook))
+    centred, max_norm = _centred(codebook.to(dtype), dtype, None)
+    if not isfinite(max_norm):
+        # codes that are not finite, or whose sum or difference overflows
+        centred, _ = _centred(codebook.double(), dtype, finite_rows(codebook))
     return centred
 
 
-def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> CentredCodebook:
-    """`centred_codebook`, with differences in the codebook's dtype; None: all codes are finite."""
-    count: Tensor | int = len(codebook)
-    if is_finite is not None:
+def _centred(
+    codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None
+) -> tuple[CentredCodebook, float]:
+    """`centred_codebook`, with differences in the codebook's dtype; and its largest norm.
+
+    None: all codes are finite, and so are their sum and their differences.
+    """
+    if is_finite is None:
+        mean = codebook.mean(0)
+        codes = codebook - mean
+    else:
         codebook = codebook.masked_fill(~is_finite[:, None], 0)
-        count = is_finite.sum().clamp(min=1)
-    # an average of values below the largest number cannot overflow, their sum can
-    codes = codebook / count
-    mean = codes.sum(0).to(dtype)
-    torch.sub(codebook, mean, out=codes)
-    if is_finite is not None:
-        codes.masked_fill_(~is_finite[:, None], 0)
-    scale = torch.ones((), dtype=dtype, device=codes.device)
+        # an average of values below the largest number cannot overflow, their sum can
+        mean = (codebook / is_finite.sum().clamp(min=1)).sum(0).to(dtype)
+        codes = (codebook - mean).masked_fill_(~is_finite[:, None], 0)
+    scale = 1.0
     if dtype == torch.float32:
         low, high = codes.aminmax()
-        exponent = torch.frexp(torch.maximum(-low, high)).exponent
-        scale = torch.ldexp(scale, -exponent.clamp(-120, 120))
+        exponent = frexp(max(-float(low), float(high)))[1]
+        scale = 2.0 ** min(max(-exponent, -120), 120)
         codes.mul_(scale)
     codes = codes.to(dtype, memory_format=torch.contiguous_format)
     # of the codes as they were rounded, some at a time: new memory takes longer than the sums
     parts = codes.split(max(1, BLOCK_ELEMENTS // codes.shape[1]))
-    sqnorm = torch.cat([part.double().square_().sum(1) for part in parts])
-    half_sqnorm = sqnorm / 2
+    sqnorms = [part.to(torch.float64, copy=True).square_().sum(1) for part in parts]
+    sqnorm = torch.cat(sqnorms) if len(sqnorms) > 1 else sqnorms[0]
+    half_sqnorm = (sqnorm / 2).to(dtype)
     if is_finite is not None:
         half_sqnorm.masked_fill_(~is_finite, torch.inf)
-    largest = sqnorm.amax().sqrt()
-    return CentredCodebook(codes, half_sqnorm.to(dtype), mean, scale, largest.to(dtype))
+    max_norm = sqrt(float(sqnorm.amax()))
+    numbers = (torch.full((), n, dtype=dtype, device=codes.device) for n in (scale, max_norm))
+    return CentredCodebook(codes, half_sqnorm, mean, *numbers), max_norm
 
 
 def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> OwnBound:

@@ -18,7 +18,7 @@ from vqtriton.screening import U64, CentredCodebook, centred_codebook, error_bou
 from vqtriton.tensors import finite_rows, screen_dtype
 
 # Elements that a pass holds at a time, so that they stay in a cache until the next pass.
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 20
 # Scores of a block: smaller ones are slower. And of a search that is done all at once.
 BLOCK_SCORES = 1 << 21
 FEW_SCORES = 1 << 18
@@ -26,6 +26,8 @@ FEW_SCORES = 1 << 18
 GROUP = 8
 # Groups whose codes are listed at a time: hard data can have all of them in doubt.
 BLOCK_GROUPS = 1 << 14
+# Elements of the vectors whose float64 distances are evaluated at a time.
+BLOCK_PAIRS_ELEMENTS = 1 << 17
 # Norms below it have squares, and distances, that do not overflow.
 LARGEST_NORM = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
@@ -191,9 +193,13 @@ def _distances_of_pairs(
     x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, sums: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """[P] float64 distances between x[row] and codebook[code]."""
-    block = max(256, BLOCK_ELEMENTS // x.shape[1])
-    pairs = zip(row.split(block), code.split(block), strict=True)
-    return torch.cat([sums(x[i].double().sub_(codebook[k].double())) for i, k in pairs])
+    # made first: what is kept between blocks would cut up the memory of their tensors
+    distances = torch.empty(len(row), dtype=torch.float64, device=x.device)
+    block = max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1])
+    pairs = zip(distances.split(block), row.split(block), code.split(block), strict=True)
+    for out, i, k in pairs:
+        out.copy_(sums(x[i].double().sub_(codebook[k])))
+    return distances
 
 
 def _sums_of_squares(differences: Tensor) -> Tensor:
@@ -222,7 +228,7 @@ def _nearest_of_all(x: Tensor, codebook: Tensor) -> Tensor:
         distances = torch.cat(
             [
                 _canonical_sums_of_squares(x[row].double() - part)
-                for part in finite.split(max(256, BLOCK_ELEMENTS // x.shape[1]))
+                for part in finite.split(max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1]))
             ]
         )
         least, place = distances.min(0)
@@ -273,18 +279,23 @@ def vector_quantize(
     The loss is of each row with "none", when the last is empty; else [], as the last. The two terms
     have one value, the squared distance; the weights part where it is differentiated.
     """
-    weight = commitment_weight + codebook_weight
     quantized, errors, total, indices = _quantize(x, codebook, mask, precision, prepared)
+    weight = commitment_weight + codebook_weight
+    loss, share = _reduced(errors, total, mask, weight, reduction, x.shape[1])
+    return quantized, loss, indices, share
+
+
+def _reduced(
+    errors: Tensor, total: float, mask: Tensor | None, weight: float, reduction: str, dim: int
+) -> tuple[Tensor, Tensor]:
+    """The loss, and what the sum was multiplied by, of the errors [N]."""
     if reduction == "none":
-        return quantized, errors.mul_(weight), indices, errors.new_empty(0)
-    share = torch.ones_like(total)
-    if reduction == "mean" and mask is None:
-        share /= max(x.numel(), 1)
-    elif reduction == "mean":
+        return errors.mul_(weight), errors.new_empty(0)
+    share = 1.0
+    if reduction == "mean":
         # 1 if no row counts, so that the mean is 0
-        share /= ((indices >= 0).sum() * x.shape[1]).clamp(min=1)
-    loss = total.mul_(weight).mul_(share)
-    return quantized, loss.to(errors.dtype), indices, share.to(errors.dtype)
+        share /= max(dim * (len(errors) if mask is None else int(mask.sum())), 1)
+    return errors.new_full((), total * weight * share), errors.new_full((), share)
 
 
 def _quantize(
@@ -293,16 +304,17 @@ def _quantize(
     mask: Tensor | None,
     precision: str,
     prepared: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes in x's dtype, [N] sums of squared differences, their sum in float64, indices."""
+) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Codes in x's dtype, [N] sums of squared differences, their sum, indices."""
     indices = nearest_code(x, codebook, precision, prepared)
     if mask is not None:
         indices.masked_fill_(~mask, -1)
     dtype = screen_dtype(x, codebook)
     quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     errors = torch.empty(len(x), dtype=dtype, device=x.device)
+    chosen = indices if mask is None else indices.clamp(min=0)
     for block in _blocks(x):
-        codes = _gathered(codebook, indices[block], dtype)
+        codes = codebook.index_select(0, chosen[block]).to(dtype)
         if mask is not None:
             codes.masked_fill_(~mask[block, None], 0)
         quantized[block] = codes
@@ -311,12 +323,12 @@ def _quantize(
     if mask is not None:
         errors.masked_fill_(~mask, 0)
     # float64, so that a sum over millions of rows keeps the digits of float32
-    total = errors.sum(dtype=torch.float64)
-    if not isfinite(float(total)):
+    total = float(errors.sum(dtype=torch.float64))
+    if not isfinite(total):
         # an infinite x gives NaN, as a NaN does
         is_wrong = ~finite_rows(x)
         errors.masked_fill_(is_wrong if mask is None else is_wrong & mask, torch.nan)
-        total = errors.sum(dtype=torch.float64)
+        total = float(errors.sum(dtype=torch.float64))
     return quantized, errors, total, indices
 
 
@@ -333,16 +345,20 @@ def vector_quantize_ema_(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`vector_quantize`, and then a step of the codes; also the codes as they were."""
     before = codebook.clone(memory_format=torch.contiguous_format)
-    found = vector_quantize(x, before, mask, commitment_weight, 0.0, reduction, precision)
-    indices = found[2]
-    sums, counts = code_sums(x, indices, len(codebook))
+    quantized, errors, total, indices = _quantize(x, before, mask, precision)
+    loss, share = _reduced(errors, total, mask, commitment_weight, reduction, x.shape[1])
+    if mask is None and isfinite(total):
+        # all rows count
+        sums, counts = _sums(x, indices, len(codebook))
+    else:
+        sums, counts = code_sums(x, indices, len(codebook))
     samples, is_filled = None, None
     if revives:
         keep = (indices >= 0) & finite_rows(x)
         samples, is_filled = sample_rows(x, len(codebook), keep=keep, sync=False)
     statistics = counts.float(), sums.float(), samples, is_filled, rates
     ema_update_(cluster_size, codebook, *statistics)
-    return *found, before
+    return quantized, loss, indices, share, before
 
 
 def grad_x(
@@ -355,10 +371,13 @@ def grad_x(
 ) -> Tensor:
     """grad_quantized + weight·grad_loss·(x - codebook[indices]), zero where the index is -1."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    is_masked = None
+    if len(x) and int(indices.amin()) < 0:
+        is_masked, indices = indices < 0, indices.clamp(min=0)
     for block in _blocks(x):
         pull = _differences(x[block], codebook, indices[block], grad_loss[block], -weight)
         out[block] = pull.add_(grad_quantized[block])
-    return out.masked_fill_((indices < 0)[:, None], 0)
+    return out if is_masked is None else out.masked_fill_(is_masked[:, None], 0)
 
 
 def grad_codebook(
@@ -367,8 +386,9 @@ def grad_codebook(
     """Σ weight·grad_loss·(codebook[k] - x) over the finite rows of each code."""
     sums = torch.zeros(len(codebook) + 1, x.shape[1], dtype=torch.float64, device=x.device)
     index = _counted(x, indices, len(codebook))
+    chosen = indices.clamp(min=0)
     for block in _blocks(x):
-        pull = _differences(x[block], codebook, indices[block], grad_loss[block], weight)
+        pull = _differences(x[block], codebook, chosen[block], grad_loss[block], weight)
         _add_rows(sums, index[block], pull)
     return sums[:-1].to(grad_loss.dtype)
 
@@ -386,14 +406,17 @@ def code_sums(
     for them as they are, for who divides them before they are rounded.
     """
     # rows that are left out go to an extra code, so that no shape depends on the data
-    sums = torch.zeros(codebook_size + 1, x.shape[1], dtype=torch.float64, device=x.device)
-    counts = torch.zeros(codebook_size + 1, dtype=torch.int64, device=x.device)
-    index = _counted(x, indices, codebook_size)
-    for block in _blocks(x):
-        _add_rows(sums, index[block], x[block])
-    _add_rows(counts, index, torch.ones_like(index))
+    sums, counts = _sums(x, _counted(x, indices, codebook_size), codebook_size + 1)
     dtype = torch.float64 if double or x.dtype == torch.float64 else torch.float32
     return sums[:-1].to(dtype), counts[:-1]
+
+
+def _sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """`code_sums` in float64, where all rows count."""
+    sums = torch.zeros(codebook_size, x.shape[1], dtype=torch.float64, device=x.device)
+    for block in _blocks(x):
+        _add_rows(sums, indices[block], x[block])
+    return sums, torch.bincount(indices, minlength=codebook_size)
 
 
 def _add_rows(sums: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -428,21 +451,22 @@ def ema_update_(
     size. What overflows is the largest float32, and is forgotten like all else.
     """
     # a batch in which no row counts is no step
-    weight = rates[0] * (counts.sum() > 0)
+    rate, threshold = rates.tolist()
+    weight = rate if counts.any() else 0.0
     cluster_size.lerp_(counts, weight)
     if sums is not None:
-        share = (weight * counts / cluster_size).nan_to_num_(0).clamp_(max=1)[:, None]
+        share = (counts * weight).div_(cluster_size).nan_to_num_(0).clamp_(max=1)[:, None]
         rows = counts.clamp(min=1)[:, None]
         # some codes at a time, so that what is held beside them is small
         for part in _blocks(codebook):
             _average_(codebook[part], sums[part], rows[part], share[part])
     if samples is not None and is_filled is not None:
-        is_dead = cluster_size < rates[1]
+        is_dead = cluster_size < threshold
         samples, is_dead = take_filled(samples, is_filled, is_dead)
         size = cluster_size.sum(dtype=torch.float64).div_(len(cluster_size)).float()
         torch.where(is_dead[:, None], samples, codebook, out=samples)
         codebook.copy_(samples)
-        cluster_size.copy_(size.maximum(rates[1]).where(is_dead, cluster_size))
+        cluster_size.copy_(size.clamp(min=threshold).where(is_dead, cluster_size))
 
 
 def _average_(codes: Tensor, sums: Tensor, rows: Tensor, share: Tensor) -> None:
@@ -484,11 +508,6 @@ def _counted(x: Tensor, indices: Tensor, codebook_size: int) -> Tensor:
     return indices.where(keep, codebook_size)
 
 
-def _gathered(codebook: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor, codebook[indices]; any code where the index is -1."""
-    return codebook.index_select(0, indices.clamp(min=0)).to(dtype)
-
-
 def _differences(
     x: Tensor, codebook: Tensor, indices: Tensor, grad_loss: Tensor, weight: float
 ) -> Tensor:
@@ -496,5 +515,5 @@ def _differences(
 
     In that of halves a difference may overflow.
     """
-    codes = _gathered(codebook, indices, grad_loss.dtype)
+    codes = codebook.index_select(0, indices).to(grad_loss.dtype)
     return codes.sub_(x).mul_((weight * grad_loss)[:, None])
