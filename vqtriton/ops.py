@@ -107,7 +107,7 @@ def _nearest_code_fake(x: Tensor, *_: Any) -> Tensor:
 def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
     if resolve_backend(backend, codebook.device) == "torch":
         dtype, (size, dim) = screen_dtype(codebook, codebook), codebook.shape
-        shapes = (size, dim), (size,), (dim,), (), ()
+        shapes = (size, dim), (size,), (dim,), (2,)
         return [torch.empty(shape, dtype=dtype, device=codebook.device) for shape in shapes]
     from vqtriton.kernels.prepare_planes import norms_of
 

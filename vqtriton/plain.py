@@ -85,8 +85,9 @@ class PlainQuantizer(nn.Module):
         codebook = vq.codebook.detach().clone(memory_format=torch.contiguous_format)
         prepared = centred_codebook(codebook, torch.float32)
         self.register_buffer("codebook", codebook)
-        for name in ("codes", "half_sqnorm", "mean", "scale"):
+        for name in ("codes", "half_sqnorm", "mean"):
             self.register_buffer(name, getattr(prepared, name))
+        self.register_buffer("scale", prepared.mean.new_tensor(prepared.scale))
         # exporters warn of modules in training mode
         self.eval()
 

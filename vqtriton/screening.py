@@ -8,6 +8,7 @@ float64 distance of `vqtriton.reference.squared_distances`. docs/design.md deriv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import frexp, isfinite, sqrt
 from typing import NamedTuple
 
@@ -33,8 +34,19 @@ class CentredCodebook(NamedTuple):
     codes: Tensor  # [K, D] screen dtype, contiguous, e_k; zeros where a code is not finite
     half_sqnorm: Tensor  # [K] screen dtype, ‖e_k‖²/2; +inf where a code is not finite
     mean: Tensor  # [D] screen dtype
-    scale: Tensor  # [] screen dtype, a power of two
-    max_norm: Tensor  # [] screen dtype, max ‖e_k‖
+    scale: float  # a power of two
+    max_norm: float  # max ‖e_k‖
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What must be kept to make it again with `centred_codebook_of`."""
+        numbers = self.codes.new_tensor((self.scale, self.max_norm))
+        return [self.codes, self.half_sqnorm, self.mean, numbers]
+
+
+def centred_codebook_of(tensors: Sequence[Tensor]) -> CentredCodebook:
+    *planes, numbers = tensors
+    return CentredCodebook(*planes, *numbers.tolist())
 
 
 def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
@@ -44,17 +56,15 @@ def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
     is far from the origin; scaling keeps the products away from overflow and underflow. In float64
     there is no scale: there the screen must overflow and underflow where the distances do.
     """
-    centred, max_norm = _centred(codebook.to(dtype), dtype, None)
-    if not isfinite(max_norm):
+    centred = _centred(codebook.to(dtype), dtype, None)
+    if not isfinite(centred.max_norm):
         # codes that are not finite, or whose sum or difference overflows
-        centred, _ = _centred(codebook.double(), dtype, finite_rows(codebook))
+        centred = _centred(codebook.double(), dtype, finite_rows(codebook))
     return centred
 
 
-def _centred(
-    codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None
-) -> tuple[CentredCodebook, float]:
-    """`centred_codebook`, with differences in the codebook's dtype; and its largest norm.
+def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> CentredCodebook:
+    """`centred_codebook`, with differences in the codebook's dtype.
 
     None: all codes are finite, and so are their sum and their differences.
     """
@@ -80,9 +90,7 @@ def _centred(
     half_sqnorm = (sqnorm / 2).to(dtype)
     if is_finite is not None:
         half_sqnorm.masked_fill_(~is_finite, torch.inf)
-    max_norm = sqrt(float(sqnorm.amax()))
-    numbers = (torch.full((), n, dtype=dtype, device=codes.device) for n in (scale, max_norm))
-    return CentredCodebook(codes, half_sqnorm, mean, *numbers), max_norm
+    return CentredCodebook(codes, half_sqnorm, mean, scale, sqrt(float(sqnorm.amax())))
 
 
 def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> OwnBound:

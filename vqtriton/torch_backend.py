@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
-from vqtriton.screening import U64, CentredCodebook, centred_codebook, error_bound
+from vqtriton.screening import U64, centred_codebook, centred_codebook_of, error_bound
 from vqtriton.tensors import finite_rows, screen_dtype
 
 # Elements that a pass holds at a time, so that they stay in a cache until the next pass.
@@ -50,10 +50,10 @@ def search(
     size = len(codebook)
     dtype = screen_dtype(x, codebook)
     if tensors and tensors[0].dtype == dtype:
-        prepared = CentredCodebook(*tensors)
+        prepared = centred_codebook_of(tensors)
     else:
         prepared = centred_codebook(codebook, dtype)
-    max_norm, bound = float(prepared.max_norm), None
+    max_norm, bound = prepared.max_norm, None
     if precision == "exact":
         bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
     if max_norm == 0 and not (prepared.half_sqnorm < torch.inf).any():
@@ -261,7 +261,7 @@ def matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
 
 def prepare_codebook(codebook: Tensor) -> list[Tensor]:
     """The tensors of its `CentredCodebook`."""
-    return list(centred_codebook(codebook, screen_dtype(codebook, codebook)))
+    return centred_codebook(codebook, screen_dtype(codebook, codebook)).tensors
 
 
 def vector_quantize(
