@@ -45,8 +45,8 @@ class CentredCodebook(NamedTuple):
 
 
 def centred_codebook_of(tensors: Sequence[Tensor]) -> CentredCodebook:
-    *planes, numbers = tensors
-    return CentredCodebook(*planes, *numbers.tolist())
+    codes, half_sqnorm, mean, numbers = tensors
+    return CentredCodebook(codes, half_sqnorm, mean, *numbers.tolist())
 
 
 def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
