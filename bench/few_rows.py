@@ -1,8 +1,9 @@
 """A search of few rows on a CPU: ``python -m bench.few_rows``.
 
-What a codec or a tokenizer asks for as it runs: few vectors, and codes that stay as they are. Beside
-it, addmm and argmax with everything that only the codes decide computed before. The two take turns,
-and each finds in the caches what the other has left there. The table is that of docs/benchmarks.md.
+What a codec or a tokenizer asks for as it runs: few vectors, and codes that stay as they are.
+Beside it, addmm and argmin with everything that only the codes decide computed before. They take
+turns, and find in the caches what the others have left there. It prints a table of
+docs/benchmarks.md.
 """
 
 from __future__ import annotations

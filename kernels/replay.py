@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import driver
 
 # signatures that are kept
 MOST_PLANS = 1024
@@ -94,6 +93,10 @@ class Plan:
     """A call that was recorded."""
 
     def __init__(self, tape: Tape, results: Sequence[Tensor]) -> None:
+        # only where there is a plan is Triton sure to be installed
+        from triton.runtime import driver
+
+        self.driver = driver
         first = len(tape.inputs)
         # arguments, and which of them are pointers
         self.launches = [
@@ -144,7 +147,8 @@ class Plan:
             for place, offset in self.offsets:
                 bases[place] = start + offset
         # else each launch asks for it
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        active = self.driver.active
+        stream = active.get_current_stream(active.get_current_device())
         for launch, args, pointers in self.launches:
             given = args.copy()
             for place, base, offset in pointers:

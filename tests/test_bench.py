@@ -484,17 +484,17 @@ def test_a_subject_that_raises_costs_no_other_its_row(monkeypatch):
 
 def test_a_last_bit_of_the_sums_is_not_hidden_by_their_average(monkeypatch):
     turn = 0
-    honest = torch_backend.code_sums
+    honest = torch_backend._sums
 
     def restless(*args):
         nonlocal turn
         turn += 1
         sums, counts = honest(*args)
         if turn % 2:
-            sums = sums.nextafter(torch.tensor(torch.inf))
+            sums = sums.float().nextafter(torch.tensor(torch.inf))
         return sums, counts
 
-    monkeypatch.setattr(torch_backend, "code_sums", restless)
+    monkeypatch.setattr(torch_backend, "_sums", restless)
     inputs = subjects.make_inputs(TINY)
     run = subjects.Run(subjects.SUBJECTS[OURS], "training", inputs)
     with pytest.raises(checks.Refused, match=r"codebook of a step that is repeated"):

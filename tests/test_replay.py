@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.real_device]
 def fresh_plans(monkeypatch):
     if not torch.cuda.is_available():
         driver = importlib.import_module("stub_driver").StubDriver()
-        monkeypatch.setattr(replay, "driver", SimpleNamespace(active=driver))
+        monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=driver))
     replay.forget()
     yield
     replay.forget()
