@@ -77,6 +77,8 @@ def steps(put: Put) -> dict[str, Step]:
         "EMA step, mask": module(mask=mask),
         "EMA step, revival": module(threshold_ema_dead_code=0.5),
         "gradient step": module(codebook_update="gradient"),
+        "gradient step, mask": module(mask=mask, codebook_update="gradient"),
+        "gradient step, revival": module(codebook_update="gradient", threshold_ema_dead_code=0.5),
     }
 
 

@@ -13,6 +13,8 @@ from vqtriton.kernels.code_sums import CodeSumsConfig, sort_rows
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 
+# pairs of rows and codes up to which rows are counted by comparing each index with each code
+MOST_COMPARED = 1 << 28
 # a key is below this
 MOST_KEYS = (1 << 31) - 2
 
@@ -23,6 +25,7 @@ class Drawn(NamedTuple):
     rows: Tensor  # [N, D] fp32 / fp16 / bf16
     order: Tensor  # [N] int32 / int64: those that may be drawn come first, in a random order
     old_size: Tensor  # [K] fp32, the cluster sizes before the update
+    counts: Tensor  # [K] int64, rows that count and are finite, per code
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -57,7 +60,32 @@ def draw_keys_kernel(
         tl.store(old_size_ptr + offs_k, size, mask=offs_k < K)
 
 
-def draw_rows(x: Tensor, indices: Tensor, cluster_size: Tensor, seed: Tensor) -> Drawn:
+@triton.jit(do_not_specialize=["N", "K"])
+def count_rows_kernel(
+    indices_ptr,  # [N] int64
+    keys_ptr,     # [N] int64, negative of rows that are left out
+    counts_ptr,   # [K] int64, out: the others, per code
+    N, K,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    counts = tl.zeros((BLOCK_K, BLOCK_N), tl.int32)
+    for first in range(0, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N).to(tl.int64)
+        index = tl.load(indices_ptr + offs_n, mask=offs_n < N, other=-1)
+        is_counted = tl.load(keys_ptr + offs_n, mask=offs_n < N, other=-1) >= 0
+        index = tl.where(is_counted, index, -1)
+        counts += (index[None, :] == offs_k[:, None]).to(tl.int32)
+    tl.store(counts_ptr + offs_k, tl.sum(counts, 1).to(tl.int64), mask=offs_k < K)
+
+
+def draw_rows(
+    x: Tensor,
+    indices: Tensor,
+    cluster_size: Tensor,
+    seed: Tensor,
+    counts: Tensor | None = None,
+) -> Drawn:
     """All rows that count and are finite, in a random order.
 
     Args:
@@ -65,6 +93,7 @@ def draw_rows(x: Tensor, indices: Tensor, cluster_size: Tensor, seed: Tensor) ->
         indices: [N] int64, -1 for rows that do not count.
         cluster_size: [K] float32.
         seed: [1] int64, random.
+        counts: [K] int64, if the rows have been counted.
     """
     num_rows, dim = x.shape
     size = len(cluster_size)
@@ -86,4 +115,10 @@ def draw_rows(x: Tensor, indices: Tensor, cluster_size: Tensor, seed: Tensor) ->
             enable_fp_fusion=False,
         )
         order, _ = sort_rows(keys, MOST_KEYS, None, CodeSumsConfig())
-    return Drawn(x, order, old_size)
+        if counts is None:
+            counts = torch.empty(size, dtype=torch.int64, device=device)
+            tensors = indices.contiguous(), keys, counts
+            tiles = {"BLOCK_K": 16, "BLOCK_N": 256}
+            options = {**tiles, "num_warps": 4, "enable_fp_fusion": False}
+            launch(count_rows_kernel, (cdiv(size, 16),), *tensors, num_rows, size, **options)
+    return Drawn(x, order, old_size, counts)

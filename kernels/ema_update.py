@@ -176,7 +176,7 @@ def ema_update_(
     codes_per_program = cdiv(cdiv(size, programs), block_k) * block_k
     old_size, filled, num_filled = cluster_size, None, None
     if drawn is not None:
-        samples, filled, old_size = drawn
+        samples, filled, old_size, _ = drawn
     elif samples is not None and is_filled is not None:
         filled = torch.argsort(is_filled == 0, stable=True)
         num_filled = (is_filled != 0).sum()

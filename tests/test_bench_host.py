@@ -24,6 +24,8 @@ MOST = {
     "EMA step, mask": 9,
     "EMA step, revival": 11,
     "gradient step": 7,
+    "gradient step, mask": 8,
+    "gradient step, revival": 12,
 }
 
 

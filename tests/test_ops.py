@@ -40,11 +40,11 @@ def test_opcheck(backend: Backend) -> None:
             ),
         ),
         (
-            ops.vector_quantize_ema_,
+            ops.vector_quantize_update_,
             (
                 *(x, codebook.clone(), indices >= 0, torch.ones(4, device=x.device)),
-                *(torch.tensor([0.5, 0.0], device=x.device), 0.25),
-                *("mean", False, "exact", backend.name),
+                *(torch.tensor([0.5, 0.0], device=x.device), 0.25, 0.0),
+                *("mean", True, False, "exact", backend.name),
             ),
         ),
         (ops.code_sums, (x, indices, 4, backend.name)),

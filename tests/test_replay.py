@@ -113,8 +113,10 @@ CALLS: dict[str, Call] = {
         )
         for reduction in ("mean", "sum", "none")
     },
-    "vector_quantize_ema_": lambda b, x, codebook, mask, size, rates, **_: (
-        *b.vector_quantize_ema_(x, codebook, mask, size, rates, 0.25, "mean", False, "exact"),
+    "vector_quantize_update_": lambda b, x, codebook, mask, size, rates, **_: (
+        *b.vector_quantize_update_(
+            *(x, codebook, mask, size, rates, 0.25, 0.0, "mean", True, False, "exact")
+        ),
         codebook,
         size,
     ),
@@ -165,13 +167,15 @@ def test_what_is_returned_stays_when_the_call_is_made_again(interpreted_replays)
 
 @pytest.mark.needs_interpreter
 @pytest.mark.needs_kernels
-def test_revival_draws_anew_in_each_replay(interpreted_replays) -> None:
+@pytest.mark.parametrize("averages", [True, False])
+def test_revival_draws_anew_in_each_replay(averages: bool, interpreted_replays) -> None:
     drawn = []
     for _ in range(3):
         given = example(0)
         given["rates"] = torch.tensor([0.0, 100.0])
         arguments = [given[n] for n in ("x", "codebook", "mask", "size", "rates")]
-        triton_backend.vector_quantize_ema_(*arguments, 0.25, "mean", True, "exact")
+        options = 0.25, 1.0, "mean", averages, True, "exact"
+        triton_backend.vector_quantize_update_(*arguments, *options)
         drawn.append(given["codebook"])
         rows = given["x"][given["mask"] & given["x"].isfinite().all(1)]
         # every code is dead: each is a row that counts, and none is used twice before all were

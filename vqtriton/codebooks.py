@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from vqtriton.checks import check_x
 from vqtriton.functional import PreparedCodebook, prepare_codebook
+from vqtriton.tensors import is_traced
 
 SHARDED = (
     "codebook is sharded, and forward sees a copy of it, so what is written to it would be lost: "
@@ -347,8 +348,7 @@ vars(warn_of_zeros)["_dynamo_marked_constant"] = True
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its values are there and will be: not traced, transformed or captured."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        is_traced()
         or type(tensor) not in (Tensor, nn.Parameter)
         or tensor.is_meta
         or tensor.is_inference()

@@ -13,7 +13,6 @@ PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
 
 
-@functools.cache
 def triton_is_installed() -> bool:
     try:
         import triton  # noqa: F401

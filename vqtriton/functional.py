@@ -18,7 +18,7 @@ from vqtriton.checks import (
     check_sums,
 )
 from vqtriton.reference import Quantized
-from vqtriton.tensors import finite_rows, gather, screen_dtype
+from vqtriton.tensors import finite_rows, gather, is_traced, screen_dtype
 
 
 class PreparedCodebook(NamedTuple):
@@ -228,7 +228,7 @@ def vector_quantize(
     return _in_shape_of(x, quantized, indices, loss)
 
 
-def vector_quantize_ema_(
+def vector_quantize_update_(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
@@ -236,25 +236,29 @@ def vector_quantize_ema_(
     rates: Tensor,
     *,
     commitment_weight: float,
+    codebook_weight: float,
     reduction: str,
+    averages: bool,
     revives: bool,
     precision: str,
     backend: str,
 ) -> Quantized:
-    """`vector_quantize` without a codebook term, and then a step of the moving averages in place.
+    """`vector_quantize`, and then a step of the moving averages and of dead codes in place.
 
     One op, for one process: ranks have to meet between the two. See `vqtriton.ops.ema_update_`.
     """
     check_arguments(x, codebook, mask, precision=precision, backend=backend)
     quantized, loss, indices, *_ = _apply(
-        _VectorQuantizeEma,
+        _VectorQuantizeUpdate,
         _flat(x),
         codebook,
         None if mask is None else mask.reshape(-1),
         cluster_size,
         rates,
         float(commitment_weight),
+        float(codebook_weight),
         reduction,
+        averages,
         revives,
         precision,
         backend,
@@ -347,7 +351,7 @@ class _Function(torch.autograd.Function):
 
 
 def _apply(function: type[_Function], *args: Any) -> Any:
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_traced():
         return function.apply(*args)
     if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return function.eager.apply(*args)
@@ -445,10 +449,10 @@ class _VectorQuantize(_Function):
         return grad_x, grad_codebook, *[None] * ctx.num_others
 
 
-class _VectorQuantizeEma(_Function):
+class _VectorQuantizeUpdate(_VectorQuantize):
     """`_VectorQuantize`, in an op that also makes a step of the codes and keeps them as they were.
 
-    x alone gets a gradient.
+    The gradient is that of the codes as they were.
     """
 
     @staticmethod
@@ -458,29 +462,17 @@ class _VectorQuantizeEma(_Function):
         mask: Tensor | None,
         cluster_size: Tensor,
         rates: Tensor,
-        commitment_weight: float,
-        reduction: str,
-        revives: bool,
-        precision: str,
-        backend: str,
+        *others: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        state = cluster_size, rates, commitment_weight, reduction, revives, precision, backend
-        return ops.vector_quantize_ema_(x, codebook, mask, *state)
+        return ops.vector_quantize_update_(x, codebook, mask, cluster_size, rates, *others)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, _, mask, _, _, commitment_weight, reduction, _, _, backend = inputs
+        x, _, mask, _, _, commitment, ctx.codebook_weight, reduction, _, _, _, backend = inputs
+        ctx.num_others = len(inputs) - 2
         *found, before = output
-        _save(ctx, x, before, mask, commitment_weight, reduction, backend, found)
+        _save(ctx, x, before, mask, commitment, reduction, backend, found)
         ctx.mark_non_differentiable(*output[2:])
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, *_: Tensor
-    ) -> tuple:
-        x, codebook, indices, of_rows = _of_rows(ctx, grad_loss)
-        grad_x = _grad_x(ctx, grad_quantized, of_rows, x, codebook, indices)
-        return grad_x, *[None] * 9
 
 
 def _save(

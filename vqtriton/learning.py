@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from vqtriton import clustering, distributed, ops
 from vqtriton.checks import check_arguments, check_number
 from vqtriton.codebooks import SHARDED, Codebook
-from vqtriton.tensors import finite_rows
+from vqtriton.tensors import finite_rows, is_traced
 
 # what `reset_codes` puts between a code and its copy, in standard deviations of the codes
 JITTER = 0.01
@@ -271,7 +271,8 @@ class LearnedCodebook(Codebook):
     def _steps_at_once(self) -> bool:
         """Whether an op can search and make the step: no rank or other batch comes in between."""
         return (
-            self.codebook_update == "ema"
+            # neither a compiler nor torch.func takes an op that changes what it differentiates by
+            (self.codebook_update == "ema" or not is_traced())
             and not self._accumulates
             and self._pending is None
             and self._owns_codebook()

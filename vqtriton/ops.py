@@ -41,9 +41,9 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "vector_quantize_ema_(Tensor x, Tensor(a!) codebook, Tensor? mask, Tensor(b!) cluster_size, "
-    "Tensor rates, float commitment_weight, str reduction, bool revives, str precision, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "vector_quantize_update_(Tensor x, Tensor(a!) codebook, Tensor? mask, Tensor(b!) cluster_size, "
+    "Tensor rates, float commitment_weight, float codebook_weight, str reduction, bool averages, "
+    "bool revives, str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "code_sums(Tensor x, Tensor indices, SymInt codebook_size, str backend, "
@@ -69,7 +69,7 @@ Traced = tuple[Tensor, int, tuple[str, ...]]
 TRACED: dict[str, Callable[..., list[Traced]]] = {
     "nearest_code": lambda x, codebook, *_: [(x, len(codebook), ("nearest_code",))],
     "vector_quantize": lambda x, codebook, *_: [(x, len(codebook), ("nearest_code",))],
-    "vector_quantize_ema_": lambda x, codebook, *_: [
+    "vector_quantize_update_": lambda x, codebook, *_: [
         (x, len(codebook), ("nearest_code", "code_sums")),
         (codebook, len(codebook), ("ema_update",)),
     ],
@@ -136,17 +136,19 @@ def _vector_quantize_fake(
     )
 
 
-def _vector_quantize_ema_fake(
+def _vector_quantize_update_fake(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
     cluster_size: Tensor,
     rates: Tensor,
     commitment_weight: float,
+    codebook_weight: float,
     reduction: str,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    found = _vector_quantize_fake(x, codebook, mask, commitment_weight, 0.0, reduction)
+    weights = commitment_weight, codebook_weight
+    found = _vector_quantize_fake(x, codebook, mask, *weights, reduction)
     return *found, torch.empty(codebook.shape, dtype=codebook.dtype, device=codebook.device)
 
 
@@ -193,7 +195,7 @@ def _implementation(name: str) -> Callable[..., Any]:
             for x, size, names in traced(*others):
                 for traced_name in names:
                     trace.record(traced_name, x, size)
-        if packet == "vector_quantize_ema_":
+        if packet == "vector_quantize_update_":
             _refuse_backward()
         with torch._C._AutoDispatchBelowAutograd():
             results = getattr(backend_for(args[place], device), packet)(*others)
@@ -223,7 +225,7 @@ for _name, _fake in (
     ("prepare_codebook", _prepare_codebook_fake),
     ("vector_quantize", _vector_quantize_fake),
     ("vector_quantize.prepared", _vector_quantize_fake),
-    ("vector_quantize_ema_", _vector_quantize_ema_fake),
+    ("vector_quantize_update_", _vector_quantize_update_fake),
     ("code_sums", _code_sums_fake),
     ("grad_x", _grad_x_fake),
     ("grad_codebook", _grad_codebook_fake),
@@ -249,7 +251,7 @@ nearest_code = torch.ops.vqtriton.nearest_code.default
 nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared
 prepare_codebook_op = torch.ops.vqtriton.prepare_codebook.default
 vector_quantize = torch.ops.vqtriton.vector_quantize.default
-vector_quantize_ema_ = torch.ops.vqtriton.vector_quantize_ema_.default
+vector_quantize_update_ = torch.ops.vqtriton.vector_quantize_update_.default
 vector_quantize_prepared = torch.ops.vqtriton.vector_quantize.prepared
 code_sums = torch.ops.vqtriton.code_sums.default
 grad_x = torch.ops.vqtriton.grad_x.default

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqtriton import dispatch
 from vqtriton.checks import INTEGERS, REDUCTIONS, check_number
-from vqtriton.functional import snapshot, vector_quantize, vector_quantize_ema_
+from vqtriton.functional import snapshot, vector_quantize, vector_quantize_update_
 from vqtriton.learning import LearnedCodebook
 from vqtriton.reference import Quantized
 from vqtriton.tensors import gather
@@ -241,14 +241,16 @@ class VectorQuantize(LearnedCodebook):
         else:
             self._look()
         if changes and self._steps_at_once():
-            quantized, indices, loss = vector_quantize_ema_(
+            quantized, indices, loss = vector_quantize_update_(
                 vectors,
                 self.codebook,
                 mask,
                 self.cluster_size,
                 self._rates_here(),
                 commitment_weight=self.commitment_weight,
+                codebook_weight=self.codebook_weight if is_gradient else 0.0,
                 reduction=self.reduction,
+                averages=not is_gradient,
                 revives=self._revives,
                 precision=self.precision,
                 backend=self.backend,

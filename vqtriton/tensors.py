@@ -14,6 +14,11 @@ def has_float64(device: torch.device) -> bool:
     return device.type not in NO_FLOAT64
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a transform of `torch.func` runs what follows."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def screen_dtype(x: Tensor, codebook: Tensor) -> torch.dtype:
     """What scores and losses are computed in."""
     is_double = torch.float64 in (x.dtype, codebook.dtype)

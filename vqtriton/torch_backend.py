@@ -332,21 +332,27 @@ def _quantize(
     return quantized, errors, total, indices
 
 
-def vector_quantize_ema_(
+def vector_quantize_update_(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
     cluster_size: Tensor,
     rates: Tensor,
     commitment_weight: float,
+    codebook_weight: float,
     reduction: str,
+    averages: bool,
     revives: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`vector_quantize`, and then a step of the codes; also the codes as they were."""
+    """`vector_quantize`, and then `ema_update_`; also the codes as they were.
+
+    With ``averages`` the codes follow moving averages; with ``revives`` dead ones become rows of x.
+    """
     before = codebook.clone(memory_format=torch.contiguous_format)
     quantized, errors, total, indices = _quantize(x, before, mask, precision)
-    loss, share = _reduced(errors, total, mask, commitment_weight, reduction, x.shape[1])
+    weight = commitment_weight + codebook_weight
+    loss, share = _reduced(errors, total, mask, weight, reduction, x.shape[1])
     if mask is None and isfinite(total):
         # all rows count
         sums, counts = _sums(x, indices, len(codebook))
@@ -356,8 +362,8 @@ def vector_quantize_ema_(
     if revives:
         keep = (indices >= 0) & finite_rows(x)
         samples, is_filled = sample_rows(x, len(codebook), keep=keep, sync=False)
-    statistics = counts.float(), sums.float(), samples, is_filled, rates
-    ema_update_(cluster_size, codebook, *statistics)
+    statistics = counts.float(), sums.float() if averages else None, samples, is_filled
+    ema_update_(cluster_size, codebook, *statistics, rates)
     return quantized, loss, indices, share, before
 
 

@@ -17,7 +17,7 @@ from vqtriton import torch_backend
 from vqtriton.kernels import atomic_sums, ema_update, vector_quantize_grad
 from vqtriton.kernels import code_sums as sums_kernels
 from vqtriton.kernels.constants import GROUP
-from vqtriton.kernels.draw_rows import draw_rows
+from vqtriton.kernels.draw_rows import MOST_COMPARED, draw_rows
 from vqtriton.kernels.nearest_code import (
     NearestCode,
     NearestCodeConfig,
@@ -83,20 +83,23 @@ def vector_quantize(
     return out.quantized[0], out.loss[0], out.indices[0], out.share[0]
 
 
-def vector_quantize_ema_(
+def vector_quantize_update_(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
     cluster_size: Tensor,
     rates: Tensor,
     commitment_weight: float,
+    codebook_weight: float,
     reduction: str,
+    averages: bool,
     revives: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    state = codebook, mask, cluster_size, rates, commitment_weight, reduction
+    weights = commitment_weight, codebook_weight
+    state = codebook, mask, cluster_size, rates, *weights, reduction, averages
     if x.shape[0] == 0:
-        return torch_backend.vector_quantize_ema_(x, *state, revives, precision)
+        return torch_backend.vector_quantize_update_(x, *state, revives, precision)
     # on the device: a replayed graph draws anew
     seed = torch.empty(1, dtype=torch.int64, device=x.device).random_(1 << 62) if revives else None
     return _learn(x, *state, seed, precision)
@@ -110,18 +113,25 @@ def _learn(
     cluster_size: Tensor,
     rates: Tensor,
     commitment_weight: float,
+    codebook_weight: float,
     reduction: str,
+    averages: bool,
     seed: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`vector_quantize_ema_`; rows are drawn for dead codes where there is a seed."""
-    found = vector_quantize(x, codebook, mask, commitment_weight, 0.0, reduction, precision)
+    """`vector_quantize_update_`; rows are drawn for dead codes where there is a seed."""
+    weights = commitment_weight, codebook_weight
+    found = vector_quantize(x, codebook, mask, *weights, reduction, precision)
     indices = found[2]
-    sums, counts = _code_sums(x, indices, len(codebook), False)
-    drawn = None if seed is None else draw_rows(x, indices, cluster_size, seed)
+    sums = counts = drawn = None
+    if averages or len(x) * len(codebook) > MOST_COMPARED:
+        sums, counts = _code_sums(x, indices, len(codebook), False)
+    if seed is not None:
+        drawn = draw_rows(x, indices, cluster_size, seed, counts)
+        counts = drawn.counts
     before = torch.empty(codebook.shape, dtype=codebook.dtype, device=codebook.device)
     ema_update.ema_update_(
-        *(cluster_size, codebook, counts, sums, None, None, rates),
+        *(cluster_size, codebook, counts, sums if averages else None, None, None, rates),
         before=before,
         drawn=drawn,
         config=_tiles("ema_update", codebook, len(codebook)),
