@@ -23,6 +23,7 @@ from vqtriton.kernels import (
     vector_quantize_grad,
 )
 from vqtriton.kernels import prepare_planes as planes_kernels
+from vqtriton.kernels.arguments import Pull, Update
 from vqtriton.kernels.code_planes import CodePlanes
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
@@ -156,13 +157,13 @@ def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
     x, codebook = x[None], codebook_of(x.shape[1])[None]
     indices = torch.zeros(x.shape[:2], dtype=torch.int64)
     grad_loss = torch.ones(x.shape[:2])
-    grads = (grad_loss, x, codebook, indices, 1.0)
+    pull = Pull(grad_loss, x, codebook, indices, 1.0)
     return [
         *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE),
         *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE, config=SORTED),
         *launches_of(modules, atomic_sums.atomic_sums, x, indices, CODEBOOK_SIZE),
-        *launches_of(modules, vector_quantize_grad.grad_x, x, *grads),
-        *launches_of(modules, vector_quantize_grad.grad_codebook, *grads),
+        *launches_of(modules, vector_quantize_grad.grad_x, x, pull),
+        *launches_of(modules, vector_quantize_grad.grad_codebook, pull),
     ]
 
 
@@ -171,8 +172,8 @@ def record_ema_update(x: torch.Tensor, target: str) -> list[Launch]:
     codes, size = codebook_of(x.shape[1]), torch.ones(CODEBOOK_SIZE)
     launches = []
     for sums, *drawn in ((codes, codes, size), (codes, None, None), (None, codes, size)):
-        arguments = (size, codes, size, sums, *drawn, torch.ones(2))
-        launches += launches_of(ema_update, ema_update.ema_update_, *arguments)
+        update = Update(size, codes, size, sums, *drawn, torch.ones(2))
+        launches += launches_of(ema_update, ema_update.ema_update_, update)
     return launches
 
 
@@ -241,7 +242,10 @@ KERNELS = (
             "grad_x",
         )
     ),
-    Kernel("draw_keys", record_draw_rows, ((64, torch.float32),)),
+    *(
+        Kernel(name, record_draw_rows, ((64, torch.float32),))
+        for name in ("draw_keys", "count_rows")
+    ),
     Kernel("reduce_losses", record_fast_search, ((64, torch.float32),)),
     Kernel("ema_update", record_ema_update, tuple((d, torch.float32) for d in (8, 64, 512))),
     Kernel("code_peaks", record_prepare_planes, ((64, torch.float32), (256, torch.float32))),

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.arguments import Pull
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit, strides_of
@@ -284,18 +285,14 @@ def segment_sums(
     *,
     config: CodeSumsConfig,
     double: bool = False,
-    codebook: Tensor | None = None,
-    grad_loss: Tensor | None = None,
-    weight: float = 1.0,
+    pull: Pull | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `code_sums`; with codebook [H, K, D] and grad_loss [H, N] of their weighted differences:
-    Σ weight·grad_loss_n·(e - x_n)."""
+    """As `code_sums`; with a pull of differences: Σ weight·grad_loss_n·(e - x_n)."""
     heads, num_rows, dim = x.shape
     num_segments, total = heads * codebook_size, heads * num_rows
     block_d = min(config.block_d, next_power_of_2(dim))
     block_rows = min(64, max(1, config.block_elements // block_d))
     blocks_d = cdiv(dim, block_d)
-    is_grad = codebook is not None and grad_loss is not None
     is_whole = dim <= config.block_d
     if not is_whole:
         # no program sees all of a row; its largest element is finite when all are
@@ -322,8 +319,10 @@ def segment_sums(
         order, segments = sort_rows(indices, codebook_size, (sums, counts), config)
         if num_chunks == 0:
             return sums, counts
-        codes = (sums if codebook is None else codebook).reshape(num_segments, dim)
-        grads = counts if grad_loss is None else grad_loss.reshape(-1)
+        codes, grads, weight = sums, counts, 1.0
+        if pull is not None:
+            codes, grads, weight = pull.codebook, pull.grad_loss, pull.weight
+        codes, grads = codes.reshape(num_segments, dim), grads.reshape(-1)
         launch(
             chunk_sums_kernel,
             (num_chunks, blocks_d),
@@ -346,7 +345,7 @@ def segment_sums(
             grads.stride(-1),
             D=dim,
             HAS_HEADS=heads > 1,
-            IS_GRAD=is_grad,
+            IS_GRAD=pull is not None,
             IS_WHOLE=is_whole,
             **options,
         )

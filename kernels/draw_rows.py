@@ -118,7 +118,7 @@ def draw_rows(
         if counts is None:
             counts = torch.empty(size, dtype=torch.int64, device=device)
             tensors = indices.contiguous(), keys, counts
-            tiles = {"BLOCK_K": 16, "BLOCK_N": 256}
+            tiles = {"BLOCK_K": 16, "BLOCK_N": 128}
             options = {**tiles, "num_warps": 4, "enable_fp_fusion": False}
             launch(count_rows_kernel, (cdiv(size, 16),), *tensors, num_rows, size, **options)
     return Drawn(x, order, old_size, counts)

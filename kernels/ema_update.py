@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.arguments import Update
 from vqtriton.kernels.draw_rows import Drawn
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
@@ -141,13 +142,7 @@ def ema_update_kernel(
 
 
 def ema_update_(
-    cluster_size: Tensor,
-    codebook: Tensor,
-    counts: Tensor,
-    sums: Tensor | None,
-    samples: Tensor | None,
-    is_filled: Tensor | None,
-    rates: Tensor,
+    update: Update,
     *,
     before: Tensor | None = None,
     drawn: Drawn | None = None,
@@ -156,18 +151,11 @@ def ema_update_(
     """One step of the moving averages, in place; see `vqtriton.torch_backend.ema_update_`.
 
     Args:
-        cluster_size: [K] float32, changed.
-        codebook: [K, D] float32, changed.
-        counts: [K] float32 or int64, rows of the batch per code.
-        sums: [K, D] float32, their sums; None where the codes follow no moving average.
-        samples: [K, D] float32, rows that may replace dead codes; None if there are none.
-        is_filled: [K] float32, which of the samples there are.
-        rates: [2] float32, 1 - decay of the averages, and the cluster size below which a code is
-            dead. On the device, so that neither a graph nor a compiler takes it for a constant.
         before: [K, D] float32, gets the codes as they were.
         drawn: in place of samples: the rows of a batch, whose counts are ``counts``.
         config: tiles.
     """
+    cluster_size, codebook, counts, sums, samples, is_filled, rates = update
     config = config or EmaUpdateConfig()
     size, dim = codebook.shape
     block_d = min(config.block_d, next_power_of_2(dim))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqtriton.kernels.arguments import Pull
 from vqtriton.kernels.code_sums import CodeSumsConfig, segment_sums
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
@@ -69,31 +70,18 @@ def grad_x_kernel(
     )
 
 
-def grad_x(
-    grad_quantized: Tensor,
-    grad_loss: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    indices: Tensor,
-    weight: float,
-    *,
-    config: GradXConfig | None = None,
-) -> Tensor:
+def grad_x(grad_quantized: Tensor, pull: Pull, *, config: GradXConfig | None = None) -> Tensor:
     """grad_quantized + weight·grad_loss·(x - codebook[indices]), zero where the index is -1.
 
     Args:
-        grad_quantized: [H, N, D], the dtype of x.
-        grad_loss: [H, N] float32.
-        x: [H, N, D] float32 / float16 / bfloat16.
-        codebook: [H, K, D] float32 / float16 / bfloat16.
-        indices: [H, N] int64 in [-1, K).
-        weight: of the commitment term, times two.
+        grad_quantized: [H, N, D], the dtype of x, any strides.
         config: tiles.
 
     Returns:
-        [H, N, D] in the dtype of x. Strides of all inputs may be any.
+        [H, N, D] in the dtype of x.
     """
     config = config or GradXConfig()
+    grad_loss, x, codebook, indices, weight = pull
     heads, num_rows, dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -126,37 +114,16 @@ def grad_x(
     return out
 
 
-def grad_codebook(
-    grad_loss: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    indices: Tensor,
-    weight: float,
-    *,
-    config: CodeSumsConfig | None = None,
-) -> Tensor:
+def grad_codebook(pull: Pull, *, config: CodeSumsConfig | None = None) -> Tensor:
     """Σ weight·grad_loss_n·(e - x_n) over the finite rows of each code e.
 
-    The differences are added up, not n·e and Σx, which would cancel where codes are near rows.
-
-    Args:
-        grad_loss: [H, N] float32.
-        x: [H, N, D] float32 / float16 / bfloat16.
-        codebook: [H, K, D] float32 / float16 / bfloat16.
-        indices: [H, N] int64; rows with an index outside [0, K) are left out.
-        weight: of the codebook term, times two.
-        config: tiles.
+    The differences are added up, not n·e and Σx, which would cancel where codes are near rows. Rows
+    with an index outside [0, K) are left out.
 
     Returns:
         [H, K, D] float32, as repeatable and as accurate as `code_sums`.
     """
-    sums, _ = segment_sums(
-        x,
-        indices,
-        codebook.shape[1],
-        config=config or CodeSumsConfig(),
-        codebook=codebook,
-        grad_loss=grad_loss,
-        weight=weight,
-    )
+    size = pull.codebook.shape[1]
+    config = config or CodeSumsConfig()
+    sums, _ = segment_sums(pull.x, pull.indices, size, pull=pull, config=config)
     return sums

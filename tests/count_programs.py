@@ -47,26 +47,24 @@ def functions(dim: int) -> dict[str, Callable[[int], object]]:
         return code_sums(vectors(rows)[None], indices(rows)[None], CODEBOOK_SIZE)
 
     def gradients(rows: int) -> object:
+        from vqtriton.kernels.arguments import Pull
         from vqtriton.kernels.vector_quantize_grad import grad_codebook, grad_x
 
         x, one_head = vectors(rows)[None], codebook[None]
-        grads = (torch.ones(1, rows, device=DEVICE), x, one_head, indices(rows)[None], 1.0)
-        return grad_x(x, *grads), grad_codebook(*grads)
+        pull = Pull(torch.ones(1, rows, device=DEVICE), x, one_head, indices(rows)[None], 1.0)
+        return grad_x(x, pull), grad_codebook(pull)
 
     def update(rows: int) -> None:
+        from vqtriton.kernels.arguments import Update
         from vqtriton.kernels.ema_update import ema_update_
 
         (of_codes,), (counts,) = sums(rows)
         rows_per_code = counts.float()
-        ema_update_(
-            *(t.clone() for t in (rows_per_code, codebook)),
-            rows_per_code,
-            of_codes,
-            # what may stand for a dead code, all of it there
-            codebook,
-            torch.ones_like(rows_per_code),
-            torch.tensor([0.1, 0.5], device=DEVICE),
-        )
+        # what may stand for a dead code, all of it there
+        drawn = codebook, torch.ones_like(rows_per_code)
+        rates = torch.tensor([0.1, 0.5], device=DEVICE)
+        state = (t.clone() for t in (rows_per_code, codebook))
+        ema_update_(Update(*state, rows_per_code, of_codes, *drawn, rates))
 
     return {
         "nearest_code": lambda rows: triton_backend.run_kernels(

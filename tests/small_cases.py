@@ -92,6 +92,8 @@ def draw(device: torch.device | str) -> None:
     first = drawn.order[: int(is_drawn.sum())].long()
     expect(first.sort().values, is_drawn.cpu().nonzero()[:, 0])
     expect(drawn.old_size, codebook[:, 0].cpu())
+    counts = torch.bincount(indices[is_drawn], minlength=len(codebook))
+    expect(drawn.counts, counts.cpu())
 
 
 def sums(device: torch.device | str) -> None:
@@ -141,6 +143,7 @@ def update(device: torch.device | str) -> None:
 CASES: dict[str, Case] = {
     **dict.fromkeys(("code_peaks", "planes"), planes),
     "draw_keys": draw,
+    "count_rows": draw,
     **dict.fromkeys(("screen_codes", "finish_parts", "rescue_rows", "reduce_losses"), search),
     **dict.fromkeys(
         (*("place_rows", "segment_keys", "chunk_sums", "combine_chunks"),),

@@ -76,7 +76,7 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ),
         (
             *("place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
-            *("atomic_sums", "grad_x", "ema_update", "draw_keys", "reduce_losses"),
+            *("atomic_sums", "grad_x", "ema_update", "draw_keys", "count_rows", "reduce_losses"),
         ),
         (
             *((1, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (100, FLOAT32, "strided")),

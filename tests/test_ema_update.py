@@ -199,6 +199,7 @@ def test_strides_change_nothing(backend: Backend, revives: bool) -> None:
 @pytest.mark.parametrize(("decay", "threshold"), [(0.5, 1.1), (0.0, 2.0)])
 def test_number_of_programs_changes_no_bit(monkeypatch, decay, threshold) -> None:
     from vqtriton.kernels import ema_update
+    from vqtriton.kernels.arguments import Update
 
     config = ema_update.EmaUpdateConfig(block_scan=16, block_elements=16)
     state, batch = example(70, 3, "cpu")
@@ -206,7 +207,8 @@ def test_number_of_programs_changes_no_bit(monkeypatch, decay, threshold) -> Non
     for programs in (1, 2, 5, 100):
         monkeypatch.setattr(ema_update, "num_processors", lambda device, n=programs: n)
         got = [t.clone() for t in state]
-        ema_update.ema_update_(*got, *batch, rates(decay, threshold, "cpu"), config=config)
+        update = Update(*got, *batch, rates(decay, threshold, "cpu"))
+        ema_update.ema_update_(update, config=config)
         results.append(got)
     for got in results[1:]:
         assert all(map(torch.equal, got, results[0]))

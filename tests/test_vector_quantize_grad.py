@@ -94,6 +94,7 @@ def test_a_code_in_the_middle_of_its_rows(backend: Backend) -> None:
 @pytest.mark.needs_kernels
 def test_heads_of_the_kernels() -> None:
     from vqtriton.kernels import vector_quantize_grad as kernels
+    from vqtriton.kernels.arguments import Pull
 
     device = DEVICE
     x, grad_quantized = torch.randn(3, 20, 5, device=device), torch.randn(20, 3, 5).to(device)
@@ -101,10 +102,10 @@ def test_heads_of_the_kernels() -> None:
     indices = torch.randint(-1, 4, (3, 20), device=device)
     grad_loss = torch.randn(3, 1, device=device).expand(3, 20)
     grad_quantized = grad_quantized.transpose(0, 1)
-    whole = kernels.grad_x(grad_quantized, grad_loss, x, codebook, indices, 0.5)
-    sums = kernels.grad_codebook(grad_loss, x, codebook, indices, 2.0)
+    pull = Pull(grad_loss, x, codebook, indices, 0.5)
+    whole, sums = kernels.grad_x(grad_quantized, pull), kernels.grad_codebook(pull)
     for head in range(3):
         one = slice(head, head + 1)
-        args = grad_loss[one], x[one], codebook[one], indices[one]
-        assert torch.equal(kernels.grad_x(grad_quantized[one], *args, 0.5)[0], whole[head])
-        assert torch.equal(kernels.grad_codebook(*args, 2.0)[0], sums[head])
+        pull = Pull(grad_loss[one], x[one], codebook[one], indices[one], 0.5)
+        assert torch.equal(kernels.grad_x(grad_quantized[one], pull)[0], whole[head])
+        assert torch.equal(kernels.grad_codebook(pull)[0], sums[head])

@@ -456,7 +456,7 @@ class _VectorQuantizeUpdate(_VectorQuantize):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[override]
         x: Tensor,
         codebook: Tensor,
         mask: Tensor | None,

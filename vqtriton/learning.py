@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from vqtriton import clustering, distributed, ops
 from vqtriton.checks import check_arguments, check_number
 from vqtriton.codebooks import SHARDED, Codebook
+from vqtriton.kernels.arguments import Update
 from vqtriton.tensors import finite_rows, is_traced
 
 # what `reset_codes` puts between a code and its copy, in standard deviations of the codes
@@ -219,15 +220,9 @@ class LearnedCodebook(Codebook):
         averaged = totals.pop(0) if self.codebook_update == "ema" else None
         is_own = self._owns_codebook()
         codebook = self.codebook if is_own else self.codebook.detach().clone()
-        ops.ema_update_(
-            self.cluster_size,
-            codebook,
-            counts,
-            averaged,
-            *(totals or (None, None)),
-            self._rates_here(),
-            self.backend,
-        )
+        samples, is_filled = totals or (None, None)
+        state, rates = (self.cluster_size, codebook), self._rates_here()
+        ops.ema_update_(*Update(*state, counts, averaged, samples, is_filled, rates), self.backend)
         if not is_own:
             self._write(codebook)
 

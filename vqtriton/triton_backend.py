@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 from vqtriton import torch_backend
 from vqtriton.kernels import atomic_sums, ema_update, vector_quantize_grad
 from vqtriton.kernels import code_sums as sums_kernels
+from vqtriton.kernels.arguments import Pull, Update
 from vqtriton.kernels.constants import GROUP
 from vqtriton.kernels.draw_rows import MOST_COMPARED, draw_rows
 from vqtriton.kernels.nearest_code import (
@@ -130,8 +131,9 @@ def _learn(
         drawn = draw_rows(x, indices, cluster_size, seed, counts)
         counts = drawn.counts
     before = torch.empty(codebook.shape, dtype=codebook.dtype, device=codebook.device)
+    sums = sums if averages else None
     ema_update.ema_update_(
-        *(cluster_size, codebook, counts, sums if averages else None, None, None, rates),
+        Update(cluster_size, codebook, counts, sums, None, None, rates),
         before=before,
         drawn=drawn,
         config=_tiles("ema_update", codebook, len(codebook)),
@@ -227,18 +229,18 @@ def grad_x(
     indices: Tensor,
     weight: float,
 ) -> Tensor:
-    tensors = (t[None] for t in (grad_quantized, grad_loss, x, codebook, indices))
+    pull = Pull(grad_loss[None], x[None], codebook[None], indices[None], weight)
     tiles = _tiles("grad_x", x, codebook.shape[0])
-    return vector_quantize_grad.grad_x(*tensors, weight, config=tiles)[0]
+    return vector_quantize_grad.grad_x(grad_quantized[None], pull, config=tiles)[0]
 
 
 @replayed
 def grad_codebook(
     grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, weight: float
 ) -> Tensor:
-    tensors = (t[None] for t in (grad_loss, x, codebook, indices))
+    pull = Pull(grad_loss[None], x[None], codebook[None], indices[None], weight)
     tiles = _tiles("code_sums", x, codebook.shape[0])
-    return vector_quantize_grad.grad_codebook(*tensors, weight, config=tiles)[0]
+    return vector_quantize_grad.grad_codebook(pull, config=tiles)[0]
 
 
 def ema_update_(
@@ -251,5 +253,5 @@ def ema_update_(
     rates: Tensor,
 ) -> None:
     tiles = _tiles("ema_update", codebook, codebook.shape[0])
-    statistics = cluster_size, codebook, counts, sums, samples, is_filled, rates
-    ema_update.ema_update_(*statistics, config=tiles)
+    update = Update(cluster_size, codebook, counts, sums, samples, is_filled, rates)
+    ema_update.ema_update_(update, config=tiles)

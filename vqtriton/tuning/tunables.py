@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vqtriton import reference, torch_backend
 from vqtriton.kernels import code_sums, ema_update, nearest_code, screen_codes, vector_quantize_grad
+from vqtriton.kernels.arguments import Pull, Update
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
 from vqtriton.tiles.problems import DTYPES, Problem
@@ -178,8 +178,8 @@ def run_sums(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
     x, codebook, indices, _ = inputs
     sums, counts = code_sums.code_sums(x[None], indices[None], len(codebook), config=config)
     grad_loss = torch.ones(1, len(x), dtype=torch.float32, device=x.device)
-    grads = (grad_loss, x[None], codebook[None], indices[None], 0.5)
-    return sums[0], counts[0], vector_quantize_grad.grad_codebook(*grads, config=config)[0]
+    pull = Pull(grad_loss, x[None], codebook[None], indices[None], 0.5)
+    return sums[0], counts[0], vector_quantize_grad.grad_codebook(pull, config=config)[0]
 
 
 def sums_are_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
@@ -199,10 +199,10 @@ def sums_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
     """Sums, and the codebook's gradient."""
     x, codebook, indices, _ = of_few_rows(problem)
     grad_loss = torch.ones(1, len(x), dtype=torch.float32)
-    grads = (grad_loss, x[None], codebook[None], indices[None], 1.0)
+    pull = Pull(grad_loss, x[None], codebook[None], indices[None], 1.0)
     modules = (code_sums, vector_quantize_grad)
     launchers = (code_sums.code_sums, vector_quantize_grad.grad_codebook)
-    arguments = ((x[None], indices[None], len(codebook)), grads)
+    arguments = ((x[None], indices[None], len(codebook)), (pull,))
     return [
         launch
         for launcher, given in zip(launchers, arguments, strict=True)
@@ -213,15 +213,16 @@ def sums_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
 def run_grad_x(inputs: Inputs, config: Any) -> tuple[Tensor, ...]:
     x, codebook, indices, grad = inputs
     grad_loss = torch.ones(1, len(x), dtype=torch.float32, device=x.device)
-    tensors = (grad[None], grad_loss, x[None], codebook[None], indices[None])
-    return (vector_quantize_grad.grad_x(*tensors, 0.5, config=config)[0],)
+    pull = Pull(grad_loss, x[None], codebook[None], indices[None], 0.5)
+    return (vector_quantize_grad.grad_x(grad[None], pull, config=config)[0],)
 
 
 def grad_x_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
     x, codebook, indices, grad = of_few_rows(problem)
     grad_loss = torch.ones(1, len(x), dtype=torch.float32)
-    arguments = (grad[None], grad_loss, x[None], codebook[None], indices[None], 1.0)
-    return launches_of(vector_quantize_grad, vector_quantize_grad.grad_x, *arguments, config=config)
+    pull = Pull(grad_loss, x[None], codebook[None], indices[None], 1.0)
+    launcher = vector_quantize_grad.grad_x
+    return launches_of(vector_quantize_grad, launcher, grad[None], pull, config=config)
 
 
 def grad_x_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
@@ -234,16 +235,16 @@ def grad_x_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
 
 def run_ema_update(statistics: tuple[Tensor, ...], config: Any) -> tuple[Tensor, ...]:
     """In place: a step without samples for dead codes, and one with."""
-    _step_twice(partial(ema_update.ema_update_, config=config), statistics)
+    _step_twice(lambda update: ema_update.ema_update_(update, config=config), statistics)
     return statistics[:2]
 
 
-def _step_twice(step: Callable[..., None], statistics: tuple[Tensor, ...]) -> None:
+def _step_twice(step: Callable[[Update], None], statistics: tuple[Tensor, ...]) -> None:
     size, codebook, counts, sums = statistics
     rates = torch.tensor([0.5, 1.6], dtype=torch.float32, device=size.device)
-    step(size, codebook, counts, sums, None, None, rates)
+    step(Update(size, codebook, counts, sums, None, None, rates))
     # cluster sizes are quarters from 0.5 to 2.75: about half are dead
-    step(size, codebook, counts, sums, sums + 1, (counts > 0).float(), rates)
+    step(Update(size, codebook, counts, sums, sums + 1, (counts > 0).float(), rates))
 
 
 def ema_update_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
@@ -255,14 +256,14 @@ def ema_update_launches(problem: Problem, target: str, config: Any) -> list[Laun
         launch
         for drawn in ((None, None), (codebook, size))
         for launch in launches_of(
-            ema_update, ema_update.ema_update_, *statistics, *drawn, rates, config=config
+            ema_update, ema_update.ema_update_, Update(*statistics, *drawn, rates), config=config
         )
     ]
 
 
 def ema_update_is_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
     statistics = prepare_ema_update(inputs)
-    _step_twice(torch_backend.ema_update_, statistics)
+    _step_twice(lambda update: torch_backend.ema_update_(*update), statistics)
     return all(
         torch.allclose(got, want, rtol=32 * 2.0**-24, atol=32 * 2.0**-24)
         for got, want in zip(results, statistics[:2], strict=True)
