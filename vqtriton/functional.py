@@ -462,9 +462,18 @@ class _VectorQuantizeUpdate(_VectorQuantize):
         mask: Tensor | None,
         cluster_size: Tensor,
         rates: Tensor,
-        *others: Any,
+        commitment_weight: float,
+        codebook_weight: float,
+        reduction: str,
+        averages: bool,
+        revives: bool,
+        precision: str,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return ops.vector_quantize_update_(x, codebook, mask, cluster_size, rates, *others)
+        # by name: a compiler of torch 2.13 takes no *args here
+        state = cluster_size, rates, commitment_weight, codebook_weight, reduction
+        options = averages, revives, precision, backend
+        return ops.vector_quantize_update_(x, codebook, mask, *state, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
