@@ -170,6 +170,17 @@ def test_codes_at_the_limits_of_float32(backend: Backend, decay: float) -> None:
 
 
 @on_every_backend
+def test_a_code_without_rows_stays_bit_for_bit(backend: Backend) -> None:
+    codes = torch.tensor([[-0.0, 1e-45, 3e38]] * 2, device=backend.device)
+    counts = torch.tensor([1.0, 0.0], device=backend.device)
+    got = counts.clone(), codes.clone()
+    step = rates(0.5, 0.0, backend.device)
+    ops.ema_update_(*got, counts, torch.ones_like(codes), None, None, step, backend.name)
+    assert torch.equal(got[1][1].view(torch.int32), codes[1].view(torch.int32))
+    assert not torch.equal(got[1][0], codes[0])
+
+
+@on_every_backend
 def test_a_batch_without_rows_is_no_step(backend: Backend) -> None:
     (size, codebook), batch = example(50, 6, backend.device)
     got = size.clone(), codebook.clone()

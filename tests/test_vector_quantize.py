@@ -196,6 +196,14 @@ def test_masked_rows_might_as_well_not_be_there(backend: Backend) -> None:
     codebook = codebook.to(backend.device)
     mask = torch.rand(50, device=backend.device) > 0.5
     x[~mask] = torch.nan
+    # where one that counts is not finite either
+    spoiled = x.clone()
+    spoiled[mask.int().argmax(), 2] = torch.inf
+    loss = vqtriton.vector_quantize(
+        spoiled, codebook, mask=mask, reduction="none", backend=backend.name
+    ).loss
+    assert loss.isnan().sum() == 1
+    assert (loss[~mask] == 0).all()
     masked_x, masked_codebook = leaves(x, codebook)
     few_x, few_codebook = leaves(x[mask], codebook)
     masked = vqtriton.vector_quantize(masked_x, masked_codebook, mask=mask, backend=backend.name)
