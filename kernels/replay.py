@@ -146,9 +146,11 @@ class Plan:
             start = block.data_ptr()
             for place, offset in self.offsets:
                 bases[place] = start + offset
-        # else each launch asks for it
-        active = self.driver.active
-        stream = active.get_current_stream(active.get_current_device())
+        stream = None
+        if self.launches:
+            # else each launch asks for it
+            active = self.driver.active
+            stream = active.get_current_stream(active.get_current_device())
         for launch, args, pointers in self.launches:
             given = args.copy()
             for place, base, offset in pointers:

@@ -60,6 +60,33 @@ def test_rows_in_doubt_are_counted() -> None:
     assert in_doubt == 3
 
 
+@pytest.mark.once
+def test_rows_with_very_many_candidates_are_compared_at_once(monkeypatch) -> None:
+    # padding: as far from all codes of unit norm, up to rounding
+    x, codebook = data.unit_norm(600, 512, 64)
+    x[:50] = 0
+    pairs = []
+    choose = torch_backend._choose
+    monkeypatch.setattr(
+        torch_backend, "_choose", lambda *args: pairs.append(len(args[2])) or choose(*args)
+    )
+    indices, in_doubt = torch_backend.search(x, codebook, "exact")
+    assert torch.equal(indices, oracle.nearest_code(x, codebook))
+    assert in_doubt >= 50
+    assert sum(pairs) < 50 * 512
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("long", [1e8, 1e12, 1e15, 1e18, 1e38, torch.inf])
+def test_a_long_row_brings_no_other_into_doubt(long: float) -> None:
+    x, codebook = torch.randn(400, 16), torch.randn(300, 16)
+    _, in_doubt = torch_backend.search(x[1:], codebook, "exact")
+    x[0] = long
+    indices, with_it = torch_backend.search(x, codebook, "exact")
+    assert with_it <= in_doubt + 2
+    assert torch.equal(indices, oracle.nearest_code(x, codebook))
+
+
 # --- the data ---
 
 

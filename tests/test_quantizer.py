@@ -477,3 +477,23 @@ def test_config_names_every_option() -> None:
     assert vq.config.keys() == inspect.signature(VectorQuantize).parameters.keys()
     assert VectorQuantize(**vq.config).config == vq.config
     assert "decay=0.5" in repr(vq)
+
+
+@on_every_backend
+def test_a_step_that_revives_can_be_differentiated_twice(backend: Backend) -> None:
+    """By the codes as they were, as where nothing is revived."""
+    x, scale = torch.randn(40, 8), torch.tensor(1.5)
+    first = VectorQuantize(8, 5, codebook_update="gradient", backend=backend.name)
+    results = []
+    for threshold in (0.0, 0.5):
+        vq = copy.deepcopy(first).to(backend.device)
+        vq.threshold_ema_dead_code = threshold
+        leaves = [t.clone().to(backend.device).requires_grad_() for t in (x, scale)]
+        leaves.append(vq.codebook)
+        quantized, _, loss = vq(leaves[0])
+        objective = loss * leaves[1] + quantized.square().sum()
+        grads = torch.autograd.grad(objective, leaves, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads) + objective
+        results.append(torch.autograd.grad(penalty, leaves))
+    torch.testing.assert_close(*results)
+    assert results[0][2].abs().max() > 0

@@ -185,6 +185,15 @@ def test_revival_draws_anew_in_each_replay(averages: bool, interpreted_replays) 
     assert not torch.equal(drawn[1], drawn[2])
 
 
+@pytest.mark.needs_interpreter
+@pytest.mark.needs_kernels
+def test_no_rows_need_no_device(monkeypatch) -> None:
+    monkeypatch.setattr("triton.runtime.driver", None)
+    for _ in range(3):
+        indices = triton_backend.nearest_code(torch.zeros(0, 8), torch.randn(4, 8), "exact")
+        assert indices.shape == (0,)
+
+
 # --- what is recorded ---
 
 

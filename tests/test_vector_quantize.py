@@ -218,6 +218,31 @@ def test_masked_rows_might_as_well_not_be_there(backend: Backend) -> None:
 
 
 @on_every_backend
+def test_a_loss_beyond_float32_is_infinite(backend: Backend) -> None:
+    x = torch.full((20, 1), 1.3e19, device=backend.device)
+    codebook = torch.zeros(3, 1, device=backend.device)
+    out = vqtriton.vector_quantize(x, codebook, reduction="sum", backend=backend.name)
+    assert out.loss == torch.inf
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["commitment_weight", "codebook_weight"])
+@pytest.mark.parametrize("weight", [torch.nan, torch.inf, 1e39])
+def test_weights_are_finite(name: str, weight: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is .*finite"):
+        vqtriton.vector_quantize(torch.randn(5, 2), torch.randn(3, 2), **{name: weight})
+
+
+@pytest.mark.once
+def test_sparse_tensors_are_named() -> None:
+    dense = torch.randn(5, 2)
+    with pytest.raises(TypeError, match="x has the layout"):
+        vqtriton.nearest_code(dense.to_sparse(), dense)
+    with pytest.raises(TypeError, match="codebook has the layout"):
+        vqtriton.nearest_code(dense, dense.to_sparse())
+
+
+@on_every_backend
 @pytest.mark.parametrize("rows", [0, 7])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_nothing_to_quantize_costs_nothing(backend: Backend, rows: int, reduction: str) -> None:

@@ -38,6 +38,8 @@ def check_arguments(
 def check_x(x: Tensor, name: str = "x") -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"{name} is {_kind(x)}; it must be a floating-point tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has the layout {x.layout}; it must be a dense tensor")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} has shape {_shape(x)}; it must be [..., D] with D >= 1")
 
@@ -45,6 +47,8 @@ def check_x(x: Tensor, name: str = "x") -> None:
 def check_codebook(codebook: Tensor, x: Tensor) -> None:
     if not isinstance(codebook, Tensor) or codebook.dtype not in FLOATS:
         raise TypeError(f"codebook is {_kind(codebook)}; it must be a floating-point tensor")
+    if codebook.layout != torch.strided:
+        raise TypeError(f"codebook has the layout {codebook.layout}; it must be a dense tensor")
     if codebook.ndim != 2 or codebook.numel() == 0:
         raise ValueError(
             f"codebook has shape {_shape(codebook)}; it must be [K, D] with K >= 1 and D >= 1"

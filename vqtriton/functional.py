@@ -20,6 +20,8 @@ from vqtriton.checks import (
 from vqtriton.reference import Quantized
 from vqtriton.tensors import finite_rows, gather, is_traced, screen_dtype
 
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
+
 
 class PreparedCodebook(NamedTuple):
     """A copy of a codebook with the tensors that a search first computes from it.
@@ -211,6 +213,8 @@ def vector_quantize(
         # tuples of types, as torch 2.8 compiles no `int | float`
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"{name} is {weight!r:.80}; it must be a number")
+        if not abs(weight) <= LARGEST_WEIGHT:
+            raise ValueError(f"{name} is {weight!r:.80}; it must be finite in float32")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     quantized, loss, indices, _ = _apply(
@@ -359,6 +363,22 @@ def _apply(function: type[_Function], *args: Any) -> Any:
         return function.forward(*args)
 
 
+class _ValuesOf(_Function):
+    """The values of one tensor, with the gradient going to another."""
+
+    @staticmethod
+    def forward(values: Tensor, tensor: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, grad
+
+
 class _Snapshot(_Function):
     @staticmethod
     def forward(tensor: Tensor) -> Tensor:
@@ -429,6 +449,7 @@ class _VectorQuantize(_Function):
         x, codebook, mask, commitment, ctx.codebook_weight, reduction, _, backend, *_ = inputs
         # the op has one less
         ctx.num_others = len(inputs) - 2
+        ctx.learned = None
         _save(ctx, x, codebook, mask, commitment, reduction, backend, output)
 
     @staticmethod
@@ -479,6 +500,8 @@ class _VectorQuantizeUpdate(_VectorQuantize):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, _, mask, _, _, commitment, ctx.codebook_weight, reduction, _, _, _, backend = inputs
         ctx.num_others = len(inputs) - 2
+        # the codes that are changed: what is differentiated again belongs to them
+        ctx.learned = inputs[1] if inputs[1].requires_grad else None
         *found, before = output
         _save(ctx, x, before, mask, commitment, reduction, backend, found)
         ctx.mark_non_differentiable(*output[2:])
@@ -510,6 +533,8 @@ def _save(
 def _of_rows(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, codebook, indices, and the gradient of each row's part of the loss, [N]."""
     x, codebook, indices, *counted = ctx.saved_tensors
+    if ctx.learned is not None and torch.is_grad_enabled():
+        codebook = _apply(_ValuesOf, codebook, ctx.learned)
     if grad_loss is None:
         grad_loss = torch.zeros((), dtype=screen_dtype(x, codebook), device=x.device)
     for share in counted:

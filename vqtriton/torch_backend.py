@@ -28,6 +28,8 @@ GROUP = 8
 BLOCK_GROUPS = 1 << 14
 # Elements of the vectors whose float64 distances are evaluated at a time.
 BLOCK_PAIRS_ELEMENTS = 1 << 17
+# Rows with more candidates than this part of the groups are compared with all codes.
+CROWDED = 8
 # Norms below it have squares, and distances, that do not overflow.
 LARGEST_NORM = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
@@ -99,6 +101,12 @@ def search(
             is_first = _is_first(codebook)
             half_sqnorm = half_sqnorm.clone()
             half_sqnorm[:size].masked_fill_(~is_first, torch.inf)
+        if bound is not None and len(row) > 2 * len(rows):
+            # where a row has very many candidates, it is faster to look at all codes
+            many = torch.bincount(row, minlength=len(rows)) > least_of_groups.shape[1] // CROWDED
+            in_doubt += int(many.sum())
+            is_sound = ~many if is_sound is None else is_sound & ~many
+            row, column = row[~many[row]], column[~many[row]]
         for part_row, part_column in _parts(row, column, len(rows)):
             pair_row, code = part_row, part_column
             if group > 1:
@@ -111,7 +119,9 @@ def search(
             in_doubt += _choose(rows, codebook, pair_row, code, found, precision)
         if is_sound is not None:
             (others,) = (~is_sound).nonzero(as_tuple=True)
-            found[others] = _nearest_of_all(rows[others], codebook)
+            if is_first is None and finite_rows(rows[others]).any():
+                is_first = _is_first(codebook)
+            found[others] = _nearest_of_all(rows[others], codebook, is_first)
     return indices, in_doubt
 
 
@@ -122,6 +132,9 @@ def _add_margin(least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | Non
     is right everywhere.
     """
     largest = LARGEST_NORM[y.dtype] - max_norm
+    if bound is not None:
+        # one long row is not to widen the margin of the others
+        largest = min(largest, bound.products / bound.distances * max_norm)
     norm = torch.linalg.vector_norm(y, dim=1)
     longest = float(norm.amax())
     is_sound = None
@@ -216,24 +229,30 @@ def _canonical_sums_of_squares(differences: Tensor) -> Tensor:
     return sums
 
 
-def _nearest_of_all(x: Tensor, codebook: Tensor) -> Tensor:
-    """[N]: the nearest codes by all distances, of which any may overflow; 0 if all do."""
+def _nearest_of_all(x: Tensor, codebook: Tensor, is_first: Tensor | None) -> Tensor:
+    """[N]: the nearest codes by all distances, of which any may overflow; 0 if all do.
+
+    ``is_first`` [K] is what `_is_first` gives; it is not needed where no row is finite.
+    """
     indices = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    (codes,) = finite_rows(codebook).nonzero(as_tuple=True)
     (rows,) = finite_rows(x).nonzero(as_tuple=True)
+    if len(rows) == 0 or is_first is None:
+        return indices
+    (codes,) = (finite_rows(codebook) & is_first).nonzero(as_tuple=True)
     if len(codes) == 0:
         return indices
-    finite = codebook[codes].double()
-    for row in rows.tolist():
-        distances = torch.cat(
-            [
-                _canonical_sums_of_squares(x[row].double() - part)
-                for part in finite.split(max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1]))
-            ]
-        )
-        least, place = distances.min(0)
-        if least < torch.inf:
-            indices[row] = codes[place]
+    # with the dimensions first, so that each step reads contiguous memory
+    columns = codebook[codes].T.double().contiguous()
+    for part in rows.split(max(1, BLOCK_PAIRS_ELEMENTS // len(codes))):
+        of_rows = x[part].T.double().contiguous()[:, :, None]
+        distances = torch.zeros(len(part), len(codes), dtype=torch.float64, device=x.device)
+        difference = torch.empty_like(distances)
+        # in the order of operations that `vqtriton.reference` lays down
+        for of_row, column in zip(of_rows, columns, strict=True):
+            torch.sub(of_row, column, out=difference)
+            distances += difference.mul_(difference)
+        least, place = distances.nan_to_num_(torch.inf, posinf=torch.inf).min(1)
+        indices[part] = codes[place].masked_fill_(least == torch.inf, 0)
     return indices
 
 
@@ -295,7 +314,10 @@ def _reduced(
     if reduction == "mean":
         # 1 if no row counts, so that the mean is 0
         share /= max(dim * (len(errors) if mask is None else int(mask.sum())), 1)
-    return errors.new_full((), total * weight * share), errors.new_full((), share)
+    # by way of float64, as what overflows is infinite
+    numbers = errors.new_tensor((total * weight * share, share), dtype=torch.float64)
+    loss, of_sum = numbers.to(errors.dtype).unbind()
+    return loss, of_sum
 
 
 def _quantize(
