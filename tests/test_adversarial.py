@@ -11,6 +11,7 @@ import torch
 import vqtriton
 from vqtriton import torch_backend
 from vqtriton.planes import prepare_planes
+from vqtriton.screening import centred_codebook
 
 
 @pytest.mark.once
@@ -74,6 +75,18 @@ def test_rows_with_very_many_candidates_are_compared_at_once(monkeypatch) -> Non
     assert torch.equal(indices, oracle.nearest_code(x, codebook))
     assert in_doubt >= 50
     assert sum(pairs) < 50 * 512
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_a_bad_code_leaves_the_screen_to_the_others(bad: float) -> None:
+    x, codebook = torch.randn(200, 4), torch.randn(50, 4)
+    codebook[3], codebook[4] = bad, -bad
+    prepared = centred_codebook(codebook, torch.float32)
+    assert 0 < prepared.max_norm < torch.inf
+    assert prepared.half_sqnorm.isfinite().sum() == (50 if bad == 3e38 else 48)
+    indices, _ = torch_backend.search(x, codebook, "exact")
+    assert torch.equal(indices, oracle.nearest_code(x, codebook))
 
 
 @pytest.mark.once

@@ -234,6 +234,17 @@ def test_weights_are_finite(name: str, weight: float) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("enabled", [True, False])
+def test_forward_derivatives_are_refused(enabled: bool) -> None:
+    """And not left out, where gradients are off."""
+    x, codebook = torch.randn(5, 2), torch.randn(3, 2)
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            vqtriton.vector_quantize(dual, codebook)
+
+
+@pytest.mark.once
 def test_sparse_tensors_are_named() -> None:
     dense = torch.randn(5, 2)
     with pytest.raises(TypeError, match="x has the layout"):
