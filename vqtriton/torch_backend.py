@@ -315,9 +315,8 @@ def _reduced(
         # 1 if no row counts, so that the mean is 0
         share /= max(dim * (len(errors) if mask is None else int(mask.sum())), 1)
     # by way of float64, as what overflows is infinite
-    numbers = errors.new_tensor((total * weight * share, share), dtype=torch.float64)
-    loss, of_sum = numbers.to(errors.dtype).unbind()
-    return loss, of_sum
+    loss = errors.new_full((), total * weight * share, dtype=torch.float64)
+    return loss.to(errors.dtype), errors.new_full((), share)
 
 
 def _quantize(
