@@ -17,7 +17,8 @@ class Pull(NamedTuple):
     x: Tensor  # [H, N, D] fp32 / fp16 / bf16
     codebook: Tensor  # [H, K, D] fp32 / fp16 / bf16
     indices: Tensor  # [H, N] int64 in [-1, K)
-    weight: float  # of the commitment term for x, of the codebook term for the codes; times two
+    # twice the weight of the commitment term if x is pulled, of the codebook term if codes are
+    weight: float
 
 
 class Update(NamedTuple):

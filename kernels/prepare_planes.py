@@ -276,7 +276,7 @@ def planes_kernel(
             mask=(inner < INNER)[None, :],
         )
 
-        # of each dimension once
+        # each dimension counts once, though it may fill several inner columns
         high_sq = tl.where(is_first, high.to(tl.float64) * high.to(tl.float64), 0.0)
         _raise_bound(norms_ptr + norm, tl.maximum(tl.sum(high_sq, 1), max_sqnorm))
         if SPLIT:

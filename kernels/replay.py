@@ -46,7 +46,7 @@ class Tape(TorchDispatchMode):
         # what launches a program, and its arguments
         self.launches: list[tuple[Callable[..., None], list[Any]]] = []
         spans = sorted((start, start + size) for start, size in self.inputs if size)
-        # of two inputs that overlap, a pointer would not tell which one it belongs to
+        # where two inputs overlap, a pointer does not tell which one it belongs to
         self.can_be_replayed = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
         self.can_be_replayed &= all(type(t) in (Tensor, torch.nn.Parameter) for t in inputs)
 
@@ -170,10 +170,11 @@ def forget() -> None:
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which returns a tensor or a tuple of tensors, of which none is an input.
+    """The function, recorded in its first call and replayed in later ones.
 
-    Its arguments are tensors, tuples of tensors, and what a dictionary takes as a key. What else it
-    depends on must not change before `forget` is called.
+    It returns a tensor or a tuple of tensors, and never one of its inputs. Its arguments are
+    tensors, tuples of tensors, and what a dictionary takes as a key. What else it depends on must
+    not change before `forget` is called.
     """
 
     @functools.wraps(function)
@@ -182,7 +183,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
             # part of another's recording
             return function(*args)
         inputs: list[Tensor] = []
-        # of each tensor, where it begins
+        # the address of each tensor
         bases: list[int] = []
         key: list[Any] = [function, torch.are_deterministic_algorithms_enabled()]
         for arg in args:

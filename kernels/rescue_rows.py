@@ -36,7 +36,7 @@ class RescueRowsConfig:
     num_stages: int = 2
     # NVIDIA only; without it ptxas spills a little to reach the next step of occupancy
     max_registers: int = 255
-    # of those that share the spans, or the codes where there are fewer spans
+    # programs share the spans; where there are fewer spans than programs, they share the codes too
     programs_per_processor: int = 2
     # rows of a span
     span_rows: int = 2048
@@ -209,7 +209,7 @@ def rescue_rows_kernel(
 
     doubts, ends = _span_of(doubts_ptr, head, span, tiles, SPAN)
     num_rows = tl.sum(doubts, 0)
-    # of the rows of the span, those of all parts behind each other
+    # where this part of the codes keeps its results for the rows of the span
     offs_found = ((split * heads + head) * tiles + span * SPAN) * TILE_N
     first = tl.program_id(0) // spans * codes_per_split
     last = tl.minimum(first + codes_per_split, padded_K)
@@ -321,6 +321,6 @@ def reduce_losses_kernel(
     tiles, num_sums,
     D: tl.constexpr, IS_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Where there is no rescue."""
+    """Adds up the losses of a search that is not exact: there is no rescue to do it."""
     head = tl.program_id(0).to(tl.int64)
     reduce_losses(sums_ptr, valid_ptr, loss_ptr, share_ptr, head, tiles, num_sums, D, IS_MEAN)

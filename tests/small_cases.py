@@ -77,7 +77,7 @@ def search(device: torch.device | str) -> None:
         )
         if exact:
             expect(out.indices[0], want.where(mask.cpu(), -1))
-        # of a row that is not finite it is NaN, and so is the sum
+        # a row that is not finite has a loss of NaN, and then the sum is NaN as well
         losses = out.losses[0].cpu()
         expect(out.loss[0], losses.sum() / (DIM * mask.sum().item()))
 

@@ -217,7 +217,7 @@ def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> 
         splits = choose_splits(programs, tiles, tile_bytes, processors)
         assert 1 <= splits <= max(1, tiles // 4)
         assert splits == 1 or splits * programs <= 2 * processors
-        # of parts that take less time than a launch there is one
+        # codes are not parted where a part would take less time than a launch
         of_part = tiles // splits
         assert splits == 1 or of_part >= 64 or of_part * tile_bytes >= 1 << 20
 

@@ -177,7 +177,7 @@ def work(indices: Tensor, k: int, d: int) -> tuple[int, int]:
     codes = indices[indices >= 0].sort().values
     borders = torch.arange(chunk, max(len(codes), chunk), chunk)
     crossed = codes[borders - 1][codes[borders - 1] == codes[borders]]
-    # of a code that crosses n borders there are n + 1 partial sums
+    # a code that crosses n borders has n + 1 partial sums
     crossing, of_each = crossed.unique(return_counts=True)
     # partial sums are float64, written and read; the sums are set to zero first
     moved = 4 * d * (len(codes) + 2 * k) + 8 * d * 2 * (len(crossed) + len(crossing))

@@ -126,10 +126,15 @@ def search(
 
 
 def _add_margin(least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | None) -> Tensor | None:
-    """Adds to the least costs [N] of rows y [N, D] what that of the nearest code may be above it.
+    """Adds a margin to the least cost of each row: the nearest code's cost is not above the sum.
 
-    Returns where that is right, [N] bool: where nothing overflows. Elsewhere NaN is left. None: it
-    is right everywhere.
+    Args:
+        least: [N], changed; NaN where the numbers of a row may overflow.
+        y: [N, D], the rows, centred and scaled.
+        bound: None: no margin is added.
+
+    Returns:
+        [N] bool, the rows whose numbers do not overflow; None where that is all of them.
     """
     largest = LARGEST_NORM[y.dtype] - max_norm
     if bound is not None:
@@ -307,7 +312,7 @@ def vector_quantize(
 def _reduced(
     errors: Tensor, total: float, mask: Tensor | None, weight: float, reduction: str, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and what the sum was multiplied by, of the errors [N]."""
+    """The loss of all rows, and what their sum was multiplied by."""
     if reduction == "none":
         return errors.mul_(weight), errors.new_empty(0)
     share = 1.0
