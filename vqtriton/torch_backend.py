@@ -96,12 +96,12 @@ def search(
             # one candidate each
             found.copy_(column)
             continue
-        if is_first is None and bound is not None and len(row) > 2 * len(rows):
-            # of equal codes the first will do; the others are out from now on
-            is_first = _is_first(codebook)
-            half_sqnorm = half_sqnorm.clone()
-            half_sqnorm[:size].masked_fill_(~is_first, torch.inf)
         if bound is not None and len(row) > 2 * len(rows):
+            if is_first is None:
+                # of equal codes the first will do; the others are out from now on
+                is_first = _is_first(codebook)
+                half_sqnorm = half_sqnorm.clone()
+                half_sqnorm[:size].masked_fill_(~is_first, torch.inf)
             # where a row has very many candidates, it is faster to look at all codes
             many = torch.bincount(row, minlength=len(rows)) > least_of_groups.shape[1] // CROWDED
             in_doubt += int(many.sum())
