@@ -8,6 +8,7 @@ if (Path(__file__).parents[1] / "kernels" / "nearest_code.py").is_file():
 
 from vqtriton import metrics, reference
 from vqtriton._version import __version__
+from vqtriton.clients.patching import Patched, patch, unpatch
 from vqtriton.clustering import kmeans
 from vqtriton.functional import (
     PreparedCodebook,
@@ -22,6 +23,7 @@ from vqtriton.serialization import load, save
 from vqtriton.warmup import warmup
 
 __all__ = [
+    "Patched",
     "PlainQuantizer",
     "PreparedCodebook",
     "VectorQuantize",
@@ -31,9 +33,11 @@ __all__ = [
     "load",
     "metrics",
     "nearest_code",
+    "patch",
     "prepare_codebook",
     "reference",
     "save",
+    "unpatch",
     "vector_quantize",
     "warmup",
 ]

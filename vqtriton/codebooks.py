@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from vqtriton.checks import check_x
-from vqtriton.functional import PreparedCodebook, prepare_codebook
-from vqtriton.tensors import is_traced
+from vqtriton.kept import KeptCodebook
 
 SHARDED = (
     "codebook is sharded, and forward sees a copy of it, so what is written to it would be lost: "
@@ -56,8 +55,7 @@ class Codebook(nn.Module):
         # the tensor that was seen to hold codes, so that steps need not wait for the device
         self._seen: tuple[Tensor] | None = None
         self._has_warned = self._is_sharded = False
-        # what it was prepared of: its marks, and the tensor
-        self._prepared: tuple[tuple[Any, ...], Tensor, PreparedCodebook] | None = None
+        self._prepared = KeptCodebook()
 
         codebook = torch.empty(codebook_size, dim, dtype=torch.float32)
         if codebook_update == "gradient":
@@ -210,32 +208,10 @@ class Codebook(nn.Module):
         else:
             self.codebook = codes
 
-    def _kept(self, codebook: Tensor) -> Tensor | PreparedCodebook:
-        """The codebook as it was prepared for an earlier inference, where it is surely the same.
-
-        On a CPU its values are compared. Elsewhere that would wait for the device, and a write
-        through ``.data`` or by a graph leaves no trace, so there only a frozen one is kept.
-        """
-        is_cpu = codebook.device.type == "cpu"
-        if not (is_cpu or self.frozen) or not _is_plain(codebook):
-            return codebook
-        mark: tuple[Any, ...] = self.backend, codebook.device
-        if not is_cpu:
-            mark += codebook.data_ptr(), codebook._version
-        if self._prepared is not None:
-            of, _, prepared = self._prepared
-            if of == mark and (not is_cpu or torch.equal(prepared.codebook, codebook)):
-                return prepared
-        # a later inference may want gradients, for which this one's tensors could not be saved
-        with torch.inference_mode(False), torch.no_grad():
-            prepared = prepare_codebook(codebook, backend=self.backend)
-        # with the tensor, so that no other can come to have its address
-        self._prepared = mark, codebook, prepared
-        return prepared
-
     def _forget(self) -> None:
         """What is known of codes that are no more."""
-        self._seen = self._prepared = None
+        self._seen = None
+        self._prepared.forget()
         self._has_warned = False
 
     def _renew(self) -> None:
@@ -304,10 +280,6 @@ class Codebook(nn.Module):
             self._has_codes()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        # what can be made again is not copied or pickled
-        return {**self.__dict__, "_prepared": None}
-
 
 class Answer(Tensor):
     """What `Codebook.is_initialized` gives: a flag, into which False can be written."""
@@ -343,15 +315,3 @@ def warn_of_zeros() -> None:
 # a compiler would leave out the warning, but calls this as it compiles. It is what
 # torch.compiler.assume_constant_result does, which imports all of the compiler, and Triton
 vars(warn_of_zeros)["_dynamo_marked_constant"] = True
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its values are there and will be: not traced, transformed or captured."""
-    return not (
-        is_traced()
-        or type(tensor) not in (Tensor, nn.Parameter)
-        or tensor.is_meta
-        or tensor.is_inference()
-        # what is prepared in a graph has the memory of the graph
-        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-    )

@@ -1,0 +1,261 @@
+"""The methods that replace those of other projects' quantizers.
+
+Each does what theirs does, but for the search: the same operations in the same order, so that
+values, dtypes and gradients are the same wherever the indices are. ``self`` is their module.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqtriton.clients.search import ATTRIBUTE, search
+from vqtriton.functional import code_sums
+
+# --- codebooks of audio codecs: rows in, indices out ---
+
+
+def quantize_rows(self: Any, hidden_states: Tensor) -> Tensor:
+    """EnCodec and its descendants: x [N, D] -> [N]."""
+    return search(self, hidden_states, self.embed)
+
+
+def quantize_rows_in_float32(self: Any, hidden_states: Tensor) -> Tensor:
+    """Mimi in transformers converts both sides to float32."""
+    return search(self, _not_wider(hidden_states), _not_wider(self.embed))
+
+
+def quantize_rows_of_moshi(self: Any, x: Tensor) -> Tensor:
+    return search(self, x, self.embedding)
+
+
+def _not_wider(tensor: Tensor) -> Tensor:
+    # a half has the same value in float32
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def decode_latents(self: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """DAC: latents [B, D, T] -> codes [B, D, T], indices [B, T]; both sides are normalised."""
+    batch, dim, _ = latents.shape
+    rows = F.normalize(latents.transpose(1, 2).reshape(-1, dim))
+    indices = search(self, rows, F.normalize(self.codebook.weight)).reshape(batch, -1)
+    return self.codebook(indices).transpose(1, 2), indices
+
+
+# --- image tokenizers: feature maps in; codes, a loss and indices out ---
+
+
+def _channels_last(z: Tensor) -> Tensor:
+    return z.permute(0, 2, 3, 1).contiguous()
+
+
+def _channels_first(z: Tensor) -> Tensor:
+    return z.permute(0, 3, 1, 2).contiguous()
+
+
+def _loss(z: Tensor, codes: Tensor, commitment_weight: float, codebook_weight: float) -> Tensor:
+    # a weight of 1 changes no bit
+    commitment = torch.mean((codes.detach() - z) ** 2)
+    return commitment_weight * commitment + codebook_weight * torch.mean((codes - z.detach()) ** 2)
+
+
+def forward_of_chameleon(self: Any, hidden_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chameleon and Janus: β weighs the codebook term; indices [N]."""
+    z = _channels_last(hidden_state)
+    indices = search(self, z.view(-1, z.shape[-1]), self.embedding.weight)
+    codes = self.embedding(indices).view(z.shape)
+    return _channels_first(z + (codes - z).detach()), _loss(z, codes, 1, self.beta), indices
+
+
+def forward_of_glm(self: Any, hidden_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GLM-Image: as Chameleon, with both sides normalised."""
+    z = F.normalize(_channels_last(hidden_state), p=2, dim=-1)
+    embedding = F.normalize(self.embedding.weight, p=2, dim=-1)
+    indices = search(self, z.view(-1, z.shape[-1]), embedding)
+    codes = embedding[indices].view(z.shape)
+    return _channels_first(z + (codes - z).detach()), _loss(z, codes, 1, self.beta), indices
+
+
+def forward_of_emu3(self: Any, hidden_state: Tensor) -> Tensor:
+    """[B, T, C, H, W] -> [B, T, H, W]"""
+    z = hidden_state.permute(0, 1, 3, 4, 2)
+    indices = search(self, z.reshape(-1, z.shape[-1]), self.embedding.weight)
+    return indices.view(z.shape[:-1])
+
+
+def forward_of_apertus(self: Any, hidden_states: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H, W], by the largest dot product."""
+    z = hidden_states.permute(0, 2, 3, 1)
+    rows = z.reshape(-1, z.shape[-1])
+    return search(self, rows, self.embedding.weight, metric="dot").view(z.shape[:-1])
+
+
+def forward_of_diffusers(self: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """diffusers, and taming-transformers' `VectorQuantizer2`."""
+    z = _channels_last(z)
+    indices = search(self, z.view(-1, z.shape[-1]), self.embedding.weight)
+    codes = self.embedding(indices).view(z.shape)
+    weights = (1, self.beta) if self.legacy else (self.beta, 1)
+    loss = _loss(z, codes, *weights)
+    if self.remap is not None:
+        indices = self.remap_to_used(indices.reshape(len(z), -1)).reshape(-1, 1)
+    if self.sane_index_shape:
+        indices = indices.reshape(z.shape[:-1])
+    return _channels_first(z + (codes - z).detach()), loss, (None, None, indices)
+
+
+def forward_of_taming(
+    self: Any,
+    z: Tensor,
+    temp: float | None = None,
+    rescale_logits: bool = False,
+    return_logits: bool = False,
+) -> tuple[Tensor, Tensor, tuple]:
+    if (temp is not None and temp != 1.0) or rescale_logits or return_logits:
+        raise AssertionError("temp, rescale_logits and return_logits are for the Gumbel quantizer")
+    return forward_of_diffusers(self, z)
+
+
+# --- vector-quantize-pytorch ---
+
+
+def _theirs(self: Any) -> ModuleType:
+    return sys.modules[type(self).__module__]
+
+
+def forward_of_vector_quantize(
+    self: Any, x: Tensor, indices: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Tells the codebook whether its scores are read."""
+    searches = self._codebook.__dict__.get(ATTRIBUTE)
+    if searches is None:
+        return super(type(self), self).forward(x, indices, *args, **kwargs)
+    is_cross_entropy = self.has_commitment_loss and self.commitment_use_cross_entropy_loss
+    is_loss_of_scores = self.has_codebook_diversity_loss or is_cross_entropy
+    searches.needs_scores = indices is not None or (self.training and is_loss_of_scores)
+    try:
+        return super(type(self), self).forward(x, indices, *args, **kwargs)
+    finally:
+        searches.needs_scores = True
+
+
+@torch.amp.autocast("cuda", enabled=False)
+def forward_of_codebook(
+    self: Any,
+    x: Tensor,
+    sample_codebook_temp: float | None = None,
+    mask: Tensor | None = None,
+    freeze_codebook: bool = False,
+    codebook_transform_fn: Any = None,
+    ema_update_weight: Any = None,
+    accum_ema_update: bool = False,
+    ema_update: bool | None = None,
+    topk: int | None = None,
+    update_usage: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [H, B, N, D], or [B, N, D], -> codes, indices, and no scores."""
+    reads_scores = self.__dict__[ATTRIBUTE].needs_scores or _samples(self, sample_codebook_temp)
+    if reads_scores or codebook_transform_fn is not None or topk is not None:
+        return super(type(self), self).forward(
+            x,
+            sample_codebook_temp,
+            mask,
+            freeze_codebook,
+            codebook_transform_fn,
+            ema_update_weight,
+            accum_ema_update,
+            ema_update,
+            topk,
+            update_usage,
+        )
+    x = x.float()
+    heads = x if x.ndim >= 4 else x[None]
+    flat = heads.flatten(1, -2)
+    if mask is not None:
+        # [B, N] -> [H, N']
+        repeats = flat.shape[1] // mask.numel()
+        mask = mask[:, None].expand(-1, repeats, -1).reshape(1, -1).expand(len(flat), -1)
+    self.init_embed_(flat, mask=mask)
+    if self.affine_param:
+        self.update_affine(flat, self.embed, mask=mask)
+    embed = (self.embed if self.learnable_codebook else self.embed.detach()).float()
+    if self.vq_bridge is not None:
+        embed = self.vq_bridge(embed)
+    if self.affine_param:
+        codebook_std = self.codebook_variance.clamp(min=1e-5).sqrt()
+        batch_std = self.batch_variance.clamp(min=1e-5).sqrt()
+        embed = (embed - self.codebook_mean) * (batch_std / codebook_std) + self.batch_mean
+    metric = "dot" if self.use_cosine_sim else "l2"
+    pairs = list(enumerate(zip(flat, embed, strict=True)))
+    chosen = [search(self, rows, codes, metric=metric, head=h) for h, (rows, codes) in pairs]
+    indices = torch.stack(chosen)
+    codes = torch.stack([F.embedding(i, e) for i, e in zip(chosen, embed, strict=True)])
+    if self.training and update_usage and not freeze_codebook:
+        self.update_codebook(
+            flat,
+            indices,
+            mask=mask,
+            ema_update_weight=ema_update_weight,
+            accum_ema_update=accum_ema_update,
+            ema_update=ema_update,
+        )
+    return codes.view(x.shape), indices.view(x.shape[:-1]), None
+
+
+def _samples(self: Any, temperature: float | None) -> bool:
+    """Whether the choice may be another one than the nearest code."""
+    sample = self.gumbel_sample
+    theirs = _theirs(self).gumbel_sample
+    if sample is theirs:
+        return False
+    if not isinstance(sample, partial) or sample.func is not theirs:
+        return True
+    options = {"stochastic", "straight_through"}
+    if sample.args or not sample.keywords.keys() <= options:
+        return True
+    temperature = self.sample_codebook_temp if temperature is None else temperature
+    return self.training and temperature > 0 and any(sample.keywords.values())
+
+
+def track_cluster_size_and_embed_avg(
+    self: Any,
+    flatten: Tensor,
+    embed_onehot: Tensor,
+    mask: Tensor | None = None,
+    ema_update_weight: Any = None,
+    accum_ema_update: bool = False,
+) -> None:
+    """The sums of their update, from indices [H, N] in place of the one-hot matrix."""
+    if embed_onehot.is_floating_point():
+        super(type(self), self).track_cluster_size_and_embed_avg(
+            flatten, embed_onehot, mask, ema_update_weight, accum_ema_update
+        )
+        return
+    theirs = _theirs(self)
+    if self.affine_param:
+        codebook_std = self.codebook_variance.clamp(min=1e-5).sqrt()
+        batch_std = self.batch_variance.clamp(min=1e-5).sqrt()
+        flatten = (flatten - self.batch_mean) * (codebook_std / batch_std) + self.codebook_mean
+    indices = embed_onehot if mask is None else embed_onehot.masked_fill(~mask, -1)
+    backend = self.__dict__[ATTRIBUTE].backend
+    sums = [
+        code_sums(rows, i, self.codebook_size, backend=backend)
+        for rows, i in zip(flatten.detach(), indices, strict=True)
+    ]
+    embed_sum = torch.stack([total for total, _ in sums])
+    cluster_size = torch.stack([count for _, count in sums]).to(embed_sum.dtype)
+    self.all_reduce_fn(cluster_size)
+    self.all_reduce_fn(embed_sum)
+    if callable(ema_update_weight):
+        ema_update_weight = ema_update_weight(embed_sum, cluster_size)
+    for old, new in ((self.cluster_size, cluster_size), (self.embed_avg, embed_sum)):
+        if accum_ema_update:
+            theirs.accum_grad_(old, new)
+        else:
+            theirs.ema_inplace(old, new, self.decay, ema_update_weight)
