@@ -995,7 +995,7 @@ def test_inference_prepares_once(backend: Backend, preparations: list[Tensor]) -
             assert torch.equal(got, right)
         grads = [torch.autograd.grad(o.quantized.sum() + o.loss, x) for o in (out, want)]
         assert torch.equal(*(g for (g,) in grads))
-    assert len(preparations) == 1
+    assert len(preparations) == (backend.name == "triton")
     # copies and files do not contain it
     assert len(pickle.dumps(vq)) < 1.1 * len(pickle.dumps(trained(backend)))
 
@@ -1015,7 +1015,7 @@ def test_what_one_mode_prepares_another_can_use(backend, update, preparations) -
     (out.quantized.sum() + out.loss).backward()
     assert leaf.grad.isfinite().all()
     assert torch.equal(out.indices, want.indices)
-    assert len(preparations) == 1
+    assert len(preparations) == (backend.name == "triton")
     vq.frozen = False
     # a codebook that gets a gradient is no copy
     assert vq(leaf).loss.requires_grad

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from vqtriton.checks import check_x
-from vqtriton.kept import KeptCodebook
+from vqtriton.dispatch import resolve_backend
+from vqtriton.functional import PreparedCodebook, prepare_codebook
+from vqtriton.tensors import is_traced
 
 SHARDED = (
     "codebook is sharded, and forward sees a copy of it, so what is written to it would be lost: "
@@ -55,7 +57,8 @@ class Codebook(nn.Module):
         # the tensor that was seen to hold codes, so that steps need not wait for the device
         self._seen: tuple[Tensor] | None = None
         self._has_warned = self._is_sharded = False
-        self._prepared = KeptCodebook()
+        # what it was prepared of: its marks, and the tensor
+        self._prepared: tuple[tuple[Any, ...], Tensor, PreparedCodebook] | None = None
 
         codebook = torch.empty(codebook_size, dim, dtype=torch.float32)
         if codebook_update == "gradient":
@@ -208,10 +211,31 @@ class Codebook(nn.Module):
         else:
             self.codebook = codes
 
+    def _kept(self, codebook: Tensor) -> Tensor | PreparedCodebook:
+        """A frozen codebook as it was prepared for an earlier inference with the kernels.
+
+        Others are not kept: a write through ``.data`` or by a graph leaves no trace. The torch
+        backend searches the codes as they are sooner than it could compare them with older ones.
+        """
+        if not self.frozen or not _is_plain(codebook):
+            return codebook
+        if resolve_backend(self.backend, codebook.device) == "torch":
+            return codebook
+        mark = self.backend, codebook.device, codebook.data_ptr(), codebook._version
+        if self._prepared is not None:
+            of, _, prepared = self._prepared
+            if of == mark:
+                return prepared
+        # a later inference may want gradients, for which this one's tensors could not be saved
+        with torch.inference_mode(False), torch.no_grad():
+            prepared = prepare_codebook(codebook, backend=self.backend)
+        # with the tensor, so that no other can come to have its address
+        self._prepared = mark, codebook, prepared
+        return prepared
+
     def _forget(self) -> None:
         """What is known of codes that are no more."""
-        self._seen = None
-        self._prepared.forget()
+        self._seen = self._prepared = None
         self._has_warned = False
 
     def _renew(self) -> None:
@@ -280,6 +304,10 @@ class Codebook(nn.Module):
             self._has_codes()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what can be made again is not copied or pickled
+        return {**self.__dict__, "_prepared": None}
+
 
 class Answer(Tensor):
     """What `Codebook.is_initialized` gives: a flag, into which False can be written."""
@@ -315,3 +343,15 @@ def warn_of_zeros() -> None:
 # a compiler would leave out the warning, but calls this as it compiles. It is what
 # torch.compiler.assume_constant_result does, which imports all of the compiler, and Triton
 vars(warn_of_zeros)["_dynamo_marked_constant"] = True
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values are there and will be: not traced, transformed or captured."""
+    return not (
+        is_traced()
+        or type(tensor) not in (Tensor, nn.Parameter)
+        or tensor.is_meta
+        or tensor.is_inference()
+        # what is prepared in a graph has the memory of the graph
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

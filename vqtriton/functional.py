@@ -120,7 +120,8 @@ def nearest_code(
     if isinstance(codebook, PreparedCodebook):
         indices = ops.nearest_code_prepared(flat, codes, precision, backend, prepared)
     else:
-        indices = ops.nearest_code(flat, codes.detach(), precision, backend)
+        codes = codes.detach() if codes.requires_grad else codes
+        indices = ops.nearest_code(flat, codes, precision, backend)
     return indices if x.ndim == 2 else indices.reshape(x.shape[:-1])
 
 

@@ -263,9 +263,7 @@ class VectorQuantize(LearnedCodebook):
         needs_grad = codebook.requires_grad and torch.is_grad_enabled()
         quantized, indices, loss = vector_quantize(
             vectors,
-            codebook
-            if learns or needs_grad
-            else self._prepared.of(codebook, backend=self.backend, is_frozen=self.frozen),
+            codebook if learns or needs_grad else self._kept(codebook),
             commitment_weight=self.commitment_weight,
             codebook_weight=self.codebook_weight if is_gradient and not is_held else 0.0,
             reduction=self.reduction,

@@ -8,6 +8,7 @@ float64 distance of `vqtriton.reference.squared_distances`. docs/design.md deriv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from math import frexp, isfinite, sqrt
 from typing import NamedTuple
@@ -24,6 +25,11 @@ U64 = 2.0**-53
 # Underflow: each of some 3·D roundings can lose the smallest normal number, D < 2¹².
 TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
 
+# Largest norms of codes that need no scale.
+PLAIN_NORMS = 2.0**-30, 2.0**30
+
+# Dimensions up to which a sum over them is taken as a product with a vector.
+SHORT = 16
 # Elements of the codes that are squared at a time.
 BLOCK_ELEMENTS = 1 << 17
 
@@ -31,9 +37,9 @@ BLOCK_ELEMENTS = 1 << 17
 class CentredCodebook(NamedTuple):
     """A codebook in the form that the screens read."""
 
-    codes: Tensor  # [K, D] screen dtype, contiguous, e_k; zeros where a code is not finite
+    codes: Tensor  # [K, D] screen dtype, e_k; zeros where a code is not finite
     half_sqnorm: Tensor  # [K] screen dtype, ‖e_k‖²/2; +inf where a code is not finite
-    mean: Tensor  # [D] screen dtype
+    mean: Tensor | None  # [D] screen dtype; None: 0, with the scale 1
     scale: float  # a power of two
     max_norm: float  # max ‖e_k‖
 
@@ -47,6 +53,26 @@ class CentredCodebook(NamedTuple):
 def centred_codebook_of(tensors: Sequence[Tensor]) -> CentredCodebook:
     codes, half_sqnorm, mean, numbers = tensors
     return CentredCodebook(codes, half_sqnorm, mean, *numbers.tolist())
+
+
+def plain_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook | None:
+    """A codebook as it is, which takes one pass; None if its squares may leave the range.
+
+    Its mean counts as 0. ``half_sqnorm`` is summed in ``dtype``, in any order.
+    """
+    codes = codebook if codebook.dtype == dtype else codebook.to(dtype)
+    if codes.shape[1] <= SHORT:
+        # reductions of short rows take longer
+        halves = codes.new_full((codes.shape[1],), 0.5)
+        # with `out`, autocast leaves it alone
+        half_sqnorm = torch.mv(codes.square(), halves, out=torch.empty_like(codes[:, 0]))
+    else:
+        half_sqnorm = torch.linalg.vector_norm(codes, dim=1).square_().mul_(0.5)
+    max_norm = sqrt(2 * float(half_sqnorm.amax()))
+    # written so that a NaN is out of it
+    if not PLAIN_NORMS[0] < max_norm < PLAIN_NORMS[1]:
+        return None
+    return CentredCodebook(codes, half_sqnorm, None, 1.0, max_norm)
 
 
 def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
@@ -93,6 +119,7 @@ def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> 
     return CentredCodebook(codes, half_sqnorm, mean, scale, sqrt(float(sqnorm.amax())))
 
 
+@functools.cache
 def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> OwnBound:
     """Bound on the error of a score summed in ``dtype``, in any order.
 

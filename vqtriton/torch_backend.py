@@ -14,14 +14,23 @@ from torch import Tensor
 
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
-from vqtriton.screening import U64, centred_codebook, centred_codebook_of, error_bound
+from vqtriton.screening import (
+    U64,
+    CentredCodebook,
+    centred_codebook,
+    centred_codebook_of,
+    error_bound,
+    plain_codebook,
+)
 from vqtriton.tensors import finite_rows, screen_dtype
 
 # Elements that a pass holds at a time, so that they stay in a cache until the next pass.
 BLOCK_ELEMENTS = 1 << 20
 # Scores of a block: smaller ones are slower. And of a search that is done all at once.
 BLOCK_SCORES = 1 << 21
-FEW_SCORES = 1 << 18
+FEW_SCORES = 1 << 16
+# And of one whose two least costs are looked at first.
+FEWEST_SCORES = 1 << 15
 # Codes whose costs are reduced together: `amin` over strides is vectorised, `argmin` is not.
 GROUP = 8
 # Groups whose codes are listed at a time: hard data can have all of them in doubt.
@@ -48,16 +57,40 @@ def search(
 
     The cost of a code, ‖e_k‖²/2 - y·e_k, is the opposite of its score in `vqtriton.screening`.
     """
-    num_rows, dim = x.shape
-    size = len(codebook)
     dtype = screen_dtype(x, codebook)
     if tensors and tensors[0].dtype == dtype:
-        prepared = centred_codebook_of(tensors)
-    else:
-        prepared = centred_codebook(codebook, dtype)
+        return _search(x, codebook, precision, centred_codebook_of(tensors))
+    plain = plain_codebook(codebook, dtype)
+    if plain is not None:
+        try:
+            return _search(x, codebook, precision, plain)
+        except _OffCentre:
+            pass
+    return _search(x, codebook, precision, centred_codebook(codebook, dtype))
+
+
+class _OffCentre(Exception):
+    """Many rows are in doubt, as the codes are far from the origin."""
+
+
+def _search(
+    x: Tensor, codebook: Tensor, precision: str, prepared: CentredCodebook
+) -> tuple[Tensor, int]:
+    """`search` with one form of the codes.
+
+    Raises:
+        _OffCentre: many of the first rows are in doubt, and fewer would be with centred codes.
+    """
+    num_rows, dim = x.shape
+    size, dtype = len(codebook), prepared.codes.dtype
     max_norm, bound = prepared.max_norm, None
+    is_plain = prepared.mean is None
     if precision == "exact":
         bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
+    if num_rows * size <= FEWEST_SCORES and size > 1:
+        found = _nearest_of_few(x, prepared, bound)
+        if found is not None:
+            return found, 0
     if max_norm == 0 and not (prepared.half_sqnorm < torch.inf).any():
         # no code is finite
         return torch.zeros(num_rows, dtype=torch.int64, device=x.device), 0
@@ -73,16 +106,20 @@ def search(
     indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     block = max(16, min(BLOCK_SCORES // (size + padding), BLOCK_ELEMENTS // dim))
     # made once: to touch new memory takes longer than to compute what goes there
-    y = torch.empty(min(block, num_rows), dim, dtype=dtype, device=x.device)
-    costs = torch.empty(len(y), size + padding, dtype=dtype, device=x.device)
+    costs = torch.empty(min(block, num_rows), size + padding, dtype=dtype, device=x.device)
+    is_copied = not is_plain or x.dtype != dtype
+    y = torch.empty(len(costs), dim, dtype=dtype, device=x.device) if is_copied else x
     is_first: Tensor | None = None
     in_doubt = 0
     for start in range(0, num_rows, block):
         rows, found, block_y, block_costs = x, indices, y, costs
         if num_rows > block:
             rows, found = x[start : start + block], indices[start : start + block]
-            block_y, block_costs = y[: len(rows)], costs[: len(rows)]
-        torch.sub(rows, prepared.mean, out=block_y).mul_(prepared.scale)
+            block_y, block_costs = y[: len(rows)] if is_copied else rows, costs[: len(rows)]
+        if prepared.mean is not None:
+            torch.sub(rows, prepared.mean, out=block_y).mul_(prepared.scale)
+        elif is_copied:
+            block_y.copy_(rows)
         # with `out`, autocast leaves it alone
         torch.addmm(half_sqnorm, block_y, codes, alpha=-1, out=block_costs)
         least_of_groups = block_costs
@@ -90,12 +127,15 @@ def search(
             by_group = block_costs.view(len(rows), group, -1)
             least_of_groups = by_group.amin(1)
         limits = least_of_groups.amin(1)
-        is_sound = _add_margin(limits, block_y, max_norm, bound)
+        is_sound = _add_margin(limits, block_y, prepared, bound)
         row, column = (least_of_groups <= limits[:, None]).nonzero().unbind(1)
         if group == 1 and is_sound is None and len(row) == len(rows):
             # one candidate each
             found.copy_(column)
             continue
+        if is_plain and start == 0 and 8 * (len(row) - len(rows)) > len(rows):
+            if float(prepared.codes.mean(0).norm()) > max_norm / 2:
+                raise _OffCentre
         if bound is not None and len(row) > 2 * len(rows):
             if is_first is None:
                 # of equal codes the first will do; the others are out from now on
@@ -125,7 +165,45 @@ def search(
     return indices, in_doubt
 
 
-def _add_margin(least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | None) -> Tensor | None:
+def _nearest_of_few(
+    x: Tensor, prepared: CentredCodebook, bound: OwnBound | None
+) -> Tensor | None:
+    """[N] for a few rows, in few operations; None if one of the rows is in doubt."""
+    dtype = prepared.codes.dtype
+    y = x.to(dtype)
+    if prepared.mean is not None:
+        y = torch.sub(y, prepared.mean).mul_(prepared.scale)
+    # at least the norm of each row
+    norm = float(torch.linalg.vector_norm(y))
+    if not norm < LARGEST_NORM[dtype] - prepared.max_norm:
+        return None
+    costs = torch.empty(len(x), len(prepared.codes), dtype=dtype, device=x.device)
+    # with `out`, autocast leaves it alone
+    torch.addmm(prepared.half_sqnorm, y, prepared.codes.T, alpha=-1, out=costs)
+    least, column = costs.topk(2, dim=1, largest=False)
+    slope, constant = _margin(prepared, bound, norm)
+    margin = slope * norm + constant
+    # written so that a NaN is in doubt
+    is_certain = all(second - first > margin for first, second in least.tolist())
+    return column[:, 0].contiguous() if is_certain else None
+
+
+def _margin(
+    prepared: CentredCodebook, bound: OwnBound | None, longest: float
+) -> tuple[float, float]:
+    """Slope and constant of twice the error of a score, by the norm of its row."""
+    if bound is None:
+        return 0.0, 0.0
+    max_norm = prepared.max_norm
+    # norms of plain codes err as much as their products
+    of_norms = (2 if prepared.mean is None else 1) * bound.products * max_norm * max_norm
+    slope = 2 * (bound.products * max_norm + bound.distances * longest)
+    return slope, of_norms + 2 * bound.tiny
+
+
+def _add_margin(
+    least: Tensor, y: Tensor, prepared: CentredCodebook, bound: OwnBound | None
+) -> Tensor | None:
     """Adds a margin to the least cost of each row: the nearest code's cost is not above the sum.
 
     Args:
@@ -136,10 +214,10 @@ def _add_margin(least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | Non
     Returns:
         [N] bool, the rows whose numbers do not overflow; None where that is all of them.
     """
-    largest = LARGEST_NORM[y.dtype] - max_norm
+    largest = LARGEST_NORM[y.dtype] - prepared.max_norm
     if bound is not None:
         # one long row is not to widen the margin of the others
-        largest = min(largest, bound.products / bound.distances * max_norm)
+        largest = min(largest, bound.products / bound.distances * prepared.max_norm)
     norm = torch.linalg.vector_norm(y, dim=1)
     longest = float(norm.amax())
     is_sound = None
@@ -149,9 +227,8 @@ def _add_margin(least: Tensor, y: Tensor, max_norm: float, bound: OwnBound | Non
         norm.masked_fill_(~is_sound, 0)
         longest = float(norm.amax())
     if bound is not None:
-        # twice the error of a score
-        slope = 2 * (bound.products * max_norm + bound.distances * longest)
-        least.add_(norm, alpha=slope).add_(bound.products * max_norm * max_norm + 2 * bound.tiny)
+        slope, constant = _margin(prepared, bound, longest)
+        least.add_(norm, alpha=slope).add_(constant)
     return is_sound
 
 

@@ -93,7 +93,7 @@ def forward_of_apertus(self: Any, hidden_states: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, H, W], by the largest dot product."""
     z = hidden_states.permute(0, 2, 3, 1)
     rows = z.reshape(-1, z.shape[-1])
-    return search(self, rows, self.embedding.weight, metric="dot").view(z.shape[:-1])
+    return search(self, rows, self.embedding.weight, "dot").view(z.shape[:-1])
 
 
 def forward_of_diffusers(self: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple]:
@@ -192,8 +192,7 @@ def forward_of_codebook(
         batch_std = self.batch_variance.clamp(min=1e-5).sqrt()
         embed = (embed - self.codebook_mean) * (batch_std / codebook_std) + self.batch_mean
     metric = "dot" if self.use_cosine_sim else "l2"
-    pairs = list(enumerate(zip(flat, embed, strict=True)))
-    chosen = [search(self, rows, codes, metric=metric, head=h) for h, (rows, codes) in pairs]
+    chosen = [search(self, rows, codes, metric) for rows, codes in zip(flat, embed, strict=True)]
     indices = torch.stack(chosen)
     codes = torch.stack([F.embedding(i, e) for i, e in zip(chosen, embed, strict=True)])
     if self.training and update_usage and not freeze_codebook:
