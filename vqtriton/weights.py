@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,10 @@ def readers_of(source: Mapping[str, Any] | str | os.PathLike[str]) -> Readers:
         return _of_index(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    # bytes that are no pickle can make it raise anything
+    except Exception as error:
         raise ValueError(f"{path} is not a file of torch.save that can be read: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; it must hold a state dict")
