@@ -219,8 +219,9 @@ def test_masked_indices_and_fewer_levels():
     assert torch.equal(quantizer.decode(indices[0]), quantizer.levels[0].decode(indices[0]))
     assert quantizer.levels[0].decode(torch.tensor([-1])).eq(0).all()
     heads = load_codebooks(vqp_heads("")[0])[""].levels[0]
-    partly = heads.decode(torch.tensor([[-1, 2]]))[0]
-    assert torch.equal(partly, torch.cat([torch.zeros(D), heads.codebook[1, 2]]))
+    partly = heads.decode(torch.tensor([[-1, 2], [2, -1]]))
+    assert torch.equal(partly[0], torch.cat([torch.zeros(D), heads.codebook[1, 2]]))
+    assert torch.equal(partly[1], torch.cat([heads.codebook[0, 2], torch.zeros(D)]))
     for wrong in ([], indices + indices):
         with pytest.raises(ValueError, match=rf"indices are {len(wrong)} tensors; .* 1 to 3"):
             quantizer.decode(*wrong)
@@ -382,6 +383,10 @@ def test_not_finite(name, bad):
         ({"_codebook.embed": torch.zeros(0, 3)}, r"has shape \(0, 3\); it must be \[K, D\]"),
         ({"_codebook.cluster_size": torch.zeros(3)}, r"cluster_size has shape \(3,\); with "),
         ({"project_in.0.weight": torch.zeros(3, 3)}, "project_in is not a linear map: .*in.0.w"),
+        (
+            {"project_in.weight": torch.zeros(3, 3), "project_in.scale": torch.zeros(3)},
+            "project_in is not a linear map: .*project_in.scale",
+        ),
         ({"project_in.bias": torch.zeros(3)}, "project_in is not a linear map: .*project_in.bias"),
         ({"project_in.weight_g": torch.zeros(3)}, "project_in is not a linear map: .*weight_g"),
         (
@@ -880,6 +885,18 @@ def test_theirs_goes_on_from_ours():
     other.load_state_dict(to_vector_quantize_pytorch(ours, eps=EPS), strict=True)
     assert torch.equal(ours.codebook, other.codebook)
     steps(ours, other)
+
+
+def test_the_next_step_of_theirs_starts_from_our_codes():
+    """Also where smoothing matters most: codes that almost no row chooses."""
+    ours = VectorQuantize(D, K)
+    sizes = torch.tensor([1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100])
+    ours.set_codebook(torch.randn(K, D), cluster_size=sizes)
+    other = theirs()
+    other.load_state_dict(to_vector_quantize_pytorch(ours, eps=EPS))
+    # what a step does with its averages
+    other._codebook.update_ema()
+    same(other.codebook, ours.codebook)
 
 
 def test_round_trip_through_theirs():

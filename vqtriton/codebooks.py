@@ -325,7 +325,7 @@ class Codebook(nn.Module):
                 f"{place}embed has {len(embed)} heads; a VectorQuantize of vqtriton has one: make "
                 "one for each head, and set the codes that vqtriton.load_codebooks reads"
             )
-        if found not in ((1, *shape), shape):
+        if found != (1, *shape):
             fault = f"{place}embed has shape {found}; it must be {(1, *shape)}"
             if f"{prefix}project_in.weight" in state_dict:
                 fault += "; project_in is before it, so dim is its codebook_dim"
