@@ -92,7 +92,7 @@ def encodec(at: str) -> tuple[dict, list]:
 
 
 def averages(at: str, prefix: str, codes_name: str, flag: str) -> tuple[dict, list]:
-    """Of moshi and Mimi."""
+    """Sums and sizes, as moshi and Mimi have them."""
     state, start = {}, f"{at}{prefix}"
     book = "_codebook" if codes_name == "embedding_sum" else "codebook"
     layers = "vq.layers" if codes_name == "embedding_sum" else "layers"
@@ -227,7 +227,7 @@ def test_masked_indices_and_fewer_levels():
             quantizer.decode(*wrong)
 
 
-def test_what_is_in_a_list_of_other_layers_is_no_level():
+def test_a_list_of_other_layers_has_no_levels():
     state = {"layers.1._codebook.embed": codes(1, K, D), "layers.4.codebook.embed": codes()}
     assert sorted(load_codebooks(state)) == ["layers.1", "layers.4"]
 
@@ -268,7 +268,7 @@ def test_safetensors(state, tmp_path, monkeypatch):
     )
     for source in (path, str(path), tmp_path):
         assert equal(load_codebooks(source), state)
-    # what is no part of a quantizer is not read
+    # the other parts of the model are not read
     assert not [name for name in read if name.startswith(("encoder", "decoder"))]
     assert set(read) == {name for name in state if name.startswith("quantizer")}
 
@@ -358,7 +358,7 @@ def test_nothing_known():
     assert "encoder.5" not in str(raised.value)
     with pytest.raises(ValueError, match="such as nothing"):
         load_codebooks({})
-    # nor an embedding in another module
+    # an embedding in another module is not a codebook
     with pytest.raises(ValueError, match="no codebook that is known"):
         load_codebooks({"decoder.embedding.weight": codes()})
 

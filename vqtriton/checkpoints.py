@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     has_always_transform: bool = False
     # what is stored is the sum of the vectors of a code, to be divided by the sizes
     is_sum: bool = False
-    # the module has one of these names; others may have a tensor of the name of the codes as well
+    # names that the module may have; empty: any. Token embeddings have such a tensor as well
     modules: tuple[str, ...] = ()
 
     def path(self, key: str) -> str | None:
@@ -59,8 +59,8 @@ LAYOUTS = (
     Layout("codebook.weight"),
     # SimVQ in vector-quantize-pytorch
     Layout("frozen_codebook", transform="code_transform", has_always_transform=True),
-    # taming, diffusers; Chameleon, Emu3, Janus, GLM-Image in transformers; SimVQ of its authors,
-    # which has the transform
+    # taming, diffusers; Chameleon, Emu3, Janus, GLM-Image in transformers. The transform is in the
+    # SimVQ that its authors wrote
     Layout(
         "embedding.weight",
         "embedding.cluster_size",
@@ -68,13 +68,18 @@ LAYOUTS = (
         modules=("quantize", "quantizer", "vector_quantization", "vq", "vq_layer"),
     ),
 )
-# where a level of a residual quantizer is, in what has all of them
+# the path of a level of a residual quantizer
 LEVEL = re.compile(r"(?:(?P<parent>.+?)\.)??(?:vq\.)?(?:layers|quantizers)\.(?P<level>\d+)")
 # linear maps before the search and after it, of a level or of all levels
 PROJECTIONS = (
     ("project_in", "project_out"),
     ("in_proj", "out_proj"),
     ("input_proj", "output_proj"),
+)
+# length and direction of a weight-normalised weight, by the older function of torch and the newer
+WEIGHT_NORMS = (
+    ("weight_g", "weight_v"),
+    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
 )
 # with these beside them, the codes are not what is stored, but depend on the input
 DEPENDENT = ("_codebook.vq_bridge.", "_codebook.codebook_mean")
@@ -222,8 +227,8 @@ def load_codebooks(
     Quantizers are recognised by the names of their tensors: those of vector-quantize-pytorch (also
     residual, grouped, SimVQ), encodec, moshi, descript-audio-codec, taming-transformers, and of
     transformers (Encodec, Mimi, DAC, XCodec, Higgs, Chameleon, Emu3, Janus, GLM-Image) and
-    diffusers. None of these needs to be installed. Of a file only the codebooks, their sizes and
-    their projections are read. Pickled files are read with ``weights_only=True``.
+    diffusers. These projects need not be installed. Only the codebooks, their sizes and their
+    projections are read from a safetensors file. Pickled files are read with ``weights_only=True``.
 
     The codes are those that the other project decodes with: averages are divided by their sizes,
     and transforms are applied. Where it normalises vectors and codes before it searches or decodes
@@ -300,7 +305,7 @@ def _codebook(readers: Readers, key: str, path: str, layout: Layout) -> LoadedCo
         sizes = _tensor(readers, name)
     elif layout.is_sum:
         raise ValueError(f"{key} is there, but not {name}, by which it has to be divided")
-    # one head is no head: [1, K, D] and [1, K] of vector-quantize-pytorch
+    # a single head has no dimension here; vector-quantize-pytorch writes [1, K, D] and [1, K]
     if codes.ndim == 3 and len(codes) == 1:
         codes, sizes = codes[0], None if sizes is None else sizes.reshape(-1)
     if codes.ndim not in (2, 3) or codes.numel() == 0:
@@ -354,11 +359,11 @@ def _linear(readers: Readers, path: str) -> Projection | None:
     if (key := f"{path}.weight") in present:
         weight = _tensor(readers, key)
         present.remove(key)
-    for kind in (("weight_g", "weight_v"), _ORIGINALS):
-        size, direction = (f"{path}.{name}" for name in kind)
+    for names in WEIGHT_NORMS:
+        size, direction = (f"{path}.{name}" for name in names)
         if {size, direction} <= present:
             key = direction
-            # as torch does it: bit by bit the same weights
+            # the function that torch calls, so the weights have the same bits
             weight = torch._weight_norm(_tensor(readers, direction), _tensor(readers, size), 0)
             present -= {size, direction}
     if f"{path}.bias" in present:
@@ -375,9 +380,6 @@ def _linear(readers: Readers, path: str) -> Projection | None:
             "kernels of size 1"
         )
     return Projection(weight.flatten(1), bias)
-
-
-_ORIGINALS = ("parametrizations.weight.original0", "parametrizations.weight.original1")
 
 
 def _join(path: str, name: str) -> str:

@@ -331,10 +331,7 @@ class Codebook(nn.Module):
                 fault += "; project_in is before it, so dim is its codebook_dim"
             return None, fault
         if was_started is not None and not was_started and not self.kmeans_init:
-            return (
-                None,
-                f"{place}initted is false: it waits for k-means, which kmeans_init=True does",
-            )
+            return None, f"{place}initted is false: it waits for k-means, as with kmeans_init=True"
         state_dict[f"{prefix}codebook"] = embed.detach().reshape(shape)
         if sizes is not None:
             state_dict[f"{prefix}cluster_size"] = sizes.detach().reshape(-1)

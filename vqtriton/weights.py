@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# by name: reads the tensor, which a file gives only when it is asked
+# functions that read a tensor, by its name: a file is read only for the tensors that are needed
 Readers = Mapping[str, Callable[[], Any]]
 # in what trainers save, the weights of the model are under one of these
 NESTED = ("state_dict", "model_state_dict", "best_state", "model")
@@ -26,7 +26,7 @@ NAMES = (
 
 
 def readers_of(source: Mapping[str, Any] | str | os.PathLike[str]) -> Readers:
-    """By name, what reads each tensor of a state dict or of a file."""
+    """Functions that read the tensors of a state dict or of a file, by name."""
     if isinstance(source, Mapping):
         return _of_mapping(source)
     if not isinstance(source, (str, os.PathLike)):
@@ -51,7 +51,7 @@ def readers_of(source: Mapping[str, Any] | str | os.PathLike[str]) -> Readers:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    # bytes that are no pickle can make it raise anything
+    # a broken pickle can raise anything
     except Exception as error:
         raise ValueError(f"{path} is not a file of torch.save that can be read: {error}") from error
     if not isinstance(loaded, Mapping):
