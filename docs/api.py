@@ -30,6 +30,10 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
         *("PreparedCodebook", "code_sums", "kmeans"),
     ),
     "Saving and loading": ("save", "load"),
+    "Checkpoints of other projects": (
+        *("load_codebooks", "LoadedQuantizer", "LoadedQuantizer.decode", "LoadedCodebook"),
+        *("LoadedCodebook.decode", "Projection", "to_vector_quantize_pytorch"),
+    ),
     "Metrics": (
         *("metrics.counts", "metrics.perplexity", "metrics.usage", "metrics.quantization_error"),
         *("metrics.Meter", "metrics.Meter.update", "metrics.Meter.compute"),

@@ -8,6 +8,13 @@ if (Path(__file__).parents[1] / "kernels" / "nearest_code.py").is_file():
 
 from vqtriton import metrics, reference
 from vqtriton._version import __version__
+from vqtriton.checkpoints import (
+    LoadedCodebook,
+    LoadedQuantizer,
+    Projection,
+    load_codebooks,
+    to_vector_quantize_pytorch,
+)
 from vqtriton.clients.patching import Patched, patch, unpatch
 from vqtriton.clustering import kmeans
 from vqtriton.functional import (
@@ -23,20 +30,25 @@ from vqtriton.serialization import load, save
 from vqtriton.warmup import warmup
 
 __all__ = [
+    "LoadedCodebook",
+    "LoadedQuantizer",
     "Patched",
     "PlainQuantizer",
     "PreparedCodebook",
+    "Projection",
     "VectorQuantize",
     "__version__",
     "code_sums",
     "kmeans",
     "load",
+    "load_codebooks",
     "metrics",
     "nearest_code",
     "patch",
     "prepare_codebook",
     "reference",
     "save",
+    "to_vector_quantize_pytorch",
     "unpatch",
     "vector_quantize",
     "warmup",

@@ -285,6 +285,12 @@ class Codebook(nn.Module):
         # earlier versions had averages and a flag beside the codes
         state_dict.pop(f"{prefix}embed_sum", None)
         was_started = state_dict.pop(f"{prefix}is_initialized", None)
+        if f"{prefix}_codebook.embed" in state_dict:
+            was_started, fault = self._take_embed(state_dict, prefix)
+            if fault:
+                # the last argument; torch raises it together with the faults of other modules
+                args[-1].append(fault)
+                return
         for name in ("codebook", "cluster_size"):
             value = state_dict.get(f"{prefix}{name}")
             if isinstance(value, Tensor) and value.dtype != torch.float32:
@@ -296,6 +302,40 @@ class Codebook(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._renew()
+
+    def _take_embed(self, state_dict: dict[str, Any], prefix: str) -> tuple[Any, str]:
+        """Renames what a ``VectorQuantize`` of vector-quantize-pytorch has written.
+
+        Their ``embed_avg`` is dropped: it is the codes times their smoothed sizes, and a step here
+        goes on from the codes.
+
+        Returns:
+            Their flag ``initted``, or None; and why it does not fit, or "".
+        """
+        place = f"{prefix}_codebook."
+        theirs = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(place)}
+        embed, sizes = theirs.pop(f"{place}embed"), theirs.pop(f"{place}cluster_size", None)
+        was_started = theirs.pop(f"{place}initted", None)
+        theirs.pop(f"{place}embed_avg", None)
+        shape, found = (self.codebook_size, self.dim), tuple(embed.shape)
+        if theirs:
+            return None, f"{min(theirs)} has no counterpart in a VectorQuantize of vqtriton"
+        if embed.ndim == 3 and len(embed) > 1:
+            return None, (
+                f"{place}embed has {len(embed)} heads; a VectorQuantize of vqtriton has one: make "
+                "one for each head, and set the codes that vqtriton.load_codebooks reads"
+            )
+        if found != (1, *shape):
+            fault = f"{place}embed has shape {found}; it must be {(1, *shape)}"
+            if f"{prefix}project_in.weight" in state_dict:
+                fault += "; project_in is before it, so dim is its codebook_dim"
+            return None, fault
+        if was_started is not None and not was_started and not self.kmeans_init:
+            return None, f"{place}initted is false: it waits for k-means, as with kmeans_init=True"
+        state_dict[f"{prefix}codebook"] = embed.detach().reshape(shape)
+        if sizes is not None:
+            state_dict[f"{prefix}cluster_size"] = sizes.detach().reshape(-1)
+        return was_started, ""
 
     def train(self, mode: bool = True) -> Codebook:
         super().train(mode)

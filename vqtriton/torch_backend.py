@@ -165,9 +165,7 @@ def _search(
     return indices, in_doubt
 
 
-def _nearest_of_few(
-    x: Tensor, prepared: CentredCodebook, bound: OwnBound | None
-) -> Tensor | None:
+def _nearest_of_few(x: Tensor, prepared: CentredCodebook, bound: OwnBound | None) -> Tensor | None:
     """[N] for a few rows, in few operations; None if one of the rows is in doubt."""
     dtype = prepared.codes.dtype
     y = x.to(dtype)
