@@ -42,9 +42,9 @@ def _not_wider(tensor: Tensor) -> Tensor:
 
 def decode_latents(self: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """DAC: latents [B, D, T] -> codes [B, D, T], indices [B, T]; both sides are normalised."""
-    batch, dim, _ = latents.shape
+    batch, dim, time = latents.shape
     rows = F.normalize(latents.transpose(1, 2).reshape(-1, dim))
-    indices = search(self, rows, F.normalize(self.codebook.weight)).reshape(batch, -1)
+    indices = search(self, rows, F.normalize(self.codebook.weight)).view(batch, time)
     return self.codebook(indices).transpose(1, 2), indices
 
 
@@ -181,7 +181,11 @@ def forward_of_codebook(
         # [B, N] -> [H, N']
         repeats = flat.shape[1] // mask.numel()
         mask = mask[:, None].expand(-1, repeats, -1).reshape(1, -1).expand(len(flat), -1)
-    self.init_embed_(flat, mask=mask)
+    # a compiler takes no branch on a tensor
+    if not torch.compiler.is_compiling():
+        self.init_embed_(flat, mask=mask)
+    elif not _is_true(self.initted):
+        raise RuntimeError("the codebook waits for k-means: take the first step uncompiled")
     if self.affine_param:
         self.update_affine(flat, self.embed, mask=mask)
     embed = (self.embed if self.learnable_codebook else self.embed.detach()).float()
@@ -205,6 +209,14 @@ def forward_of_codebook(
             ema_update=ema_update,
         )
     return codes.view(x.shape), indices.view(x.shape[:-1]), None
+
+
+def _is_true(flag: Tensor) -> bool:
+    return bool(flag)
+
+
+# what torch.compiler.assume_constant_result does, which imports all of the compiler
+vars(_is_true)["_dynamo_marked_constant"] = True
 
 
 def _samples(self: Any, temperature: float | None) -> bool:

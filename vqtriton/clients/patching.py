@@ -156,11 +156,13 @@ def _find(module: nn.Module) -> tuple[type, Client] | str | None:
             codebook = client.codebook_of(module)
             if codebook is None:
                 continue
-            reason = _obstacle(module, base, client, codebook)
-            if reason is None:
-                reason = disagreement(module, base, client, codebook)
-            if reason is None:
+            obstacle = _obstacle(module, base, client, codebook)
+            if obstacle is None:
+                obstacle = disagreement(module, base, client, codebook)
+            if obstacle is None:
                 return base, client
+            # what the class itself says comes before what it inherits
+            reason = reason or obstacle
     return reason
 
 
