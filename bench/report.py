@@ -17,7 +17,7 @@ from bench.subjects import OURS, PEER
 Row = dict[str, Any]
 MIB = 1 << 20
 RESULTS = ROOT / "bench" / "results"
-DOCS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "models.md")
 PICTURE = ROOT / "docs" / "benchmarks.svg"
 
 
@@ -110,6 +110,8 @@ def with_tables(text: str) -> str:
         "assign_run": lambda: run_line(RESULTS / "assign_cpu.jsonl"),
         "clustering": lambda: clustering_table(read_rows(RESULTS / "clustering_cpu.jsonl")),
         "clustering_run": lambda: clustering_line(RESULTS / "clustering_cpu.jsonl"),
+        "clients": lambda: client_table(read_rows(RESULTS / "clients_cpu.jsonl")),
+        "clients_run": lambda: client_line(RESULTS / "clients_cpu.jsonl"),
         "cases": case_table,
     }
     return fill(text, "bench", lambda name: made[name]())
@@ -182,6 +184,43 @@ def clustering_line(path: Path) -> str:
         f"[{path.name}](../{path.relative_to(ROOT)}), from `{row['command']}` at commit "
         f"{row['commit']}: {row['device']}, {row['threads']} threads, {row['iters']} iterations, "
         f"{len(row['seconds'])} seeds, torch {row['torch']}."
+    )
+
+
+def client_table(rows: Sequence[Row]) -> str:
+    """Markdown: time and memory of patched quantizers beside the same as they are, and tokens."""
+    lines = [
+        "| quantizer: K, D, levels | one vector | one frame | one batch | memory of a batch "
+        "| float32 | float16 | bfloat16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shape = ", ".join(str(number) for number in row["shape"].values())
+        cells = [f"{row['client']} {row['version']}: {shape}"]
+        for size in row["speed"]:
+            theirs, ours = (quantile(seconds, 0.5) for seconds in size["seconds"])
+            number = size["vectors"]
+            cells.append(
+                f"{number}: {milliseconds(theirs)} → {milliseconds(ours)} ms, {theirs / ours:.2f}×"
+            )
+        before, after = (peak / MIB for peak in row["speed"][-1]["peak_bytes"])
+        cells.append(f"{before:.3g} → {after:.3g} MiB")
+        for found in row["tokens"].values():
+            if found["refused"]:
+                cells.append("does not run without the patch")
+            else:
+                part = found["theirs_farther"] / found["tokens"]
+                cells.append(f"{found['theirs_farther']} ({part:.2%}), {found['ours_farther']}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def client_line(path: Path) -> str:
+    """Markdown: where and how the rows of a file were measured."""
+    row = read_rows(path)[0]
+    return (
+        f"[{path.name}](../{path.relative_to(ROOT)}), from `{row['command']}` at commit "
+        f"{row['commit']}: {row['device']}, {row['threads']} threads, torch {row['torch']}."
     )
 
 

@@ -30,6 +30,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
         *("PreparedCodebook", "code_sums", "kmeans"),
     ),
     "Saving and loading": ("save", "load"),
+    "Models of other projects": ("patch", "unpatch", "Patched"),
     "Checkpoints of other projects": (
         *("load_codebooks", "LoadedQuantizer", "LoadedQuantizer.decode", "LoadedCodebook"),
         *("LoadedCodebook.decode", "Projection", "to_vector_quantize_pytorch"),

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import vqtriton
-from bench.client_models import MODELS, ClientModel
+from bench.client_models import MODELS, ClientModel, foreign
+from bench.clients import peak_bytes
 from vqtriton.clients import methods
 from vqtriton.clients.search import ATTRIBUTE
 
@@ -485,3 +486,151 @@ def test_autocast_does_not_change_tokens(searches) -> None:
         module(rows())
     ((x, codebook, metric, indices),) = searches
     assert torch.equal(indices, truth(x, codebook, metric))
+
+
+# --- vector-quantize-pytorch: training, with its options ---
+
+
+def lucid(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    try:
+        kind = foreign("vector_quantize_pytorch").VectorQuantize
+    except ModuleNotFoundError:
+        pytest.skip("vector_quantize_pytorch is not installed")
+    return kind(**{"dim": 8, "codebook_size": 12, **options})
+
+
+def trained(module: nn.Module, steps: int = 4, **given_: Any) -> list[Tensor]:
+    """Results, gradients and state of some steps."""
+    seen = []
+    optimizer = torch.optim.SGD([*module.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
+    for step in range(steps):
+        torch.manual_seed(step)
+        x = torch.randn(2, 20, 8, requires_grad=True)
+        torch.manual_seed(step)
+        results = module(x, **given_)
+        tensors = tensors_of(results)
+        loss = sum(t.float().square().mean() for t in tensors if t.requires_grad)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen += [*tensors, x.grad]
+    module.eval()
+    with torch.no_grad():
+        seen += tensors_of(module(torch.randn(2, 20, 8), **given_))
+    return [*seen, *(t.detach().clone() for t in module.state_dict().values())]
+
+
+def weights(sums: Tensor, sizes: Tensor) -> Tensor:
+    return (sizes > 1).float()
+
+
+MASK = torch.arange(20) < torch.tensor([[20], [13]])
+OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"decay": 0.5, "threshold_ema_dead_code": 2}, {}),
+    ({"threshold_ema_dead_code": 3}, {"mask": MASK}),
+    ({"kmeans_init": True}, {}),
+    ({"use_cosine_sim": True}, {}),
+    ({"use_cosine_sim": True, "kmeans_init": True, "threshold_ema_dead_code": 2}, {}),
+    ({"heads": 2, "codebook_dim": 4}, {}),
+    # with a commitment loss theirs takes no mask beside heads
+    ({"heads": 2, "codebook_dim": 4, "commitment_weight": 0.0}, {"mask": MASK}),
+    (
+        {
+            **{"heads": 2, "codebook_dim": 4, "commitment_weight": 0.0},
+            "separate_codebook_per_head": True,
+        },
+        {"mask": MASK},
+    ),
+    ({"heads": 2, "separate_codebook_per_head": True, "use_cosine_sim": True}, {}),
+    ({"codebook_dim": 3, "layernorm_after_project_in": True}, {}),
+    ({"learnable_codebook": True, "ema_update": False}, {}),
+    ({"learnable_codebook": True, "ema_update": False, "sync_update_v": 0.3}, {}),
+    ({"ema_update": False}, {}),
+    ({"manual_ema_update": True}, {}),
+    ({"affine_param": True}, {}),
+    ({"affine_param": True}, {"mask": MASK}),
+    ({"rotation_trick": True}, {}),
+    ({"directional_reparam": True, "threshold_ema_dead_code": 2, "ema_update": False}, {}),
+    ({"route_gradients_to_input": False}, {}),
+    ({"orthogonal_reg_weight": 10, "orthogonal_reg_active_codes_only": True}, {}),
+    ({"codebook_diversity_loss_weight": 1.0}, {}),
+    ({"commitment_use_cross_entropy_loss": True}, {}),
+    ({"commitment_use_cross_entropy_loss": True}, {"mask": MASK}),
+    ({"stochastic_sample_codes": True, "sample_codebook_temp": 0.5}, {}),
+    ({"stochastic_sample_codes": True}, {"sample_codebook_temp": 0.0}),
+    ({"straight_through": True, "rotation_trick": False}, {}),
+    ({}, {"freeze_codebook": True}),
+    ({}, {"lens": torch.tensor([20, 13])}),
+    ({}, {"topk": 3}),
+    ({}, {"return_loss_breakdown": True}),
+    ({}, {"ema_update_weight": weights}),
+    ({}, {"indices": torch.zeros(2, 20, dtype=torch.long)}),
+    ({"return_zeros_for_masked_padding": False}, {"mask": MASK}),
+]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("options", "call_options"), OPTIONS, ids=str)
+def test_training_with_the_options_of_vector_quantize_pytorch(options, call_options) -> None:
+    if "ema_update" not in options and "learnable_codebook" not in options:
+        is_learned = "orthogonal_reg_weight" in options
+        options = {**options, "ema_update": not is_learned}
+    theirs, ours = lucid(**options), patched(lucid(**options))
+    want, got = trained(theirs, **call_options), trained(ours, **call_options)
+    assert len(got) == len(want)
+    for w, g in zip(want, got, strict=True):
+        assert g.dtype == w.dtype
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "codebook_dim": 4}], ids=str)
+def test_no_matrix_of_all_scores_is_made(options) -> None:
+    size = 4096
+
+    def peak(module: nn.Module) -> int:
+        x = torch.randn(1, 2048, 8)
+        return peak_bytes(lambda: module(x))
+
+    options = {"codebook_size": size, "threshold_ema_dead_code": 0, **options}
+    rows_ = 2048 * options.get("heads", 1)
+    assert peak(lucid(**options)) > 4 * rows_ * size
+    # their counts and sums, and a block of scores
+    assert peak(patched(lucid(**options))) < 4 * rows_ * size
+
+
+@pytest.mark.once
+def test_another_release_is_left_alone(monkeypatch) -> None:
+    module = lucid()
+    monkeypatch.setattr("vqtriton.clients.table.version", lambda package: "1.33.0")
+    report = vqtriton.patch(module)
+    assert report.modules == {}
+    assert report.left["_codebook"] == "its release is 1.33.0; 1.32 is known"
+
+
+@pytest.mark.once
+def test_updates_by_indices_are_theirs() -> None:
+    theirs, ours = lucid(), patched(lucid())
+    x, indices = torch.randn(2, 20, 8), torch.randint(12, (2, 20))
+    for module in (theirs, ours):
+        module.update_indices(x, indices, mask=MASK)
+    for w, g in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.once
+def test_a_codebook_by_itself_gives_scores() -> None:
+    module = patched(lucid())
+    x = torch.randn(2, 20, 8)
+    _, indices, scores = module._codebook(x)
+    assert torch.equal(scores.argmax(-1), indices[None])
+
+
+@pytest.mark.once
+def test_compiled_before_kmeans_is_refused() -> None:
+    module = patched(lucid(kmeans_init=True))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="take the first step uncompiled"):
+        torch.compile(module, fullgraph=True, backend="eager")(torch.randn(2, 20, 8))

@@ -87,7 +87,7 @@ class PlainQuantizer(nn.Module):
         self.register_buffer("codebook", codebook)
         for name in ("codes", "half_sqnorm", "mean"):
             self.register_buffer(name, getattr(prepared, name))
-        self.register_buffer("scale", prepared.mean.new_tensor(prepared.scale))
+        self.register_buffer("scale", prepared.codes.new_tensor(prepared.scale))
         # exporters warn of modules in training mode
         self.eval()
 

@@ -46,6 +46,7 @@ class CentredCodebook(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         """What must be kept to make it again with `centred_codebook_of`."""
+        assert self.mean is not None
         numbers = self.codes.new_tensor((self.scale, self.max_norm))
         return [self.codes, self.half_sqnorm, self.mean, numbers]
 

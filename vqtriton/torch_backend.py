@@ -133,9 +133,9 @@ def _search(
             # one candidate each
             found.copy_(column)
             continue
-        if is_plain and start == 0 and 8 * (len(row) - len(rows)) > len(rows):
-            if float(prepared.codes.mean(0).norm()) > max_norm / 2:
-                raise _OffCentre
+        is_doubtful = is_plain and start == 0 and 8 * (len(row) - len(rows)) > len(rows)
+        if is_doubtful and float(prepared.codes.mean(0).norm()) > max_norm / 2:
+            raise _OffCentre
         if bound is not None and len(row) > 2 * len(rows):
             if is_first is None:
                 # of equal codes the first will do; the others are out from now on

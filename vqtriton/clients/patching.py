@@ -20,7 +20,9 @@ from vqtriton.clients.table import CLIENTS, Client
 from vqtriton.clients.trial import disagreement
 
 # the names of classes that are mentioned where they are not known
-QUANTIZER = re.compile(r"codebook|quantiz|vq", re.IGNORECASE)
+QUANTIZER = re.compile("codebook|quantiz", re.IGNORECASE)
+# the standard library's, by which a pickle makes an object of a class
+REBUILD = vars(copyreg)["_reconstructor"]
 
 
 class Patched:
@@ -96,7 +98,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
             f"backend is {backend!r:.80}; it must be one of {', '.join(dispatch.BACKENDS)}"
         )
     patched = Patched()
-    for name, module in model.named_modules():
+    # from the inside: a module around a codebook asks whether that is patched
+    for name, module in reversed(list(model.named_modules())):
         if _is_patched(module):
             patched.left[name] = "it is patched already"
             continue
@@ -104,19 +107,20 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
         if isinstance(found, str):
             patched.left[name] = found
         elif found is not None:
-            base, client = found
             module.__dict__[ATTRIBUTE] = Searches(backend)
-            module.__class__ = _subclass(type(module), CLIENTS.index(client))
-            patched.modules[name] = client.project
+            kind: Any = type(module)
+            module.__class__ = _subclass(kind, CLIENTS.index(found))
+            patched.modules[name] = found.project
             patched._changed.append(module)
-    # a container of what was patched, or a part of it, needs no mention
-    known = [name.split(".") for name in patched.modules]
-    for name, module in model.named_modules():
-        place = name.split(".") if name else []
-        is_related = any(place[: len(k)] == k or k[: len(place)] == place for k in known)
-        looks = QUANTIZER.search(type(module).__name__)
-        if looks and not is_related and name not in patched.left and not list(module.children()):
-            patched.left[name] = f"{type(module).__name__} is not known"
+        elif QUANTIZER.search(type(module).__name__):
+            # around one that is mentioned it needs no mention
+            inside = f"{name}." if name else ""
+            if not any(other.startswith(inside) for other in (*patched.modules, *patched.left)):
+                patched.left[name] = f"{type(module).__name__} is not known"
+    for names in (patched.modules, patched.left):
+        in_order = list(reversed(names.items()))
+        names.clear()
+        names.update(in_order)
     return patched
 
 
@@ -144,8 +148,8 @@ def unpatch(model: nn.Module) -> list[str]:
     return names
 
 
-def _find(module: nn.Module) -> tuple[type, Client] | str | None:
-    """The class and the kind of a quantizer; why it is left alone; None if it is no quantizer."""
+def _find(module: nn.Module) -> Client | str | None:
+    """The kind of a quantizer; why it is left alone; None for another module."""
     if isinstance(module, ScriptModule):
         return None
     reason = None
@@ -160,7 +164,7 @@ def _find(module: nn.Module) -> tuple[type, Client] | str | None:
             if obstacle is None:
                 obstacle = disagreement(module, base, client, codebook)
             if obstacle is None:
-                return base, client
+                return client
             # what the class itself says comes before what it inherits
             reason = reason or obstacle
     return reason
@@ -172,6 +176,8 @@ def _obstacle(module: nn.Module, base: type, client: Client, codebook: Tensor) -
             return f"its {name} was replaced on the module itself, as hooks of accelerate do"
         if getattr(type(module), name) is not vars(base)[name]:
             return f"its class replaces {name} of {base.__name__}"
+    if not client.shape and not _is_patched(module.get_submodule(client.codebook.split(".")[0])):
+        return "its codebook was left"
     if codebook.is_meta:
         return "its codebook has no values yet: patch the model once it is loaded"
     if type(codebook) not in (Tensor, nn.Parameter):
@@ -190,25 +196,25 @@ def _restore(module: nn.Module) -> None:
 
 
 @functools.cache
-def _subclass(original: type, place: int) -> type:
+def _subclass(original: Any, place: int) -> Any:
+    """A class with the methods of a row of the table."""
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(original, name) for name in names}
     changed = {"__reduce_ex__": _reduce_ex, "__deepcopy__": _deepcopy}
     return type(original.__name__, (original,), {**namespace, **changed, **CLIENTS[place].methods})
 
 
-def _reduce_ex(self: nn.Module, protocol: int) -> tuple:
+def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """A pickle has the class of the other project."""
-    _, _, state, *others = super(type(self), self).__reduce_ex__(max(protocol, 2))
-    state = {name: value for name, value in state.items() if name != ATTRIBUTE}
-    return copyreg._reconstructor, (type(self).__mro__[1], object, None), state, *others
+    state = {name: value for name, value in self.__getstate__().items() if name != ATTRIBUTE}
+    return REBUILD, (type(self).__mro__[1], object, None), state
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    build, arguments, state, *_ = self.__reduce_ex__(4)
+    build, arguments, state = _reduce_ex(self, None)
     other = build(*arguments)
     memo[id(self)] = other
     other.__setstate__(copy.deepcopy(state, memo))
-    other.__dict__[ATTRIBUTE] = copy.deepcopy(self.__dict__[ATTRIBUTE], memo)
+    other.__dict__[ATTRIBUTE] = copy.copy(self.__dict__[ATTRIBUTE])
     other.__class__ = type(self)
     return other
