@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from compare_tokens import BATCH
-from token_report import add_flags, check_flags, load_model, need, report
+from token_args import add_flags, check_flags, load_model, need
+from token_report import report
 from torch import Tensor
 from train_args import Parser
 from wav_file import chord, read_wav, resample
@@ -61,7 +62,7 @@ def build_parser() -> Parser:
     add_flags(parser, "a checkpoint of --codec")
     parser.begin("codec")
     parser.add("codec", "class of transformers", "encodec", choices=sorted(CODECS))
-    parser.add("levels", "codebooks to use", 8)
+    parser.add("levels", "codebooks to use (default: 8, or all if there are fewer)", type=int)
     return parser
 
 
@@ -123,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(parser, args, "transformers", f"{codec.name}Model", config)
     most = getattr(model.quantizer, codec.levels)
     parser.check(args, "levels", 1, most + 1)
+    args.levels = args.levels or min(8, most)
     rate = model.config.sampling_rate
     samples, what = read_audio(parser, args, rate, getattr(model.config, "audio_channels", 1))
     seconds = samples.shape[1] / rate

@@ -21,7 +21,8 @@ import mnist_data
 import torch
 import torch.nn.functional as F
 from image_folder import ImageFolder, Squares
-from token_report import add_flags, check_flags, load_model, report
+from token_args import add_flags, check_flags, load_model
+from token_report import report
 from torch import Tensor
 from train_args import Parser
 
