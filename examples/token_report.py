@@ -78,6 +78,7 @@ def show(comparison: Comparison) -> None:
     for text, value in rows:
         print(f"{text:44}" + "".join(f"{value(s) if s else '-':>12}" for s in sides))
     print(
+        "Peak memory is what the whole program takes while the quantizer runs, above what it had.\n"
         f"The last two rows count tokens, of {total} in all. The nearest code is the one with the\n"
         "least float64 distance from the vector that the search was given."
     )
@@ -115,7 +116,8 @@ def show_levels(own: Side, ours: Side) -> None:
     a, b, c = (int((first & which).sum()) for which in (own.wrong, ours.wrong, neither))
     print(
         f"Where both searches were given the same vector, {int(first.sum())} tokens differ.\n"
-        f"The own search is wrong in {a} of them, vqtriton in {b}. In {c}, both are equally near."
+        f"The model's own search is wrong in {a} of them, and vqtriton in {b}.\n"
+        f"In {c} of them, both codes are equally near."
     )
     if (differ & ~same_input).any():
         print(
