@@ -26,7 +26,9 @@ FILES = {
 }
 # examples, benchmarks, and what compiles for GPUs: as much work as all the others
 PROGRAMS = [
-    file for name, file in FILES.items() if name.startswith(("train", "mnist", "bench", "compile"))
+    file
+    for name, file in FILES.items()
+    if name.startswith(("train", "mnist", "tokens", "bench", "compile"))
 ]
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
