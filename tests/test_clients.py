@@ -333,6 +333,21 @@ def test_copies_and_files(example) -> None:
 
 
 @on_every_example
+def test_a_patch_leaves_no_trace_in_the_module(example) -> None:
+    module = built(example)
+    modules = list(module.modules())
+    before = [(dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in modules]
+    patched(module)
+    for m, (attributes, buffers, parameters) in zip(modules, before, strict=True):
+        now = {name: value for name, value in vars(m).items() if name != ATTRIBUTE}
+        assert now.keys() == attributes.keys()
+        assert all(now[name] is attributes[name] for name in now)
+        for held, was in ((m._buffers, buffers), (m._parameters, parameters)):
+            assert held.keys() == was.keys()
+            assert all(held[name] is was[name] for name in held)
+
+
+@on_every_example
 @pytest.mark.parametrize("way", ["load_state_dict", "in place", "data", "half"])
 def test_new_codes_are_searched(example, way, searches) -> None:
     module = patched(built(example))

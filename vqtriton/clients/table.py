@@ -17,6 +17,15 @@ from torch import Tensor, nn
 from vqtriton.clients import methods
 
 
+def shell_of(module: nn.Module) -> nn.Module:
+    """Another with the same tensors and modules; what is set on it is not set on the first."""
+    shell = module.__class__.__new__(module.__class__)
+    shell.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        shell.__dict__[name] = dict(module.__dict__[name])
+    return shell
+
+
 class Client(NamedTuple):
     """A kind of quantizer."""
 
@@ -46,7 +55,8 @@ class Client(NamedTuple):
 
     def codebook_of(self, module: nn.Module) -> Tensor | None:
         try:
-            codebook = reduce(getattr, self.codebook.split("."), module)
+            # of a shell, as Mimi and moshi keep what they compute when they are asked
+            codebook = reduce(getattr, self.codebook.split("."), shell_of(module))
         except AttributeError:
             return None
         return codebook if isinstance(codebook, Tensor) and codebook.ndim in (2, 3) else None

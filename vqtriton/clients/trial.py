@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from vqtriton.clients.search import ATTRIBUTE, Searches
-from vqtriton.clients.table import Client
+from vqtriton.clients.table import Client, shell_of
 
 NUM_CODES = 64
 
@@ -67,22 +67,20 @@ def _agree(theirs: Any, ours: Any) -> bool:
 
 def _twin(module: nn.Module, path: list[str], size: int) -> nn.Module:
     """A module with the same attributes, in eval mode, and its codebook of other values."""
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__.update(module.__dict__)
+    twin = shell_of(module)
     # a hook may have put another here
     twin.__dict__.pop("forward", None)
     twin.__dict__["training"] = False
     for tensors in ("_parameters", "_buffers"):
-        values = {name: _other(tensor, size) for name, tensor in getattr(module, tensors).items()}
-        twin.__dict__[tensors] = values
+        held = twin.__dict__[tensors]
+        held.update({name: _other(tensor, size) for name, tensor in held.items()})
     # what is computed from the codebook, once
     for name in ("_embed", "_embedding"):
         if name in twin.__dict__:
             twin.__dict__[name] = None
         if name in twin._buffers:
             twin._buffers[name] = None
-    child = module._modules.get(path[0])
-    twin.__dict__["_modules"] = dict(module._modules)
+    child = twin._modules.get(path[0]) if path else None
     if child is not None:
         twin._modules[path[0]] = _twin(child, path[1:], size)
     return twin
