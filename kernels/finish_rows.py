@@ -127,7 +127,10 @@ def finish_rows(
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     others = best
     member = tl.zeros((BLOCK_N,), tl.int32)
-    shift = ratio * largest_norm(norms_ptr, head, num_norms, 3)
+    # the constant in the screen's scores
+    shift = largest_norm(norms_ptr, head, num_norms, 3)
+    if not IS_DOT:
+        shift = ratio * shift
     # two codes at a time share the row; more would need too many registers
     for first in range(0, GROUP, 2):
         # no memory beyond the codebook
@@ -178,7 +181,7 @@ def finish_rows(
         max_norm = largest_norm(norms_ptr, head, num_norms, 0)
         if IS_DOT:
             own_error = bound_products * max_norm * norm + bound_tiny
-            # the scores here are without it: beside it they would lose digits
+            # the scores here are without the constant: beside it they would lose digits
             second -= shift
         else:
             own_error = bound_products * max_norm * (norm + 0.5 * ratio * max_norm)
