@@ -59,5 +59,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.once
 def test_float64_stays_float64() -> None:
-    x = torch.randn(20, 5, dtype=torch.float64) * 10.0 ** torch.randint(-200, 150, (20, 1))
-    check(Backend("torch", "cpu"), x)
+    # without the rounding to float32, the order of a sum shows; the squares of some rows overflow
+    for dim in (5, 300):
+        x = torch.randn(20, dim, dtype=torch.float64) * 10.0 ** torch.randint(-200, 200, (20, 1))
+        check(Backend("torch", "cpu"), x)

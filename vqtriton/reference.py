@@ -97,7 +97,8 @@ def normalized(vectors: Tensor) -> Tensor:
 
     This order defines what ``metric="cosine"`` compares: ``v / max(sqrt(Σ v_d²), 1e-12)`` in
     float64, with the squares added in the order of the dimensions and each operation rounded once,
-    and the result rounded to float32. Vectors of zeros stay zeros.
+    and the result rounded to float32. Vectors of zeros stay zeros. A float64 vector whose squares
+    overflow becomes zeros.
 
     Args:
         vectors: [..., D].
