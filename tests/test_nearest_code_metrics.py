@@ -19,9 +19,10 @@ from backends import (
 from conftest import INTERPRETED
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from stub_device import StubDevice
 
 import vqtriton
-from vqtriton import torch_backend
+from vqtriton import tensors, torch_backend
 
 pytestmark = pytest.mark.kernel
 
@@ -190,6 +191,30 @@ def test_autocast_and_gradients_change_no_index(backend: Backend, metric: str) -
         )
     assert torch.equal(got, want)
     assert not got.requires_grad
+
+
+@pytest.mark.once
+@every_metric
+def test_a_device_without_float64(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = StubDevice(has_float64=False)
+    monkeypatch.setattr(tensors, "NO_FLOAT64", (stub.device.type,))
+    x, codebook = data.scaled_ties(40, 70, 12)
+    want = oracle.nearest_code(x, codebook, metric=metric)
+    with stub:
+        x, codebook = stub.put(x), stub.put(codebook)
+        prepared = vqtriton.prepare_codebook(codebook, metric=metric)
+        for codes in (codebook, prepared):
+            assert torch.equal(vqtriton.nearest_code(x, codes, metric=metric).cpu(), want)
+
+
+# torch warns that custom ops are slow under vmap
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.once
+@every_metric
+def test_vmap(metric: str) -> None:
+    x, codebook = torch.randn(3, 9, 5), torch.randn(4, 5)
+    got = torch.vmap(lambda x: vqtriton.nearest_code(x, codebook, metric=metric))(x)
+    assert torch.equal(got, vqtriton.nearest_code(x, codebook, metric=metric))
 
 
 @pytest.mark.once
