@@ -56,7 +56,7 @@ def row_scale_of(x: Tensor, planes: CodePlanes) -> Tensor:
 
 def ratio_of(row_scale: Tensor, planes: CodePlanes) -> Tensor:
     """[N], the factor of the constants in the scores of a row."""
-    return torch.ones_like(row_scale) if planes.is_dot else row_scale / planes.scale[0]
+    return torch.ones_like(row_scale) if planes.is_dot else row_scale / planes.scale[0].cpu()
 
 
 def row_planes(x: Tensor, planes: CodePlanes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
