@@ -49,9 +49,12 @@ def screen(
     splits: int | None = None,
     order: tuple[int, int] = (4, 2),
     group: int = 8,
+    is_dot: bool = False,
 ) -> Screened:
     lanes, vec = order
-    planes = prepare_planes(codebook[None].to(DEVICE), group=group, lanes=lanes, vec=vec)
+    planes = prepare_planes(
+        codebook[None].to(DEVICE), group=group, lanes=lanes, vec=vec, is_dot=is_dot
+    )
     bound = screen_bound(planes, config.block_k)
     out = screens.screen(x[None].to(DEVICE), planes, bound, config, splits)
     return Screened(*(t[0].cpu() for t in out))
@@ -234,13 +237,15 @@ def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> 
 
 @pytest.mark.kernel
 @pytest.mark.needs_kernels
+@pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", [4, 12, 64])
-def test_certifies_nothing_wrong(case: str, dim: int) -> None:
+def test_certifies_nothing_wrong(case: str, dim: int, metric: str) -> None:
     x, codebook = data.HARD[case](50, 150, dim)
-    result = screen(x, codebook)
-    check_certified(result, x, codebook)
-    planes = prepare_planes(codebook[None])
+    is_dot = metric == "dot"
+    result = screen(x, codebook, is_dot=is_dot)
+    check_certified(result, x, codebook, metric=metric)
+    planes = prepare_planes(codebook[None], is_dot=is_dot)
     want = emulation.screen(x, planes, screen_bound(planes, SMALL.block_k))
     check_agree(result, want)
     # the same scores, up to half of what the bound allows both
