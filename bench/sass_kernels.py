@@ -19,6 +19,7 @@ from vqtriton.kernels import (
     draw_rows,
     ema_update,
     nearest_code,
+    normalize_rows,
     screen_codes,
     vector_quantize_grad,
 )
@@ -113,6 +114,21 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
     ]
 
 
+def record_search_of_dots(x: torch.Tensor, target: str) -> list[Launch]:
+    """As `record_nearest_code`, with many rows and codes in one part and in two."""
+    target = accumulator_of(target)
+    lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
+    codebook = codebook_of(x.shape[1]).repeat(8, 1)[None]
+    planes = prepare_planes(codebook, lanes=lanes, vec=vec, is_dot=True)
+    return [
+        launch
+        for splits in (1, 2)
+        for launch in launches_of_search(
+            x, codebook, planes, target, False, exact=True, gather=False, splits=splits
+        )
+    ]
+
+
 def launches_of_search(
     x: torch.Tensor,
     codebook: torch.Tensor,
@@ -133,9 +149,8 @@ def launches_of_search(
         planes,
         screen_bound(planes, config.screen.block_k),
         error_bound(x.shape[1], torch.float32),
-        gather=True,
         config=config,
-        **options,
+        **{"gather": True, **options},
     )
 
 
@@ -192,6 +207,10 @@ def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
     ]
 
 
+def record_normalize_rows(x: torch.Tensor, target: str) -> list[Launch]:
+    return launches_of((normalize_rows,), normalize_rows.normalize_rows, x)
+
+
 def record_draw_rows(x: torch.Tensor, target: str) -> list[Launch]:
     indices = torch.zeros(len(x), dtype=torch.int64)
     return launches_of(
@@ -231,6 +250,20 @@ KERNELS = (
         )
         for name in ("finish_parts", "rescue_rows")
     ),
+    *(
+        Kernel(name, record_search_of_dots, ((64, torch.float32),))
+        for name in ("finish_parts", "rescue_rows")
+    ),
+    Kernel(
+        "screen_codes",
+        record_search_of_dots,
+        ((64, torch.float32),),
+        block_of_pairs,
+        screen_work,
+        (Limit("sm_90", 64, TENSOR_CORE_SCREEN),),
+        takes_all_rows=True,
+    ),
+    Kernel("normalize_rows", record_normalize_rows, ((64, torch.float32),)),
     *(
         Kernel(name, record_sums, ((64, torch.float32),))
         for name in (

@@ -44,7 +44,8 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "Compiling and reporting": ("warmup", "environment.describe"),
     "The reference": (
         *("reference", "reference.nearest_code", "reference.vector_quantize"),
-        *("reference.code_sums", "reference.squared_distances"),
+        *("reference.code_sums", "reference.squared_distances", "reference.dot_products"),
+        "reference.normalized",
     ),
 }
 NAMES = [name for names in CHAPTERS.values() for name in names]
@@ -115,7 +116,7 @@ def signature(name: str, value: Callable[..., Any]) -> str:
             parameter = parameter.replace(annotation=parameter.empty)
         arguments.append(str(parameter).replace("'", ""))
         if isinstance(parameter.default, str):
-            arguments[-1] = re.sub(r"= .*", f'= "{parameter.default}"', arguments[-1])
+            arguments[-1] = re.sub(r"=( ?).*", rf'=\1"{parameter.default}"', arguments[-1])
     result = shown.return_annotation
     after = "" if result is shown.empty or inspect.isclass(value) else f" -> {result}"
     line = f"{name}({', '.join(arguments)}){after}"

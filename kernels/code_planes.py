@@ -11,7 +11,8 @@ class CodePlanes(NamedTuple):
     """Codebooks in the form that the tensor-core screen reads."""
 
     codes: Tensor  # [H, K, inner] fp16, K padded, in the order of the columns
-    offset: Tensor  # [H, K] fp32, (‖e_k‖² − E²)/2, likewise; PAD_OFFSET: no finite code
+    # [H, K] fp32, (‖e_k‖² − E²)/2, or −E²/2 for dot products, likewise; PAD_OFFSET: no finite code
+    offset: Tensor
     mean: Tensor  # [H, D] fp32
     scale: Tensor  # [H] fp32, a power of two
     # [H, P, 4] fp32: upper bounds of E, of max ‖low part of e_k‖ and of max ‖residual of e_k‖, and
@@ -22,6 +23,7 @@ class CodePlanes(NamedTuple):
     vec: int  # columns that follow one another in a thread
     is_split: bool  # inner is (high, low, high, bias) per dimension, (low, high, high, weight) in x
     has_bias_columns: bool  # three inner columns hold the bias
+    is_dot: bool = False  # scores are dot products: the mean is 0
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# a vector shorter than this is divided by it, and not by its length, when it is normalized
+LEAST_NORM = 1e-12
 # codes in a group, whose scores are reduced together
 GROUP = 8
 # codes are padded to a multiple of this many, which every tile divides

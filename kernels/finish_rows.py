@@ -94,6 +94,14 @@ def _load_dims(ptrs, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _score_terms(e, y, half_ratio, IS_DOT: tl.constexpr):
+    """y·e − ratio·‖e‖²/2, or y·e, before it is summed over the dimensions."""
+    if IS_DOT:
+        return e * y
+    return e * (y - e * half_ratio)
+
+
+@triton.jit
 def finish_rows(
     x_rows_ptr, offs_n, row_mask, group, second, error, norm, row_scale, ratio, scale, mean_ptr,
     norms_ptr, head, num_norms,
@@ -101,8 +109,8 @@ def finish_rows(
     doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
     bound_products, bound_distances, bound_tiny, weight, num_codes, stride_ch, stride_ck, stride_cd,
     num_spans, N, stride_xd,
-    D: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr,
-    GATHER: tl.constexpr, BLOCK_N: tl.constexpr, FINISH_D: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
+    HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr, FINISH_D: tl.constexpr,
 ):  # fmt: skip
     """All that is left to do for a tile of rows, those in doubt excepted.
 
@@ -119,7 +127,10 @@ def finish_rows(
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     others = best
     member = tl.zeros((BLOCK_N,), tl.int32)
-    shift = ratio * largest_norm(norms_ptr, head, num_norms, 3)
+    # the constant in the screen's scores
+    shift = largest_norm(norms_ptr, head, num_norms, 3)
+    if not IS_DOT:
+        shift = ratio * shift
     # two codes at a time share the row; more would need too many registers
     for first in range(0, GROUP, 2):
         # no memory beyond the codebook
@@ -135,15 +146,19 @@ def finish_rows(
             codes_ptr = codebook_ptr + offs_d * stride_cd
             e = _load_dims(codes_ptr + code[:, None] * stride_ck, offs_d, D, FINISH_D)
             e = (e - mean) * scale
-            # y·e − ratio·‖e‖²/2
-            products += e * (y - e * half_ratio)
+            products += _score_terms(e, y, half_ratio, IS_DOT)
             e = _load_dims(codes_ptr + next_code[:, None] * stride_ck, offs_d, D, FINISH_D)
             e = (e - mean) * scale
-            next_products += e * (y - e * half_ratio)
+            next_products += _score_terms(e, y, half_ratio, IS_DOT)
         for i in tl.static_range(2):
-            score = tl.sum(products if i == 0 else next_products, 1) + shift
-            # NaN, from a code that is not finite, does not win
-            is_code = (group * GROUP + first + i < num_codes) & (score == score)
+            score = tl.sum(products if i == 0 else next_products, 1)
+            # NaN, from a code that is not finite, does not win; nor does infinity
+            if IS_DOT:
+                is_finite = tl.abs(score) < float("inf")
+            else:
+                score += shift
+                is_finite = score == score
+            is_code = (group * GROUP + first + i < num_codes) & is_finite
             score = tl.where(is_code, score, float("-inf"))
             # the lowest index keeps a tie
             others = tl.maximum(others, tl.minimum(best, score))
@@ -164,8 +179,13 @@ def finish_rows(
     doubt = tl.zeros((BLOCK_N,), tl.int32)
     if EXACT:
         max_norm = largest_norm(norms_ptr, head, num_norms, 0)
-        own_error = bound_products * max_norm * (norm + 0.5 * ratio * max_norm)
-        own_error += bound_distances * norm * (norm / ratio) + bound_tiny
+        if IS_DOT:
+            own_error = bound_products * max_norm * norm + bound_tiny
+            # the scores here are without the constant: beside it they would lose digits
+            second -= shift
+        else:
+            own_error = bound_products * max_norm * (norm + 0.5 * ratio * max_norm)
+            own_error += bound_distances * norm * (norm / ratio) + bound_tiny
         # code − mean may overflow, though it does not in float64, where the scale was chosen
         own_error = tl.where(scale < 6.018531076210112e-36, float("inf"), own_error)
         # there is no other group; the screen says 0
@@ -174,6 +194,8 @@ def finish_rows(
         is_certain = (best - second > error + own_error) & (best - others > 2 * own_error)
         is_certain = is_certain | (is_bad > 0)
         doubt = (is_valid & (is_certain == 0)).to(tl.int32)
+        if IS_DOT:
+            best += shift
         # the last term: two subtractions are rounded
         threshold = best - (error + own_error + 2.384185791015625e-07 * tl.abs(best))
         place = (head * tiles + tile) * BLOCK_N + tl.cumsum(doubt, 0) - doubt
@@ -213,8 +235,8 @@ def finish_parts_kernel(
     bound_products, bound_distances, bound_tiny, weight, num_codes, stride_ch, stride_ck, stride_cd,
     num_spans,
     N, num_norms, splits, stride_xh, stride_xn, stride_xd,
-    D: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr,
-    GATHER: tl.constexpr, BLOCK_N: tl.constexpr, FINISH_D: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
+    HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr, FINISH_D: tl.constexpr,
 ):  # fmt: skip
     # int64 before they multiply a stride
     head = tl.program_id(1).to(tl.int64)
@@ -246,5 +268,5 @@ def finish_parts_kernel(
         doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
         bound_products, bound_distances, bound_tiny, weight, num_codes,
         stride_ch, stride_ck, stride_cd, num_spans, N, stride_xd,
-        D, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, FINISH_D,
+        D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, FINISH_D,
     )  # fmt: skip

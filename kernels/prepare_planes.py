@@ -65,9 +65,14 @@ def _load_codes(
 @triton.jit
 def _mean_of_sample(
     codebook_ptr, K, stride_ck, stride_cd,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_D] fp32, the centre: of `SAMPLE` codes at even distances, those that are finite."""
+    """[BLOCK_D] fp32, the centre: of `SAMPLE` codes at even distances, those that are finite.
+
+    Zeros if IS_DOT, since dot products are those of the codes as they are.
+    """
+    if IS_DOT:
+        return tl.zeros((BLOCK_D,), tl.float32)
     size = tl.minimum(K, SAMPLE)
     sums = tl.zeros((BLOCK_K, BLOCK_D), tl.float64)
     counts = tl.zeros((BLOCK_K,), tl.int32)
@@ -139,7 +144,7 @@ def code_peaks_kernel(
     mean_ptr,           # [H, D] fp32, out
     norms_ptr,          # [H, num_norms, 4] fp32, set to zero
     K, codes_per_part, num_norms, stride_ch, stride_ck, stride_cd,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0).to(tl.int64)
@@ -148,7 +153,7 @@ def code_peaks_kernel(
         for i in range(num_norms * 4):
             tl.store(norms_ptr + (head * num_norms * 4 + i), 0.0)
     codebook_ptr += head * stride_ch
-    mean = _mean_of_sample(codebook_ptr, K, stride_ck, stride_cd, D, BLOCK_K, BLOCK_D)
+    mean = _mean_of_sample(codebook_ptr, K, stride_ck, stride_cd, D, IS_DOT, BLOCK_K, BLOCK_D)
     offs_d = tl.arange(0, BLOCK_D)
     tl.store(mean_ptr + (head * D + offs_d), mean, mask=(offs_d < D) & (part == 0))
     first = part * codes_per_part
@@ -198,16 +203,16 @@ def planes_kernel(
     scale_ptr,          # [H] fp32, out
     norms_ptr,          # [H, num_norms, 4] fp32, out; of zeros unless IS_SMALL
     K, columns, parts, num_norms, stride_ch, stride_ck, stride_cd,
-    D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, IS_SMALL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    IS_SMALL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     codebook_ptr += head * stride_ch
     norm = (head * num_norms + tl.program_id(0) % num_norms) * 4
     if IS_SMALL:
-        mean = _mean_of_sample(codebook_ptr, K, stride_ck, stride_cd, D, BLOCK_K, BLOCK_D)
+        mean = _mean_of_sample(codebook_ptr, K, stride_ck, stride_cd, D, IS_DOT, BLOCK_K, BLOCK_D)
         # all programs write the same, and each reads again what it has written itself
         offs_mean = tl.arange(0, BLOCK_D)
         tl.store(mean_ptr + (head * D + offs_mean), mean, mask=offs_mean < D)
@@ -250,7 +255,9 @@ def planes_kernel(
         # what is not finite, or beyond K, is zeros
         codes = (codes.to(tl.float64) - mean[None, :]) * wide_scale
         codes = tl.where(is_finite[:, None] & (offs_d < D)[None, :], codes, 0.0)
-        sqnorm = tl.sum(tl.where(is_first, codes * codes, 0.0), 1)
+        sqnorm = tl.zeros((BLOCK_COLUMNS,), tl.float64)
+        if not IS_DOT:
+            sqnorm = tl.sum(tl.where(is_first, codes * codes, 0.0), 1)
         offset = tl.where(is_finite, (sqnorm - max_sqnorm) * 0.5, PAD_OFFSET).to(tl.float32)
         tl.store(offset_ptr + place, offset)
 
@@ -303,6 +310,7 @@ def prepare_planes(
     group: int = GROUP,
     lanes: int = 4,
     vec: int = 2,
+    is_dot: bool = False,
     config: PreparePlanesConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tensors of `vqtriton.planes.CodePlanes`.
@@ -313,7 +321,7 @@ def prepare_planes(
     Args:
         codebook: [H, K, D] float32 / float16 / bfloat16, K >= 1, any strides.
         inner, is_split, has_bias_columns: `vqtriton.planes.inner_size` of D.
-        group, lanes, vec: as for `vqtriton.planes.prepare_planes`.
+        group, lanes, vec, is_dot: as for `vqtriton.planes.prepare_planes`.
         config: tiles.
 
     Returns:
@@ -342,6 +350,7 @@ def prepare_planes(
     mean, scale, norms = empty(heads, dim), empty(heads), empty(heads, num_norms, 4)
     options = {
         "D": dim,
+        "IS_DOT": is_dot,
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,
         "num_warps": config.num_warps,

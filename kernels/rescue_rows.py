@@ -47,7 +47,7 @@ class RescueRowsConfig:
 @triton.jit
 def _nearest_of_list(
     x_rows_ptr, codebook_ptr, list_rows_ptr, count, least, index,
-    K, stride_xd, stride_ck, stride_cd, D: tl.constexpr, GROUP: tl.constexpr,
+    K, stride_xd, stride_ck, stride_cd, D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """least, index [BLOCK_N], or what the listed groups of the row have that is nearer."""
     members = tl.arange(0, GROUP)[None, :]
@@ -58,13 +58,19 @@ def _nearest_of_list(
         is_code = is_listed[:, None] & (code < K)
         codes_ptr = codebook_ptr + code.to(tl.int64) * stride_ck
         distances = tl.zeros(code.shape, tl.float64)
-        # dimension by dimension: the order of `vqtriton.reference.squared_distances`
+        # dimension by dimension: the order of `vqtriton.reference.squared_distances`; if IS_DOT, of
+        # `dot_products` there, and the distance is the opposite of the dot product
         for d in range(D):
             offset_d = tl.cast(d, tl.int64)
             x = tl.load(x_rows_ptr + offset_d * stride_xd)
             c = tl.load(codes_ptr + offset_d * stride_cd, mask=is_code, other=0.0)
-            difference = x.to(tl.float64)[:, None] - c.to(tl.float64)
-            distances += difference * difference
+            if IS_DOT:
+                distances -= x.to(tl.float64)[:, None] * c.to(tl.float64)
+            else:
+                difference = x.to(tl.float64)[:, None] - c.to(tl.float64)
+                distances += difference * difference
+        if IS_DOT:
+            distances = tl.where(tl.abs(distances) < float("inf"), distances, float("inf"))
         # a NaN is not below inf either
         distances = tl.where((distances < float("inf")) & is_code, distances, float("inf"))
         group_least = tl.min(distances, 1)
@@ -174,10 +180,10 @@ def rescue_rows_kernel(
     weight,
     N, K, padded_K, tiles, splits, codes_per_split,
     stride_xh, stride_xn, stride_xd, stride_ch, stride_ck, stride_cd,
-    D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, HOLD_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
-    CHUNK_TILES: tl.constexpr, TILE_N: tl.constexpr, SPAN: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr, CHUNK_TILES: tl.constexpr, TILE_N: tl.constexpr, SPAN: tl.constexpr,
     GATHER: tl.constexpr, GATHER_D: tl.constexpr, REDUCES: tl.constexpr, IS_MEAN: tl.constexpr,
 ):  # fmt: skip
     # int64 before they multiply a stride
@@ -226,7 +232,7 @@ def rescue_rows_kernel(
         x_rows_ptr = x_ptr + row * stride_xn
         planes, row_scale, ratio, _high, _low, _rest = row_planes(
             x_rows_ptr, mean_ptr, scale, stride_xd,
-            D, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL,
+            D, IS_DOT, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL,
         )  # fmt: skip
         least = tl.full((BLOCK_N,), float("inf"), tl.float64)
         # of a row without a finite distance
@@ -260,7 +266,7 @@ def rescue_rows_kernel(
             if (tl.max(count, 0) > LIST // 2) | (chunk_last == last):
                 least, index = _nearest_of_list(
                     x_rows_ptr, codebook_ptr, list_rows_ptr, count, least, index,
-                    K, stride_xd, stride_ck, stride_cd, D, GROUP,
+                    K, stride_xd, stride_ck, stride_cd, D, IS_DOT, GROUP,
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.store(counts_ptrs, tl.zeros((BLOCK_N,), tl.int32))

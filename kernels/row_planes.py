@@ -2,7 +2,8 @@
 
 The names follow vqtriton/planes.py, which prepares the codes. Here y = row_scale·(x − mean), where
 the scale of a row is that of the codes, or as much less as it takes to stay within fp16. Scores are
-scaled likewise: y·e_k + ratio·(E² − ‖e_k‖²)/2, ratio = row_scale / scale.
+scaled likewise: y·e_k + ratio·(E² − ‖e_k‖²)/2, ratio = row_scale / scale. For dot products
+the scale of a row is the one that makes no score negative: y·e_k + E²/2, and the ratio is 1.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ def scale_ratio(row_scale, scale):
 
 @triton.jit
 def _choose_scale(
-    x_rows_ptr, mean_ptr, scale, stride_xd, D: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIMS: tl.constexpr,
+    x_rows_ptr, mean_ptr, scale, stride_xd, D: tl.constexpr, IS_DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """row_scale and ratio, [BLOCK_N] fp32, powers of two: |y| < 2¹⁵."""
+    """row_scale and ratio, [BLOCK_N] fp32, powers of two: |y| < 2¹⁵; if IS_DOT, ‖y‖ ≤ 2⁸ ≤ E/2."""
     ones = tl.full((BLOCK_N,), 1.0, tl.float32)
     largest = tl.zeros((BLOCK_N,), tl.int32)
     for start_d in range(0, D, DIMS):
@@ -79,6 +80,11 @@ def _choose_scale(
         # as integers NaN is the largest
         largest = tl.maximum(largest, tl.max(tl.abs(y).to(tl.int32, bitcast=True), 1))
     # biased exponents: largest < 2^((largest >> 23) − 126)
+    if IS_DOT:
+        # at least ‖x‖ / 64; it does not overflow for D ≤ 2¹²
+        norm = largest.to(tl.float32, bitcast=True) * (D**0.5 / 64)
+        exponent = tl.minimum(255 - (norm.to(tl.int32, bitcast=True) >> 23), 254)
+        return (exponent << 23).to(tl.float32, bitcast=True), ones
     exponent = tl.minimum(tl.cast(scale, tl.int32, bitcast=True) >> 23, 268 - (largest >> 23))
     row_scale = (exponent << 23).to(tl.float32, bitcast=True)
     return row_scale, scale_ratio(row_scale, scale)
@@ -124,8 +130,9 @@ def _split_rows(
 @triton.jit
 def row_planes(
     x_rows_ptr, mean_ptr, scale, stride_xd,
-    D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
-    HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr, HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The rows whose addresses are ``x_rows_ptr``, [BLOCK_N], as `tile_scores` takes them.
 
@@ -137,7 +144,7 @@ def row_planes(
     FULL: tl.constexpr = INNER // BLOCK_D
     WIDTH: tl.constexpr = BLOCK_D if FULL > 0 else TAIL
     row_scale, ratio = _choose_scale(
-        x_rows_ptr, mean_ptr, scale, stride_xd, D, BLOCK_N, WIDTH // 4 if SPLIT else WIDTH
+        x_rows_ptr, mean_ptr, scale, stride_xd, D, IS_DOT, BLOCK_N, WIDTH // 4 if SPLIT else WIDTH
     )
     high_sq = tl.zeros((BLOCK_N,), tl.float32)
     low_sq = tl.zeros((BLOCK_N,), tl.float32)
@@ -248,6 +255,7 @@ def plane_constants(planes: CodePlanes, block_d: int, hold_rows: bool) -> dict[s
         block_d = min(block_d, inner & -inner)
     return {
         "D": planes.mean.shape[1],
+        "IS_DOT": planes.is_dot,
         "INNER": inner,
         "SPLIT": planes.is_split,
         "BIAS_COLUMNS": planes.has_bias_columns,

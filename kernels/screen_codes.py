@@ -161,7 +161,7 @@ def _two_best(a, ROWS: tl.constexpr, NUM: tl.constexpr, LOG_NUM: tl.constexpr, L
 def screen_codes_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
     codes_ptr,          # [H, K, INNER] fp16, in the order of the columns
-    offset_ptr,         # [H, K] fp32, (‖e_k‖² − E²)/2, in the order of the columns
+    offset_ptr,         # [H, K] fp32, (‖e_k‖² − E²)/2, or −E²/2, in the order of the columns
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
     norms_ptr,          # [H, P, 4] fp32: the largest norm of a code, of its low part, of its rest
@@ -178,10 +178,10 @@ def screen_codes_kernel(
     own_products, own_distances, own_tiny, weight, num_codes, stride_ch, stride_ck, stride_cd,
     num_spans,
     N, K, num_norms, codes_per_split, stride_xh, stride_xn, stride_xd,
-    D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, HOLD_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
-    LOG_NUM: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr, LOG_NUM: tl.constexpr,
     FINISH: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr, GATHER: tl.constexpr,
     FINISH_D: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def screen_codes_kernel(
 
     planes, row_scale, ratio, high, low, rest = row_planes(
         x_rows_ptr, mean_ptr, scale, stride_xd,
-        D, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL,
+        D, IS_DOT, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL,
     )  # fmt: skip
 
     norm = high + low + rest
@@ -272,7 +272,7 @@ def screen_codes_kernel(
             thresholds_ptr, doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
             own_products, own_distances, own_tiny, weight, num_codes,
             stride_ch, stride_ck, stride_cd, num_spans, N, stride_xd,
-            D, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, FINISH_D,
+            D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, FINISH_D,
         )  # fmt: skip
     else:
         row_best = row_best & (0 - NUM)
@@ -412,6 +412,7 @@ def finish_parts(
         parts.splits,
         *strides_of(x),
         D=dim,
+        IS_DOT=planes.is_dot,
         GROUP=planes.group,
         BLOCK_N=config.block_n,
         **finish_constants(finish, exact, dim, config),

@@ -310,6 +310,46 @@ HARD = {
     )
 }
 
+
+def negative_products(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    return -torch.rand(n, d) * 10.0 ** torch.randint(-8, 9, (n, 1)), torch.rand(k, d)
+
+
+def zeros_among_others(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Rows and codes of zeros: the products of the others with a row are negative or not."""
+    x, codebook = torch.randn(n, d), torch.rand(k, d)
+    x[::5], codebook[k // 3 :: 4] = 0, 0
+    return x, codebook
+
+
+def far_codes(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Codes that have nearly all of themselves in common."""
+    return torch.randn(n, d), torch.randn(k, d) + 1e4
+
+
+def scaled_ties(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Rows with the same product with two codes up to a few units in the last place."""
+    codebook = torch.nn.functional.normalize(torch.randn(k, d))
+    a, b = codebook[torch.randint(k, (2, n))].double().unbind(0)
+    x = ((a + b) * 10.0 ** torch.randint(-3, 4, (n, 1)).double()).float()
+    ulps = torch.randint(-1, 2, (n, d)).int()
+    return (x.view(torch.int32) + ulps).view(torch.float32), codebook
+
+
+def permuted_products(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Products in any order: their sums differ by how float64 rounds them."""
+    values = torch.randn(d) * 2.0 ** torch.randint(-60, 1, (d,))
+    return torch.ones(n, d) * (1 - 2 * torch.randint(2, (n, 1))), values[
+        torch.rand(k, d).argsort(1)
+    ]
+
+
+# hard for dot products and cosines
+HARD_PRODUCTS = {
+    make.__name__: make
+    for make in (negative_products, zeros_among_others, far_codes, scaled_ties, permuted_products)
+}
+
 # what the hard cases are searched in
 DIMS = (1, 2, 3, 4, 8, 12, 16, 32, 64, 100, 128, 256, 512, 1024)
 

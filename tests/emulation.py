@@ -40,17 +40,29 @@ class Screened(NamedTuple):
 
 
 def row_scale_of(x: Tensor, planes: CodePlanes) -> Tensor:
-    """x [N, D] -> [N] the scale of the codes, or less where |y| would reach 2**15."""
+    """x [N, D] -> [N] the scale of the codes, or less where |y| would reach 2**15.
+
+    For dot products, what brings the norm of y below 2**8.
+    """
     largest = (x.float() - planes.mean[0]).abs().nan_to_num(nan=torch.inf).amax(1)
+    if planes.is_dot:
+        bits = (largest * (x.shape[1] ** 0.5 / 64)).view(torch.int32)
+        exponent = (255 - (bits >> 23)).clamp(max=254)
+        return (exponent << 23).view(torch.float32)
     exponent = torch.frexp(largest).exponent.where(largest < torch.inf, 129)
     fitting = torch.ldexp(torch.ones_like(largest), (15 - exponent).clamp(max=126))
     return torch.minimum(fitting, planes.scale[0])
 
 
+def ratio_of(row_scale: Tensor, planes: CodePlanes) -> Tensor:
+    """[N], the factor of the constants in the scores of a row."""
+    return torch.ones_like(row_scale) if planes.is_dot else row_scale / planes.scale[0].cpu()
+
+
 def row_planes(x: Tensor, planes: CodePlanes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, D] -> rows [N, inner] float64; norms of high part, low part and residual, [N]."""
     row_scale = row_scale_of(x, planes)
-    ratio = row_scale / planes.scale[0]
+    ratio = ratio_of(row_scale, planes)
     y = (x.float() - planes.mean[0]) * row_scale[:, None]
     inner, dim = planes.codes.shape[2], x.shape[1]
     high = to_plane(y)
@@ -94,7 +106,7 @@ def screen(
         dots = dots + torch.where(columns == worst_for[:, None], -error, error)
     scores = dots.float()
     row_scale = row_scale_of(x, planes)
-    ratio = (row_scale / planes.scale[0])[:, None]
+    ratio = ratio_of(row_scale, planes)[:, None]
     if not planes.has_bias_columns:
         scores = scores - offset * ratio
     # a NaN beats everything
@@ -113,11 +125,11 @@ def screen(
     return Screened(groups, best, second, error.nan_to_num(nan=torch.inf).float(), row_scale)
 
 
-def rates(x: Tensor, codebook: Tensor, group: int) -> tuple[float, float]:
+def rates(x: Tensor, codebook: Tensor, group: int, metric: str = "l2") -> tuple[float, float]:
     """Share of the rows in doubt, and of those whose nearest code is in another group."""
-    planes = prepare_planes(codebook[None], group=group)
+    planes = prepare_planes(codebook[None], group=group, is_dot=metric == "dot")
     result = screen(x, planes, screen_bound(planes, 64 if group < 16 else 128))
-    is_wrong = result.groups != oracle.nearest_code(x, codebook) // group
+    is_wrong = result.groups != oracle.nearest_code(x, codebook, metric=metric) // group
     return 1 - result.is_certified.float().mean().item(), is_wrong.float().mean().item()
 
 

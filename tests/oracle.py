@@ -17,10 +17,34 @@ def distances(x: Tensor, codebook: Tensor) -> np.ndarray:
     return np.where(np.isfinite(total), total, np.inf)
 
 
-def nearest_code(x: Tensor, codebook: Tensor, block: int = 512) -> Tensor:
+def costs_of_dots(x: Tensor, codebook: Tensor) -> np.ndarray:
+    """[N, K] opposites of the dot products, added up in the order of the dimensions."""
+    x, codebook = x.detach().cpu().double().numpy(), codebook.detach().cpu().double().numpy()
+    total = np.zeros((x.shape[0], codebook.shape[0]))
+    with np.errstate(all="ignore"):
+        for x_column, code_column in zip(x.T, codebook.T, strict=True):
+            total += x_column[:, None] * code_column[None, :]
+    return np.where(np.isfinite(total), -total, np.inf)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """[N, D] divided by the lengths, whose squares are added up in the order of the dimensions."""
+    rows = x.detach().cpu().double().numpy()
+    with np.errstate(all="ignore"):
+        sqnorms = np.zeros(len(rows))
+        for column in rows.T:
+            sqnorms += column**2
+        rows = rows / np.maximum(np.sqrt(sqnorms), 1e-12)[:, None]
+        return torch.from_numpy(rows if x.dtype == torch.float64 else rows.astype(np.float32))
+
+
+def nearest_code(x: Tensor, codebook: Tensor, block: int = 512, metric: str = "l2") -> Tensor:
     """[N] int64; `argmin` returns the first of equal minima."""
     flat = x.reshape(-1, x.shape[-1])
-    parts = [distances(rows, codebook).argmin(1) for rows in flat.split(block)]
+    if metric == "cosine":
+        flat, codebook = normalized(flat), normalized(codebook)
+    costs = costs_of_dots if metric == "dot" else distances
+    parts = [costs(rows, codebook).argmin(1) for rows in flat.split(block)]
     indices = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     return torch.from_numpy(indices).reshape(x.shape[:-1])
 

@@ -43,13 +43,14 @@ def planes(device: torch.device | str) -> None:
     config = kernels.PreparePlanesConfig(most_elements=0)
     large = kernels.prepare_planes(codebook[None], *inner_size(DIM), **kind, config=config)
     expect(large[0], want.codes)
-    found = triton_backend._prepare_planes(codebook)
-    kind = {name: getattr(found, name) for name in kind}
-    want = prepare_planes(codebook[None].cpu(), **kind)
-    *rest, norms = want.tensors
-    for one, other in zip(found.tensors, (*rest, norms), strict=True):
+    for is_dot in (False, True):
+        found = triton_backend._prepare_planes(codebook, is_dot=is_dot)
+        kind = {name: getattr(found, name) for name in kind}
+        want = prepare_planes(codebook[None].cpu(), **kind, is_dot=is_dot)
+        for one, other in zip(found.tensors[:-1], want.tensors[:-1], strict=True):
+            expect(one, other)
         # each program leaves the largest norms that it has seen
-        expect(one.amax(1) if other is norms else one, norms.amax(1) if other is norms else other)
+        expect(found.norms.amax(1), want.norms.amax(1))
 
 
 def search(device: torch.device | str) -> None:
@@ -80,6 +81,13 @@ def search(device: torch.device | str) -> None:
         # a row that is not finite has a loss of NaN, and then the sum is NaN as well
         losses = out.losses[0].cpu()
         expect(out.loss[0], losses.sum() / (DIM * mask.sum().item()))
+    of_dots = torch_backend.nearest_code(x.cpu(), codebook.cpu(), "exact", "dot")
+    expect(triton_backend.nearest_code(x, codebook, "exact", "dot"), of_dots)
+
+
+def normalized(device: torch.device | str) -> None:
+    x, _, _ = make_data(device)
+    expect(triton_backend.normalize_rows(x), torch_backend.normalize_rows(x.cpu()))
 
 
 def draw(device: torch.device | str) -> None:
@@ -150,6 +158,7 @@ CASES: dict[str, Case] = {
         sums,
     ),
     "atomic_sums": atomic_sums,
+    "normalize_rows": normalized,
     "grad_x": gradient,
     "ema_update": update,
 }

@@ -187,7 +187,7 @@ def searches(monkeypatch) -> list[tuple[Tensor, Tensor, str, Tensor]]:
 
 
 def truth(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
-    return oracle.nearest_code(x, codebook)
+    return oracle.nearest_code(x, codebook, metric=metric)
 
 
 # --- tokens ---

@@ -70,13 +70,23 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ),
     ),
     (
+        (sass_kernels.record_search_of_dots,),
+        ("screen_codes", *FINISHING),
+        (
+            *((8, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (100, FLOAT32, "strided")),
+            (1024, BFLOAT16, "contiguous"),
+        ),
+    ),
+    (
         (
             *(sass_kernels.record_sums, sass_kernels.record_ema_update, record_double_sums),
             *(sass_kernels.record_draw_rows, sass_kernels.record_fast_search),
+            sass_kernels.record_normalize_rows,
         ),
         (
             *("place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
             *("atomic_sums", "grad_x", "ema_update", "draw_keys", "count_rows", "reduce_losses"),
+            "normalize_rows",
         ),
         (
             *((1, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (100, FLOAT32, "strided")),
@@ -92,7 +102,7 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ),
     ),
 )
-FLAGS = ("IS_GRAD", "IS_EMA", "REVIVES", "IS_SMALL", "FINISH")
+FLAGS = ("IS_GRAD", "IS_EMA", "REVIVES", "IS_SMALL", "FINISH", "IS_DOT")
 
 
 @functools.cache

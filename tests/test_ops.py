@@ -27,12 +27,16 @@ def places(values: Sequence[object]) -> list[int]:
 def test_opcheck(backend: Backend) -> None:
     x, codebook = torch.randn(9, 5, device=backend.device), torch.randn(4, 5, device=backend.device)
     indices = torch.randint(-1, 4, (9,), device=backend.device)
-    prepared = ops.prepare_codebook_op(codebook, backend.name)
+    prepared = ops.prepare_codebook_op(codebook, "l2", backend.name)
+    of_dots = ops.prepare_codebook_op(codebook, "dot", backend.name)
     for op, args in (
-        (ops.nearest_code, (x, codebook, "exact", backend.name)),
-        (ops.nearest_code, (x.half(), codebook.T.contiguous().T, "fast", backend.name)),
-        (ops.nearest_code_prepared, (x, codebook, "exact", backend.name, prepared)),
-        (ops.prepare_codebook_op, (codebook, backend.name)),
+        (ops.nearest_code, (x, codebook, "exact", "l2", backend.name)),
+        (ops.nearest_code, (x.half(), codebook.T.contiguous().T, "fast", "dot", backend.name)),
+        (ops.nearest_code_prepared, (x, codebook, "exact", "l2", backend.name, prepared)),
+        (ops.nearest_code_prepared, (x, codebook, "exact", "dot", backend.name, of_dots)),
+        (ops.prepare_codebook_op, (codebook, "l2", backend.name)),
+        (ops.prepare_codebook_op, (codebook, "dot", backend.name)),
+        (ops.normalize_rows, (x.T.contiguous().T, backend.name)),
         (ops.vector_quantize, (x, codebook, None, 0.25, 1.0, "mean", "exact", backend.name)),
         (ops.vector_quantize, (x, codebook, None, 0.25, 1.0, "none", "exact", backend.name)),
         (

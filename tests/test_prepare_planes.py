@@ -99,9 +99,10 @@ def check_bounds(planes: CodePlanes, codebook: Tensor) -> None:
 @pytest.mark.parametrize(("config", "dim"), [(SMALL, 5), (LARGE, 12)])
 def test_equals_the_torch_version(config: PreparePlanesConfig, case: str, dim: int) -> None:
     codebook = data.HARD[case](1, 70, dim)[1].view(2, 35, dim)
-    planes = prepare(codebook, config)
-    check_same(planes, prepare_planes(codebook))
-    check_bounds(planes, codebook)
+    for is_dot in (False, True):
+        planes = prepare(codebook, config, is_dot=is_dot)
+        check_same(planes, prepare_planes(codebook, is_dot=is_dot))
+        check_bounds(planes, codebook)
 
 
 @pytest.mark.kernel

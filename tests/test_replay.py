@@ -19,7 +19,7 @@ from vqtriton.kernels import replay
 pytest.importorskip("triton")
 triton_backend = importlib.import_module("vqtriton.triton_backend")
 LAUNCHERS = ("atomic_sums", "code_sums", "draw_rows", "ema_update", "nearest_code")
-LAUNCHERS += ("prepare_planes", "screen_codes", "vector_quantize_grad")
+LAUNCHERS += ("normalize_rows", "prepare_planes", "screen_codes", "vector_quantize_grad")
 
 pytestmark = [pytest.mark.kernel, pytest.mark.real_device]
 
@@ -105,8 +105,10 @@ CALLS: dict[str, Call] = {
         x, codebook, mask, 0.5, 0.0, "mean", "fast"
     )[1:2],
     "prepared": lambda b, x, codebook, **_: b.nearest_code(
-        x, codebook, "exact", b.prepare_codebook(codebook)
+        x, codebook, "exact", "l2", b.prepare_codebook(codebook)
     ),
+    "dot": lambda b, x, codebook, **_: b.nearest_code(x, codebook, "exact", "dot"),
+    "normalize_rows": lambda b, x, **_: b.normalize_rows(x),
     **{
         f"vector_quantize {reduction}": lambda b, x, codebook, mask, reduction=reduction, **_: (
             b.vector_quantize(x, codebook, mask, 0.25, 1.0, reduction, "exact")

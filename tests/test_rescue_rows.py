@@ -22,6 +22,7 @@ from vqtriton.planes import CodePlanes, ScreenBound, prepare_planes, screen_boun
 from vqtriton.screening import error_bound
 
 pytest.importorskip("triton")
+import emulation
 import screens
 
 from vqtriton.kernels import nearest_code as module
@@ -48,11 +49,12 @@ def search(
     codebook: Tensor,
     bound: ScreenBound | None = None,
     rescue: RescueRowsConfig = RESCUE,
+    is_dot: bool = False,
     **options,
 ) -> NearestCode:
     """x [H, N, D], codebook [H, K, D]."""
     x, codebook = x.to(DEVICE), codebook.to(DEVICE)
-    planes = prepare_planes(codebook)
+    planes = prepare_planes(codebook, is_dot=is_dot)
     return nearest_code(
         x,
         codebook,
@@ -63,14 +65,17 @@ def search(
     )
 
 
+@pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize(("dim", "programs"), [(3, 3), (12, 15), (40, 100), (40, 1)])
-def test_exact_when_every_row_is_in_doubt(dim: int, programs: int) -> None:
+def test_exact_when_every_row_is_in_doubt(dim: int, programs: int, metric: str) -> None:
     # three tiles of rows; with 15 programs five parts of the codes, which eight tiles do not fill
     x, codebook = data.gaussian(33, 400, dim)
+    # no product with it may win, whatever its sign
+    codebook[5, 0] = torch.inf
     rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
-    out = search(x[None], codebook[None], NO_BOUND, rescue)
+    out = search(x[None], codebook[None], NO_BOUND, rescue, metric == "dot")
     assert out.num_doubtful.tolist() == [33]
-    assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
+    assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook, metric=metric))
 
 
 @pytest.mark.parametrize("case", ["collapsed", "duplicates", "lattice", "not_finite", "ulp_codes"])
@@ -201,14 +206,14 @@ def expected(x: Tensor, codebook: Tensor, planes: CodePlanes) -> tuple[Tensor, T
         t[0].cpu().double() for t in screens.screen(x[None].to(DEVICE), planes, bound, SCREEN)
     )
     mean, scale = (t[0].cpu().double() for t in (planes.mean, planes.scale))
-    ratio = row_scale / scale
+    ratio = emulation.ratio_of(row_scale, planes)
     y, e = (x.double() - mean) * row_scale[:, None], (codebook.double() - mean) * scale
-    sqnorm = e.square().sum(1)
+    sqnorm = torch.zeros(len(e)).double() if planes.is_dot else e.square().sum(1)
     half_max = planes.norms[0, :, 3].max().cpu().double()
     scores = y @ e.T + ratio[:, None] * (half_max - sqnorm / 2)
     is_member = torch.arange(codebook.shape[0]) // 8 == groups[:, None]
     members = scores.where(is_member, -torch.inf).topk(2, 1).values
-    own_error = own_bound(y, e, ratio, own)
+    own_error = own_bound(y, e, ratio, own, planes.is_dot)
     if codebook.shape[0] <= 8:
         second = torch.full_like(second, -torch.inf)
     outside = (members[:, 0] - second) / (error + own_error)
@@ -216,9 +221,11 @@ def expected(x: Tensor, codebook: Tensor, planes: CodePlanes) -> tuple[Tensor, T
     return torch.minimum(outside, inside), members[:, 0] - error - own_error, error + own_error
 
 
-def own_bound(y: Tensor, e: Tensor, ratio: Tensor, own: OwnBound) -> Tensor:
+def own_bound(y: Tensor, e: Tensor, ratio: Tensor, own: OwnBound, is_dot: bool) -> Tensor:
     """docs/exactness.md, of the scores that the finish makes in float32."""
     norm, max_norm = y.norm(dim=1), e.norm(dim=1).max()
+    if is_dot:
+        return own.products * max_norm * norm + own.tiny
     products = own.products * max_norm * (norm + ratio * max_norm / 2)
     return products + own.distances * norm.square() / ratio + own.tiny
 
@@ -233,18 +240,35 @@ def along_a_line(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return torch.lerp(codebook[first].double(), codebook[first + 1].double(), t).float(), codebook
 
 
+def between_unit_codes(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    """Rows between a code and the one with the next largest product: margins of every size."""
+    codebook = torch.nn.functional.normalize(torch.randn(k, d).double())
+    products = (codebook @ codebook.T).fill_diagonal_(-torch.inf)
+    first = torch.randint(k, (n,))
+    a, b = codebook[first], codebook[products.argmax(1)[first]]
+    t = 2.0 ** -(torch.arange(n) % 22 + 2).double()[:, None] * torch.rand(n, 1)
+    lengths = 10.0 ** torch.randint(-9, 10, (n, 1)).double()
+    return ((a + b + (a - b) * t) * lengths).float(), codebook.float()
+
+
 @pytest.mark.parametrize("size", [8, 60])
-@pytest.mark.parametrize("far", [1.0, 1e6])
+@pytest.mark.parametrize("far", [1.0, 1e6, None])
 @pytest.mark.parametrize("dim", [3, 12, 40])
-def test_doubt_and_thresholds_are_what_the_bounds_say(size: int, far: float, dim: int) -> None:
-    x, codebook = along_a_line(300, size, dim)
-    x[::2, -1] *= far
-    planes = prepare_planes(codebook[None].to(DEVICE))
+def test_doubt_and_thresholds_are_what_the_bounds_say(
+    size: int, far: float | None, dim: int
+) -> None:
+    is_dot = far is None
+    if is_dot:
+        x, codebook = between_unit_codes(300, size, dim)
+    else:
+        x, codebook = along_a_line(300, size, dim)
+        x[::2, -1] *= far
+    planes = prepare_planes(codebook[None].to(DEVICE), is_dot=is_dot)
     margin, threshold, error = expected(x, codebook, planes)
     launches = []
     recorder = compiling.Recorder(module.rescue_rows_kernel, launches)
     with mock.patch.object(module, "rescue_rows_kernel", recorder):
-        search(x[None], codebook[None])
+        search(x[None], codebook[None], is_dot=is_dot)
     values = launches[0].values
     tiles = -(-len(x) // SCREEN.block_n)
     # each tile of rows has its own list

@@ -49,16 +49,21 @@ def screen(
     splits: int | None = None,
     order: tuple[int, int] = (4, 2),
     group: int = 8,
+    is_dot: bool = False,
 ) -> Screened:
     lanes, vec = order
-    planes = prepare_planes(codebook[None].to(DEVICE), group=group, lanes=lanes, vec=vec)
+    planes = prepare_planes(
+        codebook[None].to(DEVICE), group=group, lanes=lanes, vec=vec, is_dot=is_dot
+    )
     bound = screen_bound(planes, config.block_k)
     out = screens.screen(x[None].to(DEVICE), planes, bound, config, splits)
     return Screened(*(t[0].cpu() for t in out))
 
 
-def check_certified(result: Screened, x: Tensor, codebook: Tensor, group: int = 8) -> None:
-    nearest = oracle.nearest_code(x, codebook)
+def check_certified(
+    result: Screened, x: Tensor, codebook: Tensor, group: int = 8, metric: str = "l2"
+) -> None:
+    nearest = oracle.nearest_code(x, codebook, metric=metric)
     wrong = result.is_certified & (result.groups != nearest // group)
     assert not wrong.any()
     assert not (result.is_certified & ~x.isfinite().all(1)).any()
@@ -77,11 +82,12 @@ def check_agree(a: Screened, b: Screened) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_worst_tensor_core_certifies_nothing_wrong(case: str, dim: int) -> None:
     x, codebook = data.HARD[case](400, 100, dim)
-    planes = prepare_planes(codebook[None])
-    nearest = oracle.nearest_code(x, codebook)
-    for worst_for in (None, nearest):
-        result = emulation.screen(x, planes, screen_bound(planes, 64), worst_for)
-        check_certified(result, x, codebook)
+    for metric in ("l2", "dot"):
+        planes = prepare_planes(codebook[None], is_dot=metric == "dot")
+        nearest = oracle.nearest_code(x, codebook, metric=metric)
+        for worst_for in (None, nearest):
+            result = emulation.screen(x, planes, screen_bound(planes, 64), worst_for)
+            check_certified(result, x, codebook, metric=metric)
 
 
 @pytest.mark.parametrize("dim", [256, 512, 1024])
@@ -106,8 +112,9 @@ def test_half_of_the_bound_would_not_do(dim: int) -> None:
         assert result.is_certified.item() == (share < 1)
 
 
+@pytest.mark.parametrize("is_dot", [False, True])
 @pytest.mark.parametrize("dim", DIMS)
-def test_error_of_each_score_is_within_the_bound(dim: int) -> None:
+def test_error_of_each_score_is_within_the_bound(dim: int, is_dot: bool) -> None:
     for make in (
         data.gaussian,
         data.outside_the_hull,
@@ -117,28 +124,31 @@ def test_error_of_each_score_is_within_the_bound(dim: int) -> None:
     ):
         x, codebook = make(200, 64, dim)
         # a group of one code each: every score can be seen
-        planes = prepare_planes(codebook[None], group=2, lanes=1, vec=2)
+        planes = prepare_planes(codebook[None], group=2, lanes=1, vec=2, is_dot=is_dot)
         rows, *_ = emulation.row_planes(x, planes)
         result = emulation.screen(x, planes, screen_bound(planes, 64))
         got = rows @ planes.codes[0, :64].double().T
         scale, mean = planes.scale[0].double(), planes.mean[0].double()
         row_scale = result.row_scale.double()[:, None]
-        ratio = row_scale / scale
+        ratio = emulation.ratio_of(row_scale, planes)
         if not planes.has_bias_columns:
             got = got - planes.offset[0, :64].double() * ratio
         y, e = (x.double() - mean) * row_scale, (codebook.double() - mean) * scale
-        sqnorm = e.square().sum(1)
+        sqnorm = torch.zeros(64).double() if is_dot else e.square().sum(1)
         half_max = planes.norms[0, :, 3].max().double()
         want = y @ e.T + (half_max - sqnorm / 2) * ratio
         is_finite = result.error < torch.inf
         errors = (got - want).abs()[is_finite]
         assert (errors <= result.error.double()[is_finite, None]).all()
+        # whatever the signs of the products
+        assert not is_dot or (want >= 0).all()
 
 
+@pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize("dim", [4, 12, 64])
-def test_most_gaussian_rows_are_certified(dim: int) -> None:
+def test_most_gaussian_rows_are_certified(dim: int, metric: str) -> None:
     x, codebook = data.gaussian(1000, 1024, dim)
-    doubtful, wrong = emulation.rates(x, codebook, 8)
+    doubtful, wrong = emulation.rates(x, codebook, 8, metric)
     assert wrong <= doubtful < 0.15
 
 
@@ -227,13 +237,15 @@ def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> 
 
 @pytest.mark.kernel
 @pytest.mark.needs_kernels
+@pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize("case", data.HARD)
 @pytest.mark.parametrize("dim", [4, 12, 64])
-def test_certifies_nothing_wrong(case: str, dim: int) -> None:
+def test_certifies_nothing_wrong(case: str, dim: int, metric: str) -> None:
     x, codebook = data.HARD[case](50, 150, dim)
-    result = screen(x, codebook)
-    check_certified(result, x, codebook)
-    planes = prepare_planes(codebook[None])
+    is_dot = metric == "dot"
+    result = screen(x, codebook, is_dot=is_dot)
+    check_certified(result, x, codebook, metric=metric)
+    planes = prepare_planes(codebook[None], is_dot=is_dot)
     want = emulation.screen(x, planes, screen_bound(planes, SMALL.block_k))
     check_agree(result, want)
     # the same scores, up to half of what the bound allows both

@@ -252,7 +252,7 @@ def test_repeats_are_one(backend: Backend, update: str) -> None:
         )
         found = [quantized.detach(), indices, loss.detach(), *grads, *vq.state_dict().values()]
         # of which the last bits may not show in what they are used for
-        found += ops.prepare_codebook_op(vq.codebook.detach(), backend.name)
+        found += ops.prepare_codebook_op(vq.codebook.detach(), "l2", backend.name)
         found += ops.code_sums(leaf.detach(), indices, k, backend.name)
         first = first or [t.clone() for t in found]
         assert all(map(torch.equal, found, first))

@@ -71,6 +71,11 @@ def check_options(precision: str, backend: str, *tensors: Tensor) -> None:
         raise TypeError("the kernels take no float64 tensors; use backend='torch'")
 
 
+def check_metric(metric: str) -> None:
+    if metric not in dispatch.METRICS:
+        raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(dispatch.METRICS)}")
+
+
 def _check_mask(mask: Tensor | None, x: Tensor) -> None:
     if mask is None:
         return

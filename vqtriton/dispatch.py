@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+METRICS = ("l2", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
 BACKENDS = ("auto", "triton", "torch")
 

@@ -14,24 +14,29 @@ from vqtriton.checks import (
     REDUCTIONS,
     check_arguments,
     check_codebook,
+    check_metric,
     check_options,
     check_sums,
 )
 from vqtriton.reference import Quantized
 from vqtriton.tensors import finite_rows, gather, is_traced, screen_dtype
 
+# what the ops do for each metric, after rows and codes are normalized for "cosine"
+OP_METRICS = {"l2": "l2", "cosine": "l2", "dot": "dot"}
 LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 class PreparedCodebook(NamedTuple):
     """A copy of a codebook with the tensors that a search first computes from it.
 
-    Made by `prepare_codebook`. `nearest_code` and `vector_quantize` take it in place of a codebook.
+    Made by `prepare_codebook`. `nearest_code` takes it in place of a codebook, and so does
+    `vector_quantize` if the metric is "l2".
 
     Attributes:
-        codebook: [K, D], the copy.
+        codebook: [K, D], the copy. For "cosine" it holds the normalized codes.
         tensors: what the backend computed from it; each backend has its own.
         backend: "triton" or "torch", the backend that it was prepared for.
+        metric: "l2", "cosine" or "dot", the metric that it was prepared for.
 
     Example:
         >>> prepared = vqtriton.prepare_codebook(torch.randn(512, 64))
@@ -39,12 +44,15 @@ class PreparedCodebook(NamedTuple):
         torch.Size([512, 64])
     """
 
-    codebook: Tensor  # [K, D], a copy
+    codebook: Tensor  # [K, D], a copy; normalized for "cosine"
     tensors: tuple[Tensor, ...]  # what the backend makes of it
     backend: str  # "triton" or "torch"
+    metric: str = "l2"
 
 
-def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCodebook:
+def prepare_codebook(
+    codebook: Tensor, *, metric: str = "l2", backend: str = "auto"
+) -> PreparedCodebook:
     """Does the codebook's part of a search once, for many calls of `nearest_code`.
 
     Use it for a codebook that stays as it is. The codebook is copied, so later changes of it do not
@@ -52,13 +60,14 @@ def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCode
 
     Args:
         codebook: [K, D], a floating-point tensor with K >= 1 and D >= 1.
+        metric: see `nearest_code`, which must be given the same.
         backend: see `nearest_code`. Searches with the result run on this backend.
 
     Returns:
         `PreparedCodebook`.
 
     Raises:
-        ValueError: K == 0, D == 0, or an unknown backend.
+        ValueError: K == 0, D == 0, or an unknown metric or backend.
         TypeError: not a tensor, or not a floating-point dtype.
 
     Example:
@@ -67,31 +76,43 @@ def prepare_codebook(codebook: Tensor, *, backend: str = "auto") -> PreparedCode
         ...     indices = vqtriton.nearest_code(x, prepared)
     """
     check_codebook(codebook, codebook)
+    check_metric(metric)
     check_options("exact", backend, codebook)
     backend = dispatch.resolve_backend(backend, codebook.device)
-    copy = codebook.detach().clone(memory_format=torch.contiguous_format)
-    return PreparedCodebook(copy, tuple(ops.prepare_codebook_op(copy, backend)), backend)
+    codes = codebook.detach()
+    if metric == "cosine":
+        copy = ops.normalize_rows(codes, backend)
+    else:
+        copy = codes.clone(memory_format=torch.contiguous_format)
+    tensors = ops.prepare_codebook_op(copy, OP_METRICS[metric], backend)
+    return PreparedCodebook(copy, tuple(tensors), backend, metric)
 
 
 def nearest_code(
     x: Tensor,
     codebook: Tensor | PreparedCodebook,
     *,
+    metric: str = "l2",
     precision: str = "exact",
     backend: str = "auto",
 ) -> Tensor:
-    """Index of the nearest code by squared L2 distance.
+    """Index of the nearest code by squared L2 distance, cosine similarity or dot product.
 
     Equivalent to ``torch.cdist(x.double(), codebook.double()).argmin(-1)`` without the [N, K]
-    matrix, and without the rounding of its square root.
+    matrix, and without the rounding of its square root. With ``metric="dot"``, equivalent to
+    ``(x.double() @ codebook.double().T).argmax(-1)``.
 
     Args:
         x: vectors, [..., D], float32 / float16 / bfloat16 (float64 with the torch backend).
         codebook: [K, D], same device, K >= 1. Its dtype may differ from that of ``x``. A
             `PreparedCodebook` gives the same indices in less time.
-        precision: "exact" gives the argmin of the float64 distances of the values as given, so
-            the indices depend neither on the device nor on the batch. "fast" skips the check of
-            close calls, so these may go to either code.
+        metric: "l2" looks for the least squared L2 distance, and "dot" for the largest dot product.
+            "cosine" is "l2" between vectors that are first divided by their lengths and rounded to
+            float32 (float64 stays float64), as `vqtriton.reference.normalized` does it; it needs
+            memory for a normalized copy of ``x``.
+        precision: "exact" gives the argmin of the float64 distances of the values as given, or the
+            argmax of the float64 dot products, so the indices depend neither on the device nor on
+            the batch. "fast" skips the check of close calls, so these may go to either code.
         backend: "triton" runs the kernels (GPU). "torch" runs blocked torch code (any device).
             "auto" takes the kernels where the device of ``x`` can run them; with a
             `PreparedCodebook` it takes the backend of that. The kernels take at most 4094
@@ -99,12 +120,12 @@ def nearest_code(
 
     Returns:
         indices, [...], the shape of ``x`` without its last dim, int64 in [0, K). The lowest index
-        wins a tie. A distance that is not finite ranks as +inf. A row with no finite distance gets
-        index 0.
+        wins a tie. A distance or a dot product that is not finite ranks last. A row with no finite
+        one gets index 0.
 
     Raises:
         ValueError: the last dim of ``x`` is not D, K == 0, D == 0, an unknown option, or a
-            codebook that was prepared for another backend.
+            codebook that was prepared for another metric or backend.
         TypeError: not a tensor, or not a floating-point dtype.
 
     Example:
@@ -114,14 +135,22 @@ def nearest_code(
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 1.
     """
+    check_metric(metric)
+    if isinstance(codebook, PreparedCodebook) and metric != codebook.metric:
+        raise ValueError(f"metric is {metric!r}, but codebook was prepared for {codebook.metric!r}")
     codes, prepared, backend = _parts(codebook, backend)
     check_arguments(x, codes, precision=precision, backend=backend)
     flat = _flat(x.detach() if x.requires_grad else x)
+    if metric == "cosine":
+        flat = ops.normalize_rows(flat, backend)
+    options = precision, OP_METRICS[metric], backend
     if isinstance(codebook, PreparedCodebook):
-        indices = ops.nearest_code_prepared(flat, codes, precision, backend, prepared)
+        indices = ops.nearest_code_prepared(flat, codes, *options, prepared)
     else:
         codes = codes.detach() if codes.requires_grad else codes
-        indices = ops.nearest_code(flat, codes, precision, backend)
+        if metric == "cosine":
+            codes = ops.normalize_rows(codes, backend)
+        indices = ops.nearest_code(flat, codes, *options)
     return indices if x.ndim == 2 else indices.reshape(x.shape[:-1])
 
 
@@ -205,6 +234,8 @@ def vector_quantize(
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 3.
     """
+    if isinstance(codebook, PreparedCodebook) and codebook.metric != "l2":
+        raise ValueError(f"codebook was prepared for {codebook.metric!r}; it must be for 'l2'")
     codes, prepared, backend = _parts(codebook, backend)
     check_arguments(x, codes, mask, precision=precision, backend=backend)
     for name, weight in (

@@ -24,12 +24,16 @@ from vqtriton.tensors import has_float64, screen_dtype
 from vqtriton.tiles import trace
 
 _library = torch.library.Library("vqtriton", "DEF")
-_library.define("nearest_code(Tensor x, Tensor codebook, str precision, str backend) -> Tensor")
+# the metric is "l2" or "dot": cosines are distances of normalized rows
 _library.define(
-    "nearest_code.prepared(Tensor x, Tensor codebook, str precision, str backend, "
+    "nearest_code(Tensor x, Tensor codebook, str precision, str metric, str backend) -> Tensor"
+)
+_library.define(
+    "nearest_code.prepared(Tensor x, Tensor codebook, str precision, str metric, str backend, "
     "Tensor[] prepared) -> Tensor"
 )
-_library.define("prepare_codebook(Tensor codebook, str backend) -> Tensor[]")
+_library.define("prepare_codebook(Tensor codebook, str metric, str backend) -> Tensor[]")
+_library.define("normalize_rows(Tensor x, str backend) -> Tensor")
 _library.define(
     "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, float commitment_weight, "
     "float codebook_weight, str reduction, str precision, str backend) "
@@ -104,7 +108,7 @@ def _nearest_code_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
+def _prepare_codebook_fake(codebook: Tensor, metric: str, backend: str) -> list[Tensor]:
     if resolve_backend(backend, codebook.device) == "torch":
         dtype, (size, dim) = screen_dtype(codebook, codebook), codebook.shape
         shapes = (size, dim), (size,), (dim,), (2,)
@@ -114,6 +118,10 @@ def _prepare_codebook_fake(codebook: Tensor, backend: str) -> list[Tensor]:
     *tensors, norms = prepare_planes(codebook[None]).tensors
     rows = norms_of(*codebook.shape, inner_size(codebook.shape[1])[0])
     return [*tensors, norms.new_empty(1, rows, 4)]
+
+
+def _normalize_rows_fake(x: Tensor, backend: str) -> Tensor:
+    return torch.empty(x.shape, dtype=screen_dtype(x, x), device=x.device)
 
 
 def _vector_quantize_fake(
@@ -223,6 +231,7 @@ for _name, _fake in (
     ("nearest_code", _nearest_code_fake),
     ("nearest_code.prepared", _nearest_code_fake),
     ("prepare_codebook", _prepare_codebook_fake),
+    ("normalize_rows", _normalize_rows_fake),
     ("vector_quantize", _vector_quantize_fake),
     ("vector_quantize.prepared", _vector_quantize_fake),
     ("vector_quantize_update_", _vector_quantize_update_fake),
@@ -250,6 +259,7 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
 nearest_code = torch.ops.vqtriton.nearest_code.default
 nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared
 prepare_codebook_op = torch.ops.vqtriton.prepare_codebook.default
+normalize_rows = torch.ops.vqtriton.normalize_rows.default
 vector_quantize = torch.ops.vqtriton.vector_quantize.default
 vector_quantize_update_ = torch.ops.vqtriton.vector_quantize_update_.default
 vector_quantize_prepared = torch.ops.vqtriton.vector_quantize.prepared

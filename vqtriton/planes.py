@@ -2,7 +2,8 @@
 
 The names follow vqtriton/screening.py: y = scale·(x − mean), e_k = scale·(c_k − mean). The score
 of code k is s_k = y·e_k + (E² − ‖e_k‖²)/2 with E = max ‖e_k‖. The constant E²/2 changes no decision
-and keeps the best score of a row from being negative. docs/exactness.md derives the bound.
+and keeps the best score of a row from being negative. For dot products the mean is 0 and the score
+y·e_k + E²/2. docs/exactness.md derives the bound.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _rounded_up(values: Tensor) -> Tensor:
 
 
 def prepare_planes(
-    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2
+    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2, is_dot: bool = False
 ) -> CodePlanes:
     """Centre, scale, split into planes, order for the screen: what the kernels are held to.
 
@@ -103,6 +104,7 @@ def prepare_planes(
         codebook: [H, K, D] float32 / float16 / bfloat16.
         group: codes whose scores are reduced together.
         lanes, vec: of the accumulator: `vqtriton.kernels.screen_codes.ACCUMULATOR_ORDER`.
+        is_dot: for scores that are dot products.
     """
     size, dim = codebook.shape[1:]
     inner, is_split, has_bias_columns = inner_size(dim)
@@ -114,6 +116,8 @@ def prepare_planes(
     sample = torch.arange(sampled, dtype=torch.int64, device=codebook.device) * size // sampled
     count = is_finite[:, sample].sum(1).clamp(min=1)
     mean = (codes[:, sample].sum(1) / count[:, None]).float()
+    if is_dot:
+        mean = torch.zeros_like(mean)
     # the differences in float32, as in the kernels: of halves where they would overflow
     is_large = torch.maximum(codes.abs(), mean.double().abs()[:, None]).amax(2) >= 2.0**126
     half = torch.where(is_large, 0.5, 1.0)[..., None]
@@ -140,7 +144,8 @@ def prepare_planes(
     # upper bounds stay upper bounds when they are rounded
     norms = torch.stack([*(sq.sqrt() * (1 + 2.0**-22) for sq in sqnorms), max_sqnorm / 2], 1)
     norms = norms[:, None]
-    offset = ((sqnorm - max_sqnorm[:, None]) / 2).where(is_finite, PAD_OFFSET)
+    own_sqnorm = torch.zeros_like(sqnorm) if is_dot else sqnorm
+    offset = ((own_sqnorm - max_sqnorm[:, None]) / 2).where(is_finite, PAD_OFFSET)
     offset = torch.nn.functional.pad(offset, (0, padding), value=PAD_OFFSET).float()
 
     bias_columns = []
@@ -170,30 +175,39 @@ def prepare_planes(
         vec=vec,
         is_split=is_split,
         has_bias_columns=has_bias_columns,
+        is_dot=is_dot,
     )
 
 
 def prepare_planes_with_kernels(
-    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2
+    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2, is_dot: bool = False
 ) -> CodePlanes:
     """`prepare_planes` in one launch, or two. Only the order of sums is another."""
     from vqtriton.kernels import prepare_planes as kernel
 
     inner, is_split, has_bias_columns = inner_size(codebook.shape[2])
+    order = {"group": group, "lanes": lanes, "vec": vec}
     tensors = kernel.prepare_planes(
-        codebook, inner, is_split, has_bias_columns, group=group, lanes=lanes, vec=vec
+        codebook, inner, is_split, has_bias_columns, **order, is_dot=is_dot
     )
-    return planes_of(tensors, codebook.shape[2], group=group, lanes=lanes, vec=vec)
+    return planes_of(tensors, codebook.shape[2], **order, is_dot=is_dot)
 
 
 def planes_of(
-    tensors: Sequence[Tensor], dim: int, *, group: int = GROUP, lanes: int = 4, vec: int = 2
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    group: int = GROUP,
+    lanes: int = 4,
+    vec: int = 2,
+    is_dot: bool = False,
 ) -> CodePlanes:
     """`CodePlanes` of D dimensions, from its tensors."""
     codes, offset, mean, scale, norms = tensors
     _, is_split, has_bias_columns = inner_size(dim)
     return CodePlanes(
-        codes, offset, mean, scale, norms, group, lanes, vec, is_split, has_bias_columns
+        *(codes, offset, mean, scale, norms, group, lanes, vec),
+        *(is_split, has_bias_columns, is_dot),
     )
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from vqtriton.kernels.constants import LEAST_NORM
+
 
 class Quantized(NamedTuple):
     """What `vqtriton.vector_quantize`, `VectorQuantize` and the reference return.
@@ -65,8 +67,65 @@ def squared_distances(x: Tensor, codebook: Tensor) -> Tensor:
     return distances
 
 
+def dot_products(x: Tensor, codebook: Tensor) -> Tensor:
+    """Dot products of all pairs, in a fixed order of float64 operations.
+
+    As `squared_distances`: one product and one addition per dimension, in the order of the
+    dimensions, each rounded once to float64.
+
+    Args:
+        x: [N, D].
+        codebook: [K, D].
+
+    Returns:
+        [N, K] float64.
+
+    Example:
+        >>> x, codebook = torch.randn(5, 64), torch.randn(512, 64)
+        >>> vqtriton.reference.dot_products(x, codebook).shape
+        torch.Size([5, 512])
+    """
+    x, codebook = x.double(), codebook.double()
+    products = x.new_zeros(x.shape[0], codebook.shape[0])
+    for d in range(x.shape[1]):
+        products = products + x[:, d, None] * codebook[None, :, d]
+    return products
+
+
+def normalized(vectors: Tensor) -> Tensor:
+    """Vectors divided by their lengths, in a fixed order of float64 operations.
+
+    This order defines what ``metric="cosine"`` compares: ``v / max(sqrt(Σ v_d²), 1e-12)`` in
+    float64, with the squares added in the order of the dimensions and each operation rounded once,
+    and the result rounded to float32. Vectors of zeros stay zeros. A float64 vector whose squares
+    overflow becomes zeros.
+
+    Args:
+        vectors: [..., D].
+
+    Returns:
+        [..., D] float32 (float64 for float64).
+
+    Example:
+        >>> vqtriton.reference.normalized(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    wide = vectors.double()
+    sqnorm = torch.zeros_like(wide[..., 0])
+    for column in wide.unbind(-1):
+        sqnorm = sqnorm + column * column
+    result = wide / sqnorm.sqrt().clamp(min=LEAST_NORM)[..., None]
+    return result if vectors.dtype == torch.float64 else result.float()
+
+
 def nearest_code(
-    x: Tensor, codebook: Tensor, *, precision: str = "exact", backend: str = "auto"
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "l2",
+    precision: str = "exact",
+    backend: str = "auto",
 ) -> Tensor:
     """What `vqtriton.nearest_code` must return, with the same arguments.
 
@@ -76,8 +135,11 @@ def nearest_code(
         >>> torch.equal(indices, vqtriton.reference.nearest_code(x, codebook))
         True
     """
-    distances = squared_distances(x.detach().reshape(-1, x.shape[-1]), codebook.detach())
-    distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    rows, codes = x.detach().reshape(-1, x.shape[-1]), codebook.detach()
+    if metric == "cosine":
+        rows, codes = normalized(rows), normalized(codes)
+    distances = -dot_products(rows, codes) if metric == "dot" else squared_distances(rows, codes)
+    distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
     # `min` may return any of equal minima; the lowest index is the rule
     columns = torch.arange(codebook.shape[0], dtype=torch.int64, device=x.device)
     is_nearest = distances == distances.amin(1, keepdim=True)

@@ -1,9 +1,10 @@
 """The arithmetic that makes a cheap search exact: a prepared codebook and an error bound.
 
 With y = scale·(x − mean) and e_k = scale·(c_k − mean), the nearest code maximises the score
-s_k = y·e_k − ‖e_k‖²/2. A screen evaluates the scores in low precision. A code whose score is more
-than twice the error bound below the best cannot be the nearest; whatever is left is decided by the
-float64 distance of `vqtriton.reference.squared_distances`. docs/design.md derives the bound.
+s_k = y·e_k − ‖e_k‖²/2. For the metric "dot" the mean is 0 and the score y·e_k. A screen evaluates
+the scores in low precision. A code whose score is more than twice the error bound below the best
+cannot be the nearest; whatever is left is decided by the float64 distance of
+`vqtriton.reference.squared_distances`, or by the dot product. docs/design.md derives the bound.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class CentredCodebook(NamedTuple):
     """A codebook in the form that the screens read."""
 
     codes: Tensor  # [K, D] screen dtype, e_k; zeros where a code is not finite
-    half_sqnorm: Tensor  # [K] screen dtype, ‖e_k‖²/2; +inf where a code is not finite
+    half_sqnorm: Tensor  # [K] screen dtype, ‖e_k‖²/2, or 0 for "dot"; +inf: code not finite
     mean: Tensor | None  # [D] screen dtype; None: 0, with the scale 1
     scale: float  # a power of two
     max_norm: float  # max ‖e_k‖
@@ -56,7 +57,7 @@ def centred_codebook_of(tensors: Sequence[Tensor]) -> CentredCodebook:
     return CentredCodebook(codes, half_sqnorm, mean, *numbers.tolist())
 
 
-def plain_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook | None:
+def plain_codebook(codebook: Tensor, dtype: torch.dtype, metric: str) -> CentredCodebook | None:
     """A codebook as it is, which takes one pass; None if its squares may leave the range.
 
     Its mean counts as 0. ``half_sqnorm`` is summed in ``dtype``, in any order.
@@ -73,36 +74,45 @@ def plain_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook | No
     # written so that a NaN is out of it
     if not PLAIN_NORMS[0] < max_norm < PLAIN_NORMS[1]:
         return None
+    if metric == "dot":
+        half_sqnorm.zero_()
     return CentredCodebook(codes, half_sqnorm, None, 1.0, max_norm)
 
 
-def centred_codebook(codebook: Tensor, dtype: torch.dtype) -> CentredCodebook:
+def centred_codebook(codebook: Tensor, dtype: torch.dtype, metric: str = "l2") -> CentredCodebook:
     """Centre on the mean and scale by a power of two, so that max |e_kd| is in [1/2, 1).
 
     Both change no decision. Centring keeps the scores small beside their differences when the data
     is far from the origin; scaling keeps the products away from overflow and underflow. In float64
     there is no scale: there the screen must overflow and underflow where the distances do.
+    For "dot" the mean is 0: then scores are dot products of the codes as they are.
     """
-    centred = _centred(codebook.to(dtype), dtype, None)
+    centred = _centred(codebook.to(dtype), dtype, None, metric)
     if not isfinite(centred.max_norm):
         # codes that are not finite, or whose sum or difference overflows
-        centred = _centred(codebook.double(), dtype, finite_rows(codebook))
+        centred = _centred(codebook.double(), dtype, finite_rows(codebook), metric)
     return centred
 
 
-def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> CentredCodebook:
+def _centred(
+    codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None, metric: str
+) -> CentredCodebook:
     """`centred_codebook`, with differences in the codebook's dtype.
 
     None: all codes are finite, and so are their sum and their differences.
     """
-    if is_finite is None:
-        mean = codebook.mean(0)
-        codes = codebook - mean
-    else:
+    if is_finite is not None:
         codebook = codebook.masked_fill(~is_finite[:, None], 0)
+    if metric == "dot":
+        mean = codebook.new_zeros(codebook.shape[1], dtype=dtype)
+    elif is_finite is None:
+        mean = codebook.mean(0)
+    else:
         # an average of values below the largest number cannot overflow, their sum can
         mean = (codebook / is_finite.sum().clamp(min=1)).sum(0).to(dtype)
-        codes = (codebook - mean).masked_fill_(~is_finite[:, None], 0)
+    codes = codebook - mean
+    if is_finite is not None:
+        codes.masked_fill_(~is_finite[:, None], 0)
     scale = 1.0
     if dtype == torch.float32:
         low, high = codes.aminmax()
@@ -114,7 +124,7 @@ def _centred(codebook: Tensor, dtype: torch.dtype, is_finite: Tensor | None) -> 
     parts = codes.split(max(1, BLOCK_ELEMENTS // codes.shape[1]))
     sqnorms = [part.to(torch.float64, copy=True).square_().sum(1) for part in parts]
     sqnorm = torch.cat(sqnorms) if len(sqnorms) > 1 else sqnorms[0]
-    half_sqnorm = (sqnorm / 2).to(dtype)
+    half_sqnorm = (torch.zeros_like(sqnorm) if metric == "dot" else sqnorm / 2).to(dtype)
     if is_finite is not None:
         half_sqnorm.masked_fill_(~is_finite, torch.inf)
     return CentredCodebook(codes, half_sqnorm, mean, scale, sqrt(float(sqnorm.amax())))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
+from vqtriton.kernels.constants import LEAST_NORM
 from vqtriton.screening import (
     U64,
     CentredCodebook,
@@ -44,29 +45,41 @@ LARGEST_NORM = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
 
 def nearest_code(
-    x: Tensor, codebook: Tensor, precision: str, prepared: Sequence[Tensor] = ()
+    x: Tensor,
+    codebook: Tensor,
+    precision: str,
+    metric: str = "l2",
+    prepared: Sequence[Tensor] = (),
 ) -> Tensor:
-    """x [N, D], codebook [K, D], perhaps what `prepare_codebook` made of it -> [N] int64."""
-    return search(x, codebook, precision, prepared)[0]
+    """x [N, D], codebook [K, D], perhaps what `prepare_codebook` made of it -> [N] int64.
+
+    ``metric`` is "l2" or "dot": for cosines, vectors and codes are normalized before.
+    """
+    return search(x, codebook, precision, metric, prepared)[0]
 
 
 def search(
-    x: Tensor, codebook: Tensor, precision: str, tensors: Sequence[Tensor] = ()
+    x: Tensor,
+    codebook: Tensor,
+    precision: str,
+    metric: str = "l2",
+    tensors: Sequence[Tensor] = (),
 ) -> tuple[Tensor, int]:
     """The indices, and how many rows were in doubt: those with more than one candidate.
 
-    The cost of a code, ‖e_k‖²/2 - y·e_k, is the opposite of its score in `vqtriton.screening`.
+    The cost of a code, ‖e_k‖²/2 - y·e_k, is the opposite of its score in `vqtriton.screening`. What
+    is called a distance is, for "dot", the opposite of the dot product.
     """
     dtype = screen_dtype(x, codebook)
     if tensors and tensors[0].dtype == dtype:
-        return _search(x, codebook, precision, centred_codebook_of(tensors))
-    plain = plain_codebook(codebook, dtype)
+        return _search(x, codebook, precision, metric, centred_codebook_of(tensors))
+    plain = plain_codebook(codebook, dtype, metric)
     if plain is not None:
         try:
-            return _search(x, codebook, precision, plain)
+            return _search(x, codebook, precision, metric, plain)
         except _OffCentre:
             pass
-    return _search(x, codebook, precision, centred_codebook(codebook, dtype))
+    return _search(x, codebook, precision, metric, centred_codebook(codebook, dtype, metric))
 
 
 class _OffCentre(Exception):
@@ -74,7 +87,7 @@ class _OffCentre(Exception):
 
 
 def _search(
-    x: Tensor, codebook: Tensor, precision: str, prepared: CentredCodebook
+    x: Tensor, codebook: Tensor, precision: str, metric: str, prepared: CentredCodebook
 ) -> tuple[Tensor, int]:
     """`search` with one form of the codes.
 
@@ -88,7 +101,7 @@ def _search(
     if precision == "exact":
         bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
     if num_rows * size <= FEWEST_SCORES and size > 1:
-        found = _nearest_of_few(x, prepared, bound)
+        found = _nearest_of_few(x, prepared, bound, metric)
         if found is not None:
             return found, 0
     if max_norm == 0 and not (prepared.half_sqnorm < torch.inf).any():
@@ -127,14 +140,14 @@ def _search(
             by_group = block_costs.view(len(rows), group, -1)
             least_of_groups = by_group.amin(1)
         limits = least_of_groups.amin(1)
-        is_sound = _add_margin(limits, block_y, prepared, bound)
+        is_sound = _add_margin(limits, block_y, prepared, bound, metric)
         row, column = (least_of_groups <= limits[:, None]).nonzero().unbind(1)
         if group == 1 and is_sound is None and len(row) == len(rows):
             # one candidate each
             found.copy_(column)
             continue
         is_doubtful = is_plain and start == 0 and 8 * (len(row) - len(rows)) > len(rows)
-        if is_doubtful and float(prepared.codes.mean(0).norm()) > max_norm / 2:
+        if is_doubtful and metric == "l2" and float(prepared.codes.mean(0).norm()) > max_norm / 2:
             raise _OffCentre
         if bound is not None and len(row) > 2 * len(rows):
             if is_first is None:
@@ -156,16 +169,18 @@ def _search(
             if is_first is not None:
                 keep = is_first[code]
                 pair_row, code = pair_row[keep], code[keep]
-            in_doubt += _choose(rows, codebook, pair_row, code, found, precision)
+            in_doubt += _choose(rows, codebook, pair_row, code, found, precision, metric)
         if is_sound is not None:
             (others,) = (~is_sound).nonzero(as_tuple=True)
             if is_first is None and finite_rows(rows[others]).any():
                 is_first = _is_first(codebook)
-            found[others] = _nearest_of_all(rows[others], codebook, is_first)
+            found[others] = _nearest_of_all(rows[others], codebook, is_first, metric)
     return indices, in_doubt
 
 
-def _nearest_of_few(x: Tensor, prepared: CentredCodebook, bound: OwnBound | None) -> Tensor | None:
+def _nearest_of_few(
+    x: Tensor, prepared: CentredCodebook, bound: OwnBound | None, metric: str
+) -> Tensor | None:
     """[N] for a few rows, in few operations; None if one of the rows is in doubt."""
     dtype = prepared.codes.dtype
     y = x.to(dtype)
@@ -179,7 +194,7 @@ def _nearest_of_few(x: Tensor, prepared: CentredCodebook, bound: OwnBound | None
     # with `out`, autocast leaves it alone
     torch.addmm(prepared.half_sqnorm, y, prepared.codes.T, alpha=-1, out=costs)
     least, column = costs.topk(2, dim=1, largest=False)
-    slope, constant = _margin(prepared, bound, norm)
+    slope, constant = _margin(prepared, bound, norm, metric)
     margin = slope * norm + constant
     # written so that a NaN is in doubt
     is_certain = all(second - first > margin for first, second in least.tolist())
@@ -187,20 +202,24 @@ def _nearest_of_few(x: Tensor, prepared: CentredCodebook, bound: OwnBound | None
 
 
 def _margin(
-    prepared: CentredCodebook, bound: OwnBound | None, longest: float
+    prepared: CentredCodebook, bound: OwnBound | None, longest: float, metric: str
 ) -> tuple[float, float]:
-    """Slope and constant of twice the error of a score, by the norm of its row."""
+    """Slope and constant, by the norm of its row, of twice the error of a score."""
     if bound is None:
         return 0.0, 0.0
     max_norm = prepared.max_norm
-    # norms of plain codes err as much as their products
-    of_norms = (2 if prepared.mean is None else 1) * bound.products * max_norm * max_norm
-    slope = 2 * (bound.products * max_norm + bound.distances * longest)
-    return slope, of_norms + 2 * bound.tiny
+    slope, constant = bound.products * max_norm, bound.tiny
+    if metric == "dot":
+        slope += bound.distances * max_norm
+    else:
+        slope += bound.distances * longest
+        # norms of plain codes err as much as their products
+        constant += bound.products * max_norm * max_norm * (0.5 if prepared.mean is not None else 1)
+    return 2 * slope, 2 * constant
 
 
 def _add_margin(
-    least: Tensor, y: Tensor, prepared: CentredCodebook, bound: OwnBound | None
+    least: Tensor, y: Tensor, prepared: CentredCodebook, bound: OwnBound | None, metric: str
 ) -> Tensor | None:
     """Adds a margin to the least cost of each row: the nearest code's cost is not above the sum.
 
@@ -213,7 +232,7 @@ def _add_margin(
         [N] bool, the rows whose numbers do not overflow; None where that is all of them.
     """
     largest = LARGEST_NORM[y.dtype] - prepared.max_norm
-    if bound is not None:
+    if bound is not None and metric == "l2":
         # one long row is not to widen the margin of the others
         largest = min(largest, bound.products / bound.distances * prepared.max_norm)
     norm = torch.linalg.vector_norm(y, dim=1)
@@ -225,7 +244,7 @@ def _add_margin(
         norm.masked_fill_(~is_sound, 0)
         longest = float(norm.amax())
     if bound is not None:
-        slope, constant = _margin(prepared, bound, longest)
+        slope, constant = _margin(prepared, bound, longest, metric)
         least.add_(norm, alpha=slope).add_(constant)
     return is_sound
 
@@ -241,7 +260,13 @@ def _parts(row: Tensor, column: Tensor, num_rows: int) -> Iterable[tuple[Tensor,
 
 
 def _choose(
-    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, indices: Tensor, precision: str
+    x: Tensor,
+    codebook: Tensor,
+    row: Tensor,
+    code: Tensor,
+    indices: Tensor,
+    precision: str,
+    metric: str,
 ) -> int:
     """Writes the nearest of its candidates into the index [N] of each row of x that has any.
 
@@ -252,7 +277,8 @@ def _choose(
     if contested and precision == "exact":
         in_doubt = is_contested[row]
         is_nearest = torch.ones_like(in_doubt)
-        is_nearest[in_doubt] = _are_nearest(x, codebook, row[in_doubt], code[in_doubt], contested)
+        pairs = row[in_doubt], code[in_doubt]
+        is_nearest[in_doubt] = _are_nearest(x, codebook, *pairs, contested, metric)
         row, code = row[is_nearest], code[is_nearest]
     # of those that are equally near, the lowest index
     none = torch.iinfo(indices.dtype).max
@@ -261,19 +287,22 @@ def _choose(
     return contested
 
 
-def _are_nearest(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, num_rows: int) -> Tensor:
+def _are_nearest(
+    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, num_rows: int, metric: str
+) -> Tensor:
     """[P] bool: whether no other candidate of the row is nearer. All distances are finite."""
-    if torch.float64 in (x.dtype, codebook.dtype):
+    # a dot product's rounding is not relative to it, so there the first sum is the exact one
+    if metric == "dot" or torch.float64 in (x.dtype, codebook.dtype):
         is_near = torch.ones_like(row, dtype=torch.bool)
     else:
         # summed in any order; what is beyond the rounding of both sums needs no exact one
-        distances = _distances_of_pairs(x, codebook, row, code, _sums_of_squares)
+        distances = _distances_of_pairs(x, codebook, row, code, metric, _sums_in_any_order)
         slack = 1 + 8 * (x.shape[1] + 2) * U64
         is_near = distances <= slack * _least(distances, row, len(x))[row]
     if int(is_near.sum()) == num_rows:
         return is_near
     row, code = row[is_near], code[is_near]
-    distances = _distances_of_pairs(x, codebook, row, code, _canonical_sums_of_squares)
+    distances = _distances_of_pairs(x, codebook, row, code, metric, _sums_in_order)
     return is_near.masked_scatter(is_near, distances == _least(distances, row, len(x))[row])
 
 
@@ -283,7 +312,12 @@ def _least(distances: Tensor, row: Tensor, num_rows: int) -> Tensor:
 
 
 def _distances_of_pairs(
-    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, sums: Callable[[Tensor], Tensor]
+    x: Tensor,
+    codebook: Tensor,
+    row: Tensor,
+    code: Tensor,
+    metric: str,
+    sums: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """[P] float64 distances between x[row] and codebook[code]."""
     # made first: what is kept between blocks would cut up the memory of their tensors
@@ -291,25 +325,27 @@ def _distances_of_pairs(
     block = max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1])
     pairs = zip(distances.split(block), row.split(block), code.split(block), strict=True)
     for out, i, k in pairs:
-        out.copy_(sums(x[i].double().sub_(codebook[k])))
-    return distances
+        rows, codes = x[i].double(), codebook[k]
+        terms = rows.mul_(codes) if metric == "dot" else rows.sub_(codes).square_()
+        out.copy_(sums(terms))
+    return distances.neg_() if metric == "dot" else distances
 
 
-def _sums_of_squares(differences: Tensor) -> Tensor:
-    return differences.square_().sum(-1)
+def _sums_in_any_order(terms: Tensor) -> Tensor:
+    return terms.sum(-1)
 
 
-def _canonical_sums_of_squares(differences: Tensor) -> Tensor:
+def _sums_in_order(terms: Tensor) -> Tensor:
     """[..., D] -> [...], in the order of operations that `vqtriton.reference` lays down."""
     # a copy with the dimensions first, so that each step reads contiguous memory
-    squares = differences.movedim(-1, 0).contiguous().square_()
-    sums = torch.zeros_like(squares[0])
-    for square in squares:
-        sums += square
+    terms = terms.movedim(-1, 0).contiguous()
+    sums = torch.zeros_like(terms[0])
+    for term in terms:
+        sums += term
     return sums
 
 
-def _nearest_of_all(x: Tensor, codebook: Tensor, is_first: Tensor | None) -> Tensor:
+def _nearest_of_all(x: Tensor, codebook: Tensor, is_first: Tensor | None, metric: str) -> Tensor:
     """[N]: the nearest codes by all distances, of which any may overflow; 0 if all do.
 
     ``is_first`` [K] is what `_is_first` gives; it is not needed where no row is finite.
@@ -326,12 +362,16 @@ def _nearest_of_all(x: Tensor, codebook: Tensor, is_first: Tensor | None) -> Ten
     for part in rows.split(max(1, BLOCK_PAIRS_ELEMENTS // len(codes))):
         of_rows = x[part].T.double().contiguous()[:, :, None]
         distances = torch.zeros(len(part), len(codes), dtype=torch.float64, device=x.device)
-        difference = torch.empty_like(distances)
+        term = torch.empty_like(distances)
         # in the order of operations that `vqtriton.reference` lays down
         for of_row, column in zip(of_rows, columns, strict=True):
-            torch.sub(of_row, column, out=difference)
-            distances += difference.mul_(difference)
-        least, place = distances.nan_to_num_(torch.inf, posinf=torch.inf).min(1)
+            if metric == "dot":
+                distances -= torch.mul(of_row, column, out=term)
+            else:
+                torch.sub(of_row, column, out=term)
+                distances += term.mul_(term)
+        distances.nan_to_num_(torch.inf, posinf=torch.inf, neginf=torch.inf)
+        least, place = distances.min(1)
         indices[part] = codes[place].masked_fill_(least == torch.inf, 0)
     return indices
 
@@ -358,9 +398,19 @@ def matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
     return 0.0 if setting in ("ieee", "none", "highest") else 2.0**-9
 
 
-def prepare_codebook(codebook: Tensor) -> list[Tensor]:
+def prepare_codebook(codebook: Tensor, metric: str = "l2") -> list[Tensor]:
     """The tensors of its `CentredCodebook`."""
-    return centred_codebook(codebook, screen_dtype(codebook, codebook)).tensors
+    return centred_codebook(codebook, screen_dtype(codebook, codebook), metric).tensors
+
+
+def normalize_rows(x: Tensor) -> Tensor:
+    """x [N, D] -> `vqtriton.reference.normalized`, some rows at a time."""
+    out = torch.empty(x.shape, dtype=screen_dtype(x, x), device=x.device)
+    for block in _blocks(x):
+        wide = x[block].double()
+        norms = _sums_in_order(wide.square()).sqrt_().clamp_(min=LEAST_NORM)
+        out[block] = wide / norms[:, None]
+    return out
 
 
 def vector_quantize(
@@ -407,7 +457,7 @@ def _quantize(
     prepared: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, float, Tensor]:
     """Codes in x's dtype, [N] sums of squared differences, their sum, indices."""
-    indices = nearest_code(x, codebook, precision, prepared)
+    indices = nearest_code(x, codebook, precision, "l2", prepared)
     if mask is not None:
         indices.masked_fill_(~mask, -1)
     dtype = screen_dtype(x, codebook)

@@ -27,6 +27,7 @@ from vqtriton.kernels.nearest_code import (
 from vqtriton.kernels.nearest_code import (
     nearest_code as nearest_code_kernels,
 )
+from vqtriton.kernels.normalize_rows import normalize_rows as normalize_rows_kernel
 from vqtriton.kernels.replay import replayed
 from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture, rows_are_aligned
 from vqtriton.planes import CodePlanes, planes_of, prepare_planes_with_kernels, screen_bound
@@ -40,15 +41,25 @@ Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @replayed
 def nearest_code(
-    x: Tensor, codebook: Tensor, precision: str, prepared: Sequence[Tensor] = ()
+    x: Tensor,
+    codebook: Tensor,
+    precision: str,
+    metric: str = "l2",
+    prepared: Sequence[Tensor] = (),
 ) -> Tensor:
     if x.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    return run_kernels(x, codebook, prepared, exact=precision == "exact").indices[0]
+    exact, is_dot = precision == "exact", metric == "dot"
+    return run_kernels(x, codebook, prepared, exact=exact, is_dot=is_dot).indices[0]
 
 
-def prepare_codebook(codebook: Tensor) -> list[Tensor]:
-    return list(_prepare_planes(codebook).tensors)
+def prepare_codebook(codebook: Tensor, metric: str = "l2") -> list[Tensor]:
+    return list(_prepare_planes(codebook, is_dot=metric == "dot").tensors)
+
+
+@replayed
+def normalize_rows(x: Tensor) -> Tensor:
+    return normalize_rows_kernel(x)
 
 
 @replayed
@@ -147,13 +158,14 @@ def run_kernels(
     prepared: Sequence[Tensor] = (),
     *,
     exact: bool,
+    is_dot: bool = False,
     mask: Tensor | None = None,
     gather: bool = False,
     reduction: str = "none",
     weight: float = 1.0,
 ) -> NearestCode:
     """`vqtriton.kernels.nearest_code` for one head; N >= 1."""
-    planes = _prepare_planes(codebook, prepared)
+    planes = _prepare_planes(codebook, prepared, is_dot=is_dot)
     is_aligned = rows_are_aligned(x[None])
     config = config_for(x[None], planes.codes.shape[2])
     # tables are of contiguous rows, whose addresses are as well aligned as D allows
@@ -188,12 +200,15 @@ def _tiles(op: str, x: Tensor, codebook_size: int) -> Any:
     return tables.choose(op, x.dtype, x.shape[1], codebook_size, x.shape[0], x.device)
 
 
-def _prepare_planes(codebook: Tensor, prepared: Sequence[Tensor] = ()) -> CodePlanes:
+def _prepare_planes(
+    codebook: Tensor, prepared: Sequence[Tensor] = (), *, is_dot: bool = False
+) -> CodePlanes:
     """Of one head, for the device that the codebook is on."""
     lanes, vec = ACCUMULATOR_ORDER[architecture(codebook.device)]
+    kind: dict[str, Any] = {"group": GROUP, "lanes": lanes, "vec": vec, "is_dot": is_dot}
     if prepared:
-        return planes_of(prepared, codebook.shape[1], group=GROUP, lanes=lanes, vec=vec)
-    return prepare_planes_with_kernels(codebook[None], group=GROUP, lanes=lanes, vec=vec)
+        return planes_of(prepared, codebook.shape[1], **kind)
+    return prepare_planes_with_kernels(codebook[None], **kind)
 
 
 def code_sums(

@@ -22,4 +22,4 @@ class Searches:
 def search(module: nn.Module, x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
     """Indices [N] of the codes [K, D] that are nearest to the rows of x [N, D]."""
     backend = module.__dict__[ATTRIBUTE].backend
-    return nearest_code(x, codebook, backend=backend)
+    return nearest_code(x, codebook, metric=metric, backend=backend)
