@@ -29,9 +29,7 @@ from vqtriton.tensors import finite_rows, screen_dtype
 BLOCK_ELEMENTS = 1 << 20
 # Scores of a block: smaller ones are slower. And of a search that is done all at once.
 BLOCK_SCORES = 1 << 21
-FEW_SCORES = 1 << 16
-# And of one whose two least costs are looked at first.
-FEWEST_SCORES = 1 << 15
+FEW_SCORES = 1 << 18
 # Codes whose costs are reduced together: `amin` over strides is vectorised, `argmin` is not.
 GROUP = 8
 # Groups whose codes are listed at a time: hard data can have all of them in doubt.
@@ -100,16 +98,19 @@ def _search(
     is_plain = prepared.mean is None
     if precision == "exact":
         bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
-    if num_rows * size <= FEWEST_SCORES and size > 1:
-        found = _nearest_of_few(x, prepared, bound, metric)
-        if found is not None:
+    if num_rows * size <= FEW_SCORES and size > 1:
+        found, others = _screen_few(x, prepared, bound, metric)
+        if others is None:
             return found, 0
+        if 2 * len(others) <= num_rows:
+            found[others], in_doubt = _search(x[others], codebook, precision, metric, prepared)
+            return found, in_doubt
     if max_norm == 0 and not (prepared.half_sqnorm < torch.inf).any():
         # no code is finite
         return torch.zeros(num_rows, dtype=torch.int64, device=x.device), 0
 
     codes, half_sqnorm = prepared.codes.T, prepared.half_sqnorm
-    group = 1 if num_rows * size <= FEW_SCORES else GROUP
+    group = GROUP if num_rows * size > FEW_SCORES else 1
     padding = -size % group
     if padding:
         # to whole groups
@@ -178,27 +179,31 @@ def _search(
     return indices, in_doubt
 
 
-def _nearest_of_few(
+def _screen_few(
     x: Tensor, prepared: CentredCodebook, bound: OwnBound | None, metric: str
-) -> Tensor | None:
-    """[N] for a few rows, in few operations; None if one of the rows is in doubt."""
+) -> tuple[Tensor, Tensor | None]:
+    """Indices [N] in few operations, and the rows [M] that are in doubt; None if there are none."""
     dtype = prepared.codes.dtype
-    y = x.to(dtype)
+    y = x if x.dtype == dtype else x.to(dtype)
     if prepared.mean is not None:
         y = torch.sub(y, prepared.mean).mul_(prepared.scale)
-    # at least the norm of each row
-    norm = float(torch.linalg.vector_norm(y))
-    if not norm < LARGEST_NORM[dtype] - prepared.max_norm:
-        return None
     costs = torch.empty(len(x), len(prepared.codes), dtype=dtype, device=x.device)
     # with `out`, autocast leaves it alone
     torch.addmm(prepared.half_sqnorm, y, prepared.codes.T, alpha=-1, out=costs)
-    least, column = costs.topk(2, dim=1, largest=False)
+    norm = float(torch.linalg.vector_norm(y, dim=1).amax())
     slope, constant = _margin(prepared, bound, norm, metric)
-    margin = slope * norm + constant
-    # written so that a NaN is in doubt
-    is_certain = all(second - first > margin for first, second in least.tolist())
-    return column[:, 0].contiguous() if is_certain else None
+    # of the longest row; NaN, which certifies nothing, where numbers may overflow
+    is_sound = norm < LARGEST_NORM[dtype] - prepared.max_norm
+    margin = slope * norm + constant if is_sound else torch.nan
+    if len(x) == 1:
+        costs, column = costs.topk(2, dim=1, largest=False)
+        ((least, second),) = costs.tolist()
+        indices = column[:, 0]
+        return indices, None if second - least > margin else torch.zeros_like(indices)
+    least, indices = costs.min(1)
+    second = costs.scatter_(1, indices[:, None], torch.inf).amin(1)
+    (others,) = (second.sub_(least) > margin).logical_not_().nonzero(as_tuple=True)
+    return indices, others if len(others) else None
 
 
 def _margin(
