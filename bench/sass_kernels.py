@@ -129,6 +129,12 @@ def record_search_of_dots(x: torch.Tensor, target: str) -> list[Launch]:
     ]
 
 
+def record_searches(x: torch.Tensor, target: str) -> list[Launch]:
+    """By distance; for D = 64 also by dot product, which differs outside of the hot loop only."""
+    of_dots = record_search_of_dots(x, target) if x.shape[1] == 64 else []
+    return record_nearest_code(x, target) + of_dots
+
+
 def launches_of_search(
     x: torch.Tensor,
     codebook: torch.Tensor,
@@ -235,7 +241,7 @@ TENSOR_CORE_SCREEN = {"alu_per_pair": 2.0, "total_per_pair": 3.6, **THREE_CTAS}
 KERNELS = (
     Kernel(
         "screen_codes",
-        record_nearest_code,
+        record_searches,
         tuple((dim, torch.float32) for dim in (4, 8, 12, 32, 64, 128, 256, 512, 1024)),
         block_of_pairs,
         screen_work,
@@ -245,23 +251,10 @@ KERNELS = (
     *(
         Kernel(
             name,
-            record_nearest_code,
+            record_searches,
             ((8, torch.float32), (64, torch.float32), (512, torch.float16)),
         )
         for name in ("finish_parts", "rescue_rows")
-    ),
-    *(
-        Kernel(name, record_search_of_dots, ((64, torch.float32),))
-        for name in ("finish_parts", "rescue_rows")
-    ),
-    Kernel(
-        "screen_codes",
-        record_search_of_dots,
-        ((64, torch.float32),),
-        block_of_pairs,
-        screen_work,
-        (Limit("sm_90", 64, TENSOR_CORE_SCREEN),),
-        takes_all_rows=True,
     ),
     Kernel("normalize_rows", record_normalize_rows, ((64, torch.float32),)),
     *(

@@ -24,9 +24,9 @@ LEAST_NORM = tl.constexpr(constants.LEAST_NORM)
 class NormalizeRowsConfig:
     """Tiles of rows; of their dimensions when they are divided."""
 
-    block_n: int = 32
-    block_d: int = 32
-    num_warps: int = 1
+    block_n: int = 128
+    block_d: int = 8
+    num_warps: int = 4
 
 
 # a program must not be compiled for each batch size

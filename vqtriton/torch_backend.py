@@ -296,7 +296,7 @@ def _are_nearest(
     x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, num_rows: int, metric: str
 ) -> Tensor:
     """[P] bool: whether no other candidate of the row is nearer. All distances are finite."""
-    # a dot product's rounding is not relative to it, so there the first sum is the exact one
+    # the rounding of a dot product may be large beside it: no relative slack covers it
     if metric == "dot" or torch.float64 in (x.dtype, codebook.dtype):
         is_near = torch.ones_like(row, dtype=torch.bool)
     else:
