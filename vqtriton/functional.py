@@ -150,7 +150,10 @@ def nearest_code(
         codes = codes.detach() if codes.requires_grad else codes
         if metric == "cosine":
             codes = ops.normalize_rows(codes, backend)
-        indices = ops.nearest_code(flat, codes, *options)
+        search: Any = ops.nearest_code
+        if not ops.is_watched(flat, codes):
+            search = ops.IMPLEMENTATIONS["nearest_code"]
+        indices = search(flat, codes, *options)
     return indices if x.ndim == 2 else indices.reshape(x.shape[:-1])
 
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 from vqtriton.dispatch import backend_for, resolve_backend
 from vqtriton.planes import inner_size, prepare_planes
-from vqtriton.tensors import has_float64, screen_dtype
+from vqtriton.tensors import has_float64, is_traced, screen_dtype
 from vqtriton.tiles import trace
 
 _library = torch.library.Library("vqtriton", "DEF")
@@ -214,6 +214,21 @@ def _implementation(name: str) -> Callable[..., Any]:
         return results
 
     return run
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether anything but its implementation has a say in a call of an op.
+
+    That is a compiler, a transform, a mode, a profiler, or a subclass of tensors. Without one, the
+    implementation can be called by itself, which takes less time.
+    """
+    return (
+        is_traced()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd._profiler_enabled()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 def _on_cpu(run: Callable[..., Any], changed: Sequence[int], args: Sequence[Any]) -> Any:

@@ -29,8 +29,8 @@ TINY = {torch.float32: 2.0**-110, torch.float64: 2.0**-1008}
 # Largest norms of codes that need no scale.
 PLAIN_NORMS = 2.0**-30, 2.0**30
 
-# Dimensions up to which a sum over them is taken as a product with a vector.
-SHORT = 16
+# A sum over so few dimensions, of so many codes, is faster as a product with a vector.
+SHORT, MANY = 16, 4096
 # Elements of the codes that are squared at a time.
 BLOCK_ELEMENTS = 1 << 17
 
@@ -39,10 +39,11 @@ class CentredCodebook(NamedTuple):
     """A codebook in the form that the screens read."""
 
     codes: Tensor  # [K, D] screen dtype, e_k; zeros where a code is not finite
-    half_sqnorm: Tensor  # [K] screen dtype, ‖e_k‖²/2, or 0 for "dot"; +inf: code not finite
+    half_sqnorm: Tensor  # [K] screen dtype, unit·‖e_k‖²/2, or 0 for "dot"; +inf: code not finite
     mean: Tensor | None  # [D] screen dtype; None: 0, with the scale 1
     scale: float  # a power of two
     max_norm: float  # max ‖e_k‖
+    unit: float = 1.0  # what the costs of codes are measured in
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -60,23 +61,23 @@ def centred_codebook_of(tensors: Sequence[Tensor]) -> CentredCodebook:
 def plain_codebook(codebook: Tensor, dtype: torch.dtype, metric: str) -> CentredCodebook | None:
     """A codebook as it is, which takes one pass; None if its squares may leave the range.
 
-    Its mean counts as 0. ``half_sqnorm`` is summed in ``dtype``, in any order.
+    Its mean counts as 0. The norms are summed in ``dtype``, in any order.
     """
     codes = codebook if codebook.dtype == dtype else codebook.to(dtype)
-    if codes.shape[1] <= SHORT:
-        # reductions of short rows take longer
-        halves = codes.new_full((codes.shape[1],), 0.5)
+    if codes.shape[1] <= SHORT and codes.shape[0] >= MANY:
+        ones = codes.new_ones(codes.shape[1])
         # with `out`, autocast leaves it alone
-        half_sqnorm = torch.mv(codes.square(), halves, out=torch.empty_like(codes[:, 0]))
+        sqnorm = torch.mv(codes.square(), ones, out=torch.empty_like(codes[:, 0]))
     else:
-        half_sqnorm = torch.linalg.vector_norm(codes, dim=1).square_().mul_(0.5)
-    max_norm = sqrt(2 * float(half_sqnorm.amax()))
+        sqnorm = torch.linalg.vector_norm(codes, dim=1).square_()
+    max_norm = sqrt(float(sqnorm.amax()))
     # written so that a NaN is out of it
     if not PLAIN_NORMS[0] < max_norm < PLAIN_NORMS[1]:
         return None
     if metric == "dot":
-        half_sqnorm.zero_()
-    return CentredCodebook(codes, half_sqnorm, None, 1.0, max_norm)
+        sqnorm.zero_()
+    # to halve the norms would take another pass
+    return CentredCodebook(codes, sqnorm, None, 1.0, max_norm, 2.0)
 
 
 def centred_codebook(codebook: Tensor, dtype: torch.dtype, metric: str = "l2") -> CentredCodebook:

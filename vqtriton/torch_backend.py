@@ -7,14 +7,14 @@ memory is O(N + K·D), never O(N·K), whatever the data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
 
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
-from vqtriton.kernels.constants import LEAST_NORM
+from vqtriton.kernels.constants import LEAST_NORM, SLACK
 from vqtriton.screening import (
     U64,
     CentredCodebook,
@@ -30,6 +30,10 @@ BLOCK_ELEMENTS = 1 << 20
 # Scores of a block: smaller ones are slower. And of a search that is done all at once.
 BLOCK_SCORES = 1 << 21
 FEW_SCORES = 1 << 18
+# Elements of x up to which differences take less time than products.
+FEWEST_ELEMENTS = 1 << 7
+# Elements of codes in doubt up to which lists take less time than tensors.
+FEW_ELEMENTS = 1 << 10
 # Codes whose costs are reduced together: `amin` over strides is vectorised, `argmin` is not.
 GROUP = 8
 # Groups whose codes are listed at a time: hard data can have all of them in doubt.
@@ -69,6 +73,10 @@ def search(
     is called a distance is, for "dot", the opposite of the dot product.
     """
     dtype = screen_dtype(x, codebook)
+    if 0 < x.numel() <= FEWEST_ELEMENTS and dtype == torch.float32 and metric == "l2":
+        found = _search_by_differences(x, codebook)
+        if found is not None:
+            return found, 0
     if tensors and tensors[0].dtype == dtype:
         return _search(x, codebook, precision, metric, centred_codebook_of(tensors))
     plain = plain_codebook(codebook, dtype, metric)
@@ -93,18 +101,15 @@ def _search(
         _OffCentre: many of the first rows are in doubt, and fewer would be with centred codes.
     """
     num_rows, dim = x.shape
-    size, dtype = len(codebook), prepared.codes.dtype
+    size, dtype = codebook.shape[0], prepared.codes.dtype
     max_norm, bound = prepared.max_norm, None
     is_plain = prepared.mean is None
     if precision == "exact":
         bound = error_bound(dim, dtype, matmul_input_roundoff(x.device, dtype))
-    if num_rows * size <= FEW_SCORES and size > 1:
-        found, others = _screen_few(x, prepared, bound, metric)
-        if others is None:
-            return found, 0
-        if 2 * len(others) <= num_rows:
-            found[others], in_doubt = _search(x[others], codebook, precision, metric, prepared)
-            return found, in_doubt
+    if 0 < num_rows * size <= FEW_SCORES and size > 1:
+        few = _search_few(x, codebook, prepared, bound, metric)
+        if few is not None:
+            return few
     if max_norm == 0 and not (prepared.half_sqnorm < torch.inf).any():
         # no code is finite
         return torch.zeros(num_rows, dtype=torch.int64, device=x.device), 0
@@ -135,7 +140,7 @@ def _search(
         elif is_copied:
             block_y.copy_(rows)
         # with `out`, autocast leaves it alone
-        torch.addmm(half_sqnorm, block_y, codes, alpha=-1, out=block_costs)
+        torch.addmm(half_sqnorm, block_y, codes, alpha=-prepared.unit, out=block_costs)
         least_of_groups = block_costs
         if group > 1:
             by_group = block_costs.view(len(rows), group, -1)
@@ -179,37 +184,62 @@ def _search(
     return indices, in_doubt
 
 
-def _screen_few(
-    x: Tensor, prepared: CentredCodebook, bound: OwnBound | None, metric: str
-) -> tuple[Tensor, Tensor | None]:
-    """Indices [N] in few operations, and the rows [M] that are in doubt; None if there are none."""
+def _search_by_differences(x: Tensor, codebook: Tensor) -> Tensor | None:
+    """[N], from float32 distances that need no norms; None if a row is in doubt.
+
+    A sum of squared differences errs relative to itself, by less than (D + 3)·2⁻²⁴, and its root by
+    half of that and a rounding. docs/design.md has the rest.
+    """
+    if codebook.shape[0] == 1:
+        return None
+    rows, codes = x.to(torch.float32), codebook.to(torch.float32)
+    distances = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist")
+    two, columns = distances.topk(2, dim=1, largest=False)
+    ratio = 1 + SLACK * (x.shape[1] + 12) * 2.0**-24
+    for first, second in two.tolist():
+        # written so that a NaN is in doubt, and squares that under- or overflow as well
+        if not (max(first * ratio, 2.0**-30) < second and first < 2.0**60):
+            return None
+    return columns[:, 0].contiguous()
+
+
+def _search_few(
+    x: Tensor, codebook: Tensor, prepared: CentredCodebook, bound: OwnBound | None, metric: str
+) -> tuple[Tensor, int] | None:
+    """`_search` in few operations; None if too many codes are in doubt, or numbers may overflow."""
     dtype = prepared.codes.dtype
     y = x if x.dtype == dtype else x.to(dtype)
     if prepared.mean is not None:
         y = torch.sub(y, prepared.mean).mul_(prepared.scale)
-    costs = torch.empty(len(x), len(prepared.codes), dtype=dtype, device=x.device)
-    # with `out`, autocast leaves it alone
-    torch.addmm(prepared.half_sqnorm, y, prepared.codes.T, alpha=-1, out=costs)
     norm = float(torch.linalg.vector_norm(y, dim=1).amax())
+    if not norm < LARGEST_NORM[dtype] - prepared.max_norm:
+        return None
+    # the margin of the longest row for all
     slope, constant = _margin(prepared, bound, norm, metric)
-    # of the longest row; NaN, which certifies nothing, where numbers may overflow
-    is_sound = norm < LARGEST_NORM[dtype] - prepared.max_norm
-    margin = slope * norm + constant if is_sound else torch.nan
-    if len(x) == 1:
-        costs, column = costs.topk(2, dim=1, largest=False)
-        ((least, second),) = costs.tolist()
-        indices = column[:, 0]
-        return indices, None if second - least > margin else torch.zeros_like(indices)
+    margin = slope * norm + constant
+    costs = torch.empty(x.shape[0], prepared.codes.shape[0], dtype=dtype, device=x.device)
+    # with `out`, autocast leaves it alone
+    torch.addmm(prepared.half_sqnorm, y, prepared.codes.T, alpha=-prepared.unit, out=costs)
     least, indices = costs.min(1)
-    second = costs.scatter_(1, indices[:, None], torch.inf).amin(1)
-    (others,) = (second.sub_(least) > margin).logical_not_().nonzero(as_tuple=True)
-    return indices, others if len(others) else None
+    chosen = indices[:, None]
+    ahead = costs.scatter_(1, chosen, torch.inf).amin(1).sub_(least)
+    # written so that a NaN is in doubt
+    if float(ahead.amin()) > margin:
+        return indices, 0
+    (rows,) = (ahead > margin).logical_not_().nonzero(as_tuple=True)
+    if bound is None:
+        return None
+    costs.scatter_(1, chosen, least[:, None])
+    place, code = (costs[rows] <= (least[rows] + margin)[:, None]).nonzero().unbind(1)
+    if code.shape[0] > BLOCK_GROUPS:
+        return None
+    return indices, _choose(x, codebook, rows[place], code, indices, "exact", metric)
 
 
 def _margin(
     prepared: CentredCodebook, bound: OwnBound | None, longest: float, metric: str
 ) -> tuple[float, float]:
-    """Slope and constant, by the norm of its row, of twice the error of a score."""
+    """Slope and constant, by the norm of its row, of twice the error of a cost."""
     if bound is None:
         return 0.0, 0.0
     max_norm = prepared.max_norm
@@ -220,7 +250,7 @@ def _margin(
         slope += bound.distances * longest
         # norms of plain codes err as much as their products
         constant += bound.products * max_norm * max_norm * (0.5 if prepared.mean is not None else 1)
-    return 2 * slope, 2 * constant
+    return 2 * prepared.unit * slope, 2 * prepared.unit * constant
 
 
 def _add_margin(
@@ -277,6 +307,8 @@ def _choose(
 
     Candidates are pairs (row, code), [P] each. Returns how many rows have several.
     """
+    if precision == "exact" and code.shape[0] * x.shape[1] <= FEW_ELEMENTS:
+        return _choose_of_few(x, codebook, row, code, indices, metric)
     is_contested = torch.bincount(row, minlength=len(x)) > 1
     contested = int(is_contested.sum())
     if contested and precision == "exact":
@@ -290,6 +322,34 @@ def _choose(
     chosen = torch.full_like(indices, none).scatter_reduce_(0, row, code, "amin")
     torch.where(chosen < none, chosen, indices, out=indices)
     return contested
+
+
+def _choose_of_few(
+    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, indices: Tensor, metric: str
+) -> int:
+    """`_choose` in Python's floats, which are float64 without fused operations.
+
+    For few numbers this takes less time than tensors of them.
+    """
+    best: dict[int, tuple[float, int]] = {}
+    several = set()
+    vectors, codes = x[row].tolist(), codebook[code].tolist()
+    for i, k, vector, values in zip(row.tolist(), code.tolist(), vectors, codes, strict=True):
+        distance = 0.0
+        # in the order of operations that `vqtriton.reference` lays down
+        if metric == "dot":
+            for a, b in zip(vector, values, strict=True):
+                distance -= a * b
+        else:
+            for a, b in zip(vector, values, strict=True):
+                distance += (a - b) * (a - b)
+        if i in best:
+            several.add(i)
+        # of those that are equally near, the lowest index
+        best[i] = min(best.get(i, (inf, k)), (distance, k))
+    if best:
+        indices[list(best)] = indices.new_tensor([k for _, k in best.values()])
+    return len(several)
 
 
 def _are_nearest(
