@@ -4,12 +4,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 BENCH_READY := $(if $(READY),$(VENV)/.bench-ready)
+CLIENTS_READY := $(if $(READY),$(VENV)/.clients-ready)
 # what the kernels are compiled with; those not installed go to .triton/
 TRITONS := 3.6.0 3.7.1 3.9.0
 OUT := runs/gpu-check
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help venv train test test-compiled test-interpreted test-slow test-versions lint format api bench sass gpu-check clean
+.PHONY: help venv train test test-compiled test-interpreted test-slow test-clients test-versions lint format api bench sass gpu-check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +29,12 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
+$(VENV)/.clients-ready: $(VENV)/.ready
+	$(INSTALL) -e '.[clients]'
+	# only their quantizers are used, which need nothing that these declare
+	$(INSTALL) --no-deps encodec==0.1.1 descript-audio-codec==1.0.0 moshi==0.2.13
+	@touch $@
+
 train: $(READY) ## train the VQ-VAE on MNIST: runs/mnist/; FLAGS='--resume' and the like
 	$(PYTHON) examples/train_mnist.py --out runs/mnist $(FLAGS)
 
@@ -42,6 +49,9 @@ test-interpreted: $(READY)
 
 test-slow: $(READY) ## what takes longest: a million rows, several ranks, torch.compile of a training run
 	$(PYTHON) -m pytest -m slow
+
+test-clients: $(CLIENTS_READY) ## tests with transformers, diffusers, vector-quantize-pytorch and others installed
+	$(PYTHON) -m pytest tests/test_clients.py tests/test_checkpoints.py tests/test_tokens_of_models.py
 
 test-versions: $(READY) ## core tests on older and newer versions: 10 minutes a row; ROWS='floor newest', KEEP=1
 	$(PYTHON) tests/versions.py $(ROWS) $(if $(KEEP),--keep)

@@ -210,10 +210,6 @@ MODELS = (
         16384, 2048, 16, 256, *FORWARD,
     ),
     ClientModel(
-        "transformers", _transformers("apertus1p5", "Apertus1p5VisionTokenizerVectorQuantizer"),
-        131072, 256, 16, 256, *FORWARD,
-    ),
-    ClientModel(
         "diffusers", "models.autoencoders.vae.VectorQuantizer",
         16384, 4, 16, 8192, _of_taming, "__call__", _map,
     ),

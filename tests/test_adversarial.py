@@ -37,7 +37,9 @@ def test_exact_with_the_worst_sums(monkeypatch: pytest.MonkeyPatch, case: str, d
 
     def worst(half, y, codes, *, alpha, out):
         y, codes, half = y.double(), codes.double(), half.double()
-        error = y.norm(dim=1)[:, None] * codes.norm(dim=0) + half.where(half < torch.inf, 0)
+        norms = half.where(half < torch.inf, 0)
+        # codes as they are: twice the scores, and norms that err as well
+        error = -alpha * y.norm(dim=1)[:, None] * codes.norm(dim=0) - alpha * norms
         error *= (dim + 1) * 2.0**-24
         is_nearest = torch.arange(half.numel()) == want[:, None]
         return out.copy_(half + alpha * (y @ codes) + torch.where(is_nearest, error, -error))
@@ -46,6 +48,35 @@ def test_exact_with_the_worst_sums(monkeypatch: pytest.MonkeyPatch, case: str, d
     # all rows at once
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 400 * dim)
     assert torch.equal(vqtriton.nearest_code(x, codebook, backend="torch"), want)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("case", ["near_ties", "ulp_ties_across_groups", "unit_norm", "lattice"])
+@pytest.mark.parametrize("dim", [5, 33, 128])
+def test_exact_with_the_worst_differences(monkeypatch, case: str, dim: int) -> None:
+    x, codebook = data.HARD[case](150, 40, dim)
+    want = oracle.nearest_code(x, codebook)
+    for row, nearest in zip(x[:, None], want, strict=True):
+
+        def worst(rows, codes, *, compute_mode, nearest=nearest):
+            distances = (rows.double()[:, None] - codes.double()).square().sum(2).sqrt()
+            error = ((dim + 3) / 2 + 1) * 2.0**-24
+            is_nearest = torch.arange(len(codes)) == nearest
+            return (distances * torch.where(is_nearest, 1 + error, 1 - error)).float()
+
+        monkeypatch.setattr(torch, "cdist", worst)
+        assert vqtriton.nearest_code(row, codebook, backend="torch").tolist() == [nearest]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("case", data.HARD)
+@pytest.mark.parametrize("dim", [1, 6, 64, 128])
+def test_few_rows_at_a_time(case: str, dim: int) -> None:
+    x, codebook = data.HARD[case](90, 40, dim)
+    want = oracle.nearest_code(x, codebook)
+    for number in (128 // dim, 3):
+        parts = [vqtriton.nearest_code(part, codebook, backend="torch") for part in x.split(number)]
+        assert torch.equal(torch.cat(parts), want)
 
 
 # --- rows in doubt ---

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import oracle
@@ -143,16 +144,14 @@ OURS = [
         call,
     ),
 ]
-EXAMPLES = OURS + [example_of(model) for model in MODELS]
+INSTALLED = [model for model in MODELS if find_spec(model.project)]
+EXAMPLES = OURS + [example_of(model) for model in INSTALLED]
 on_every_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 
 
 def built(example: Example) -> nn.Module:
     torch.manual_seed(0)
-    try:
-        return example.build()
-    except ModuleNotFoundError as error:
-        pytest.skip(f"{error.name} is not installed")
+    return example.build()
 
 
 def given(example: Example) -> Tensor:
@@ -403,6 +402,13 @@ def test_a_pickle_needs_no_vqtriton(tmp_path) -> None:
     assert "[4]" in result.stdout
 
 
+@pytest.mark.once
+def test_all_projects_are_installed() -> None:
+    missing = {model.project for model in MODELS} - {model.project for model in INSTALLED}
+    if missing:
+        pytest.skip(f"make test-clients installs {', '.join(sorted(missing))}")
+
+
 # --- what is left alone ---
 
 
@@ -506,12 +512,14 @@ def test_autocast_does_not_change_tokens(searches) -> None:
 # --- vector-quantize-pytorch: training, with its options ---
 
 
+needs_theirs = pytest.mark.skipif(
+    not find_spec("vector_quantize_pytorch"), reason="vector_quantize_pytorch is not installed"
+)
+
+
 def lucid(seed: int = 0, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
-    try:
-        kind = foreign("vector_quantize_pytorch").VectorQuantize
-    except ModuleNotFoundError:
-        pytest.skip("vector_quantize_pytorch is not installed")
+    kind = foreign("vector_quantize_pytorch").VectorQuantize
     return kind(**{"dim": 8, "codebook_size": 12, **options})
 
 
@@ -586,6 +594,7 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@needs_theirs
 @pytest.mark.once
 @pytest.mark.parametrize(("options", "call_options"), OPTIONS, ids=str)
 def test_training_with_the_options_of_vector_quantize_pytorch(options, call_options) -> None:
@@ -600,6 +609,7 @@ def test_training_with_the_options_of_vector_quantize_pytorch(options, call_opti
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@needs_theirs
 @pytest.mark.once
 @pytest.mark.parametrize("options", [{}, {"heads": 2, "codebook_dim": 4}], ids=str)
 def test_no_matrix_of_all_scores_is_made(options) -> None:
@@ -616,6 +626,7 @@ def test_no_matrix_of_all_scores_is_made(options) -> None:
     assert peak(patched(lucid(**options))) < 4 * rows_ * size
 
 
+@needs_theirs
 @pytest.mark.once
 def test_another_release_is_left_alone(monkeypatch) -> None:
     module = lucid()
@@ -625,6 +636,7 @@ def test_another_release_is_left_alone(monkeypatch) -> None:
     assert report.left["_codebook"] == "its release is 1.33.0; 1.32 is known"
 
 
+@needs_theirs
 @pytest.mark.once
 def test_updates_by_indices_are_theirs() -> None:
     theirs, ours = lucid(), patched(lucid())
@@ -635,6 +647,7 @@ def test_updates_by_indices_are_theirs() -> None:
         torch.testing.assert_close(g, w)
 
 
+@needs_theirs
 @pytest.mark.once
 def test_a_codebook_by_itself_gives_scores() -> None:
     module = patched(lucid())
@@ -643,6 +656,7 @@ def test_a_codebook_by_itself_gives_scores() -> None:
     assert torch.equal(scores.argmax(-1), indices[None])
 
 
+@needs_theirs
 @pytest.mark.once
 def test_compiled_before_kmeans_is_refused() -> None:
     module = patched(lucid(kmeans_init=True))

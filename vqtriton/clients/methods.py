@@ -89,13 +89,6 @@ def forward_of_emu3(self: Any, hidden_state: Tensor) -> Tensor:
     return indices.view(z.shape[:-1])
 
 
-def forward_of_apertus(self: Any, hidden_states: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H, W], by the largest dot product."""
-    z = hidden_states.permute(0, 2, 3, 1)
-    rows = z.reshape(-1, z.shape[-1])
-    return search(self, rows, self.embedding.weight, "dot").view(z.shape[:-1])
-
-
 def forward_of_diffusers(self: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple]:
     """diffusers, and taming-transformers' `VectorQuantizer2`."""
     z = _channels_last(z)

@@ -65,7 +65,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
     """Lets the quantizers inside of a model search with vqtriton.
 
     It knows the quantizers of transformers (EnCodec, Mimi, DAC, XCodec, Higgs Audio, WavTokenizer,
-    Chameleon, Janus, Emu3, GLM-Image, Apertus), diffusers, taming-transformers, the original
+    Chameleon, Janus, Emu3, GLM-Image), diffusers, taming-transformers, the original
     encodec, descript-audio-codec and moshi, and vector-quantize-pytorch 1.32. Each module is tried
     beside the new code first, on random values, so one that only resembles these is left alone.
 

@@ -126,13 +126,6 @@ CLIENTS = (
         VIDEO,
     ),
     Client(
-        "Apertus",
-        r"\w*VisionTokenizerVectorQuantizer",
-        "embedding.weight",
-        {"forward": methods.forward_of_apertus},
-        MAP,
-    ),
-    Client(
         "diffusers",
         "VectorQuantizer",
         "embedding.weight",
