@@ -79,7 +79,27 @@ def test_few_rows_at_a_time(case: str, dim: int) -> None:
         assert torch.equal(torch.cat(parts), want)
 
 
+@pytest.mark.once
+def test_squares_that_underflow_decide_nothing() -> None:
+    # in float32 the squares of the first code vanish, and that of the second does not
+    codebook = torch.zeros(2, 128)
+    codebook[0], codebook[1, 0] = 2.5e-23, 1e-22
+    x = torch.zeros(1, 128)
+    assert oracle.nearest_code(x, codebook).tolist() == [1]
+    assert vqtriton.nearest_code(x, codebook, backend="torch").tolist() == [1]
+
+
 # --- rows in doubt ---
+
+
+@pytest.mark.once
+def test_codes_far_from_the_origin_are_centred() -> None:
+    torch.manual_seed(0)
+    x, codebook = torch.randn(2000, 32) + 1000, torch.randn(300, 32) + 1000
+    indices, in_doubt = torch_backend.search(x, codebook, "exact")
+    assert torch.equal(indices, oracle.nearest_code(x, codebook))
+    # as many as without the offset, give or take the rounding of the inputs
+    assert in_doubt < 50
 
 
 @pytest.mark.once
