@@ -7,6 +7,7 @@ values, dtypes and gradients are the same wherever the indices are. ``self`` is 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,28 @@ def quantize_rows_in_float32(self: Any, hidden_states: Tensor) -> Tensor:
 
 def quantize_rows_of_moshi(self: Any, x: Tensor) -> Tensor:
     return search(self, x, self.embedding)
+
+
+def encode_of_encodec(self: Any, embeddings: Tensor, bandwidth: float | None = None) -> Tensor:
+    """Encodec in transformers: [B, D, T] -> [levels, B, T]."""
+    return _levels(embeddings, self.layers[: self.get_num_quantizers_for_bandwidth(bandwidth)])
+
+
+def encode_of_xcodec(self: Any, embeddings: Tensor, bandwidth: float | None = None) -> Tensor:
+    number = self.get_num_quantizers_for_bandwidth(bandwidth)
+    return _levels(embeddings, self.quantizers[:number])
+
+
+def _levels(embeddings: Tensor, layers: Iterable[Any]) -> Tensor:
+    """The loop of a residual quantizer, with vectors last from the first level to the last."""
+    batch, dim, time = embeddings.shape
+    residual = embeddings.transpose(1, 2).reshape(-1, dim)
+    chosen = []
+    for layer in layers:
+        indices = layer.codebook.quantize(residual)
+        residual = residual - F.embedding(indices, layer.codebook.embed)
+        chosen.append(indices)
+    return torch.stack(chosen).view(len(chosen), batch, time)
 
 
 def _not_wider(tensor: Tensor) -> Tensor:

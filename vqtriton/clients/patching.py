@@ -176,7 +176,7 @@ def _obstacle(module: nn.Module, base: type, client: Client, codebook: Tensor) -
             return f"its {name} was replaced on the module itself, as hooks of accelerate do"
         if getattr(type(module), name) is not vars(base)[name]:
             return f"its class replaces {name} of {base.__name__}"
-    if not client.shape and not _is_patched(module.get_submodule(client.codebook.split(".")[0])):
+    if not all(_is_patched(inside) for inside in client.codebooks_inside(module)):
         return "its codebook was left"
     if codebook.is_meta:
         return "its codebook has no values yet: patch the model once it is loaded"

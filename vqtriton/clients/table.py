@@ -40,6 +40,8 @@ class Client(NamedTuple):
     shape: tuple[int, ...]
     # how many of its results are compared
     num_results: int | None = None
+    # a list of levels, and the codebook of each: what has to be patched before this is
+    levels: str = ""
     # the package and its release, where more is replaced than can be tried
     package: str = ""
     release: str = ""
@@ -60,6 +62,12 @@ class Client(NamedTuple):
         except AttributeError:
             return None
         return codebook if isinstance(codebook, Tensor) and codebook.ndim in (2, 3) else None
+
+    def codebooks_inside(self, module: nn.Module) -> list[nn.Module]:
+        """The modules around which this one only passes vectors on."""
+        if self.levels:
+            return [level.codebook for level in getattr(module, self.levels)]
+        return [] if self.shape else [module.get_submodule(self.codebook.partition(".")[0])]
 
     def wrong_release(self) -> str | None:
         """What is installed in place of the release that is known."""
@@ -89,6 +97,22 @@ CLIENTS = (
         "embed",
         {"quantize": methods.quantize_rows},
         ROWS,
+    ),
+    Client(
+        "Encodec of transformers, all levels",
+        "EncodecResidualVectorQuantizer",
+        "layers.0.codebook.embed",
+        {"encode": methods.encode_of_encodec},
+        LATENTS,
+        levels="layers",
+    ),
+    Client(
+        "XCodec of transformers, all levels",
+        "XcodecResidualVectorQuantization",
+        "quantizers.0.codebook.embed",
+        {"encode": methods.encode_of_xcodec},
+        LATENTS,
+        levels="quantizers",
     ),
     Client(
         "moshi",
@@ -149,6 +173,7 @@ CLIENTS = (
         },
         (2, 12, -1),
         2,
+        "",
         *VECTOR_QUANTIZE_PYTORCH,
     ),
     Client(
@@ -158,6 +183,7 @@ CLIENTS = (
         {"forward": methods.forward_of_vector_quantize},
         (),
         0,
+        "",
         *VECTOR_QUANTIZE_PYTORCH,
     ),
 )
