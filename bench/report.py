@@ -209,16 +209,20 @@ def client_table(rows: Sequence[Row]) -> str:
             if found["refused"]:
                 cells.append("does not run without the patch")
             else:
-                part = found["theirs_farther"] / found["tokens"]
-                cells.append(f"{found['theirs_farther']} ({part:.2%}), {found['ours_farther']}")
+                wrong = found["theirs_farther"]
+                cells.append(f"{wrong} ({wrong / found['tokens']:.2%})" if wrong else "0")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def client_line(path: Path) -> str:
-    """Markdown: where and how the rows of a file were measured."""
-    row = read_rows(path)[0]
+    """Markdown: how often the patched were wrong; where and how the rows were measured."""
+    rows = read_rows(path)
+    row = rows[0]
+    found = [of_dtype for one in rows for of_dtype in one["tokens"].values()]
+    wrong, tokens = (sum(of[name] for of in found) for name in ("ours_farther", "tokens"))
     return (
+        f"The patched quantizers chose a farther code for {wrong} of all {tokens} tokens. Source: "
         f"[{path.name}](../{path.relative_to(ROOT)}), from `{row['command']}` at commit "
         f"{row['commit']}: {row['device']}, {row['threads']} threads, torch {row['torch']}."
     )
