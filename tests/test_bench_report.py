@@ -27,7 +27,8 @@ report = importlib.import_module("bench.report")
 subjects = importlib.import_module("bench.subjects")
 
 OURS, PEER = subjects.OURS, subjects.PEER
-FILES = sorted(set(report.RESULTS.glob("*.jsonl")) - {report.RESULTS / "clustering_cpu.jsonl"})
+OTHERS = {report.RESULTS / name for name in ("clustering_cpu.jsonl", "clients_cpu.jsonl")}
+FILES = sorted(set(report.RESULTS.glob("*.jsonl")) - OTHERS)
 
 
 def row(subject: str, seconds: list[float], **changes) -> dict:
@@ -54,7 +55,7 @@ def row(subject: str, seconds: list[float], **changes) -> dict:
 @pytest.mark.parametrize("path", report.DOCS, ids=lambda path: path.name)
 def test_the_docs_are_those_of_the_result_files(path):
     text = path.read_text(encoding="utf-8")
-    assert "<!-- bench: training -->" in text
+    assert "<!-- bench: " in text
     assert report.with_tables(text) == text
 
 
@@ -92,6 +93,19 @@ def test_result_files_are_whole(path):
         assert 0 < found["floor_fraction"] < 1
         if found["memory_limit_bytes"] is not None:
             assert found["peak_memory_bytes"] <= found["memory_limit_bytes"]
+
+
+def test_patched_quantizers_are_right_and_hold_less():
+    rows = report.read_rows(report.RESULTS / "clients_cpu.jsonl")
+    assert not any(row["commit"].endswith("-dirty") for row in rows)
+    assert {(row["commit"], row["command"]) for row in rows} == {
+        (rows[0]["commit"], "python -m bench.clients --store")
+    }
+    for row in rows:
+        assert all(found["ours_farther"] == 0 for found in row["tokens"].values()), row["client"]
+        for size in row["speed"]:
+            theirs, ours = size["peak_bytes"]
+            assert ours <= theirs, (row["client"], size["size"])
 
 
 def test_the_search_is_no_slower_than_cdist_and_takes_little():

@@ -159,7 +159,8 @@ class LoadedCodebook:
         codebook = self.codebook
         if codebook.ndim == 3:
             # the codes of head h are in rows h·K to h·K + K
-            start = torch.arange(self.heads, device=indices.device) * codebook.shape[1]
+            start = torch.arange(self.heads, dtype=torch.int64, device=indices.device)
+            start = start * codebook.shape[1]
             codebook, indices = codebook.flatten(0, 1), indices.where(indices < 0, indices + start)
         vectors = gather(codebook, indices)
         if self.heads > 1 or self.codebook.ndim == 3:

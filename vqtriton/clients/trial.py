@@ -35,7 +35,7 @@ def disagreement(module: nn.Module, base: type, client: Client, codebook: Tensor
         twin = _twin(module, client.codebook.split("."), size)
         twin.__dict__[ATTRIBUTE] = searches = Searches("auto")
         searches.needs_scores = False
-        x = torch.randn(*heads, *shape, device=codebook.device)
+        x = torch.randn(*heads, *shape, dtype=torch.float32, device=codebook.device)
         try:
             theirs = _results(vars(base)[name], twin, x)
         except Exception as error:
