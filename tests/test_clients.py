@@ -8,7 +8,9 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -409,6 +411,117 @@ def test_all_projects_are_installed() -> None:
         pytest.skip(f"make test-clients installs {', '.join(sorted(missing))}")
 
 
+# --- ways in which modules are used ---
+
+
+@pytest.mark.once
+def test_hooks_see_no_trial() -> None:
+    module = VectorQuantizer2(SIZE, DIM)
+    seen = []
+    module.embedding.register_forward_hook(lambda *args: seen.append(args))
+    module.embedding.register_forward_pre_hook(lambda *args: seen.append(args))
+    patched(module)
+    assert seen == []
+    module(fmap())
+    assert len(seen) == 2
+
+
+@pytest.mark.once
+def test_codes_that_are_elsewhere_are_brought_by_theirs(monkeypatch) -> None:
+    """As accelerate's hooks do: the weight is on the meta device between calls."""
+    module = patched(VectorQuantize(SIZE, DIM))
+    x = rows().mT
+    want = module(x)
+    weight = module.codebook.weight
+    brought = []
+
+    def bring(self: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor]:
+        brought.append(self)
+        self.codebook.weight = weight
+        return original(self, latents)
+
+    original = VectorQuantize.decode_latents
+    monkeypatch.setattr(VectorQuantize, "decode_latents", bring)
+    module.codebook.weight = nn.Parameter(torch.empty(SIZE, DIM, device="meta"))
+    assert torch.equal(module(x)[1], want[1])
+    assert brought == [module]
+
+
+@pytest.mark.once
+def test_a_class_that_is_changed_after_the_patch() -> None:
+    module = patched(EuclideanCodebook(SIZE, DIM))
+    x = rows()
+    want = module(x)
+    kind = type(module)
+    module.__class__ = type("Sharded", (kind,), {})
+    assert torch.equal(module(x)[1], want[1])
+    both = nn.ModuleList([module, patched(EuclideanCodebook(SIZE, DIM))])
+    with pytest.raises(RuntimeError, match="is now Sharded, which was made after the patch"):
+        vqtriton.unpatch(both)
+    # nothing was done
+    assert ATTRIBUTE in vars(module)
+    assert type(both[1]) is not EuclideanCodebook
+    module.__class__ = kind
+    assert vqtriton.unpatch(both) == ["0", "1"]
+
+
+@pytest.mark.once
+def test_a_parametrized_codebook() -> None:
+    class Doubled(nn.Module):
+        def forward(self, tensor: Tensor) -> Tensor:
+            return 2 * tensor
+
+    module = EuclideanCodebook(SIZE, DIM)
+    module.embed = nn.Parameter(module.embed)
+    before = copy.deepcopy(module)
+    nn.utils.parametrize.register_parametrization(before, "embed", Doubled())
+    assert vqtriton.patch(before).left[""] == "it is parametrized: patch it before that"
+    nn.utils.parametrize.register_parametrization(patched(module), "embed", Doubled())
+    x = rows()
+    assert torch.equal(module(x)[1], before(x)[1])
+    nn.utils.parametrize.remove_parametrizations(module, "embed")
+    assert vqtriton.unpatch(module) == [""]
+    assert type(module) is EuclideanCodebook
+
+
+class BuildsItself(EuclideanCodebook):
+    def __new__(cls, size: int, dim: int) -> BuildsItself:
+        return super().__new__(cls)
+
+
+@pytest.mark.once
+def test_a_class_whose_new_takes_arguments() -> None:
+    module = patched(BuildsItself(SIZE, DIM))
+    assert type(copy.deepcopy(module)) is type(module)
+    shallow = copy.copy(module)
+    assert type(shallow) is type(module)
+    assert shallow.embed is module.embed
+
+
+@pytest.mark.once
+def test_channels_that_are_not_d_are_regrouped_as_theirs() -> None:
+    module = foreign_vector_quantizer()
+    x = torch.randn(1, 2 * DIM, 2, 2)
+    want = module(x)
+    got = patched(module)(x)
+    assert torch.equal(got[2][2], want[2][2])
+    assert torch.equal(got[0], want[0])
+
+
+def foreign_vector_quantizer() -> nn.Module:
+    class VectorQuantizer(VectorQuantizer2):
+        def forward(self, z: Tensor) -> Any:
+            z = z.movedim(1, -1).contiguous()
+            rows_ = z.view(-1, self.embedding.weight.shape[1])
+            indices = torch.cdist(rows_, self.embedding.weight).argmin(1)
+            codes = self.embedding(indices).view(z.shape)
+            loss = F.mse_loss(codes.detach(), z) + self.beta * F.mse_loss(codes, z.detach())
+            codes = (z + (codes - z).detach()).movedim(-1, 1).contiguous()
+            return codes, loss, (None, None, indices)
+
+    return VectorQuantizer(SIZE, DIM)
+
+
 # --- what is left alone ---
 
 
@@ -624,6 +737,49 @@ def test_no_matrix_of_all_scores_is_made(options) -> None:
     assert peak(lucid(**options)) > 4 * rows_ * size
     # their counts and sums, and a block of scores
     assert peak(patched(lucid(**options))) < 4 * rows_ * size
+
+
+@needs_theirs
+@pytest.mark.once
+@pytest.mark.parametrize("size", [64, 65, 300])
+@pytest.mark.parametrize("options", [{"kmeans_init": True}, {"affine_param": True}], ids=str)
+def test_codebooks_of_any_size_are_patched(size, options, caplog) -> None:
+    patched(lucid(codebook_size=size, dim=size, **options))
+
+
+@needs_theirs
+@pytest.mark.once
+def test_a_codebook_that_levels_share() -> None:
+    kind = foreign("vector_quantize_pytorch").ResidualVQ
+    module = kind(dim=8, num_quantizers=3, codebook_size=40, shared_codebook=True)
+    report = vqtriton.patch(module)
+    assert report.left == {}
+    assert list(report.modules) == ["layers.0._codebook", "layers.0", "layers.1", "layers.2"]
+
+
+@needs_theirs
+@pytest.mark.once
+def test_threads_that_share_a_module() -> None:
+    module = patched(lucid().eval())
+    x, indices = torch.randn(1, 20, 8), torch.zeros(1, 20, dtype=torch.long)
+    want = module(x)[1]
+    # the codebook of one call runs while another call waits in its own
+    forward, inside, done = type(module._codebook).forward, threading.Event(), threading.Event()
+
+    def slow(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert done.wait(10)
+        return forward(self, *args, **kwargs)
+
+    module._codebook.__class__ = type("Slow", (type(module._codebook),), {"forward": slow})
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(module, x)
+        assert inside.wait(10)
+        _, loss = module(x, indices=indices)
+        done.set()
+        assert torch.equal(other.result()[1], want)
+    assert loss.isfinite()
 
 
 @needs_theirs

@@ -151,12 +151,21 @@ class LoadedCodebook:
         Returns:
             [..., D] float32, after ``project_out``.
 
+        Raises:
+            IndexError: an index outside [-1, K).
+
         Example:
             >>> theirs = {"vq._codebook.embed": torch.randn(1, 128, 16)}
             >>> (level,) = vqtriton.load_codebooks(theirs)["vq"].levels
             >>> vectors = level.decode(torch.randint(128, (8, 49)))  # [8, 49, 16]
         """
         codebook = self.codebook
+        low, high = (-1, -1) if indices.numel() == 0 else map(int, indices.aminmax())
+        if low < -1 or high >= codebook.shape[-2]:
+            raise IndexError(
+                f"indices has values from {low} to {high}; they must be in "
+                f"[0, {codebook.shape[-2]}), or -1"
+            )
         if codebook.ndim == 3:
             # the codes of head h are in rows h·K to h·K + K
             start = torch.arange(self.heads, dtype=torch.int64, device=indices.device)
@@ -267,6 +276,11 @@ def load_codebooks(
     for layout in LAYOUTS:
         for key in readers:
             if (path := layout.path(key)) is not None:
+                if path in found:
+                    raise ValueError(
+                        f"state_dict_or_file has two codebooks at {path!r}: "
+                        f"{found[path].key} and {key}"
+                    )
                 found[path] = _codebook(readers, key, path, layout)
     if not found:
         names = ", ".join(_join("|".join(one.modules), one.codes) for one in LAYOUTS)
@@ -283,7 +297,11 @@ def _by_quantizer(readers: Readers, found: dict[str, LoadedCodebook]) -> dict[st
     members: dict[str, dict[int, str]] = defaultdict(dict)
     for path in found:
         if match := LEVEL.fullmatch(path):
-            members[match["parent"] or ""][int(match["level"])] = path
+            numbered, level = members[match["parent"] or ""], int(match["level"])
+            if level in numbered:
+                both = f"{numbered[level]} and {path}"
+                raise ValueError(f"state_dict_or_file has two codebooks for one level: {both}")
+            numbered[level] = path
     lists = {
         parent: [paths[level] for level in sorted(paths)]
         for parent, paths in members.items()
@@ -293,6 +311,8 @@ def _by_quantizer(readers: Readers, found: dict[str, LoadedCodebook]) -> dict[st
     quantizers = {path: LoadedQuantizer((found[path],)) for path in found if path not in taken}
     for parent, paths in lists.items():
         _refuse_dependent(readers, parent, DEPENDENT_LEVELS)
+        if parent in quantizers:
+            raise ValueError(f"state_dict_or_file has a codebook at {parent!r} and levels below it")
         levels = tuple(found[path] for path in paths)
         quantizers[parent] = LoadedQuantizer(levels, *_projections(readers, parent))
     return dict(sorted(quantizers.items()))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqtriton.clients.search import ATTRIBUTE, search
+from vqtriton.clients.search import ATTRIBUTE, ORIGINAL, search, this_thread
 from vqtriton.functional import code_sums
 
 # --- codebooks of audio codecs: rows in, indices out ---
@@ -65,6 +65,9 @@ def _not_wider(tensor: Tensor) -> Tensor:
 
 def decode_latents(self: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """DAC: latents [B, D, T] -> codes [B, D, T], indices [B, T]; both sides are normalised."""
+    if self.codebook.weight.is_meta:
+        # its values are elsewhere, and theirs brings them here
+        return getattr(self, ORIGINAL).decode_latents(self, latents)
     batch, dim, time = latents.shape
     rows = F.normalize(latents.transpose(1, 2).reshape(-1, dim))
     indices = search(self, rows, F.normalize(self.codebook.weight)).view(batch, time)
@@ -91,7 +94,8 @@ def _loss(z: Tensor, codes: Tensor, commitment_weight: float, codebook_weight: f
 def forward_of_chameleon(self: Any, hidden_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Chameleon and Janus: β weighs the codebook term; indices [N]."""
     z = _channels_last(hidden_state)
-    indices = search(self, z.view(-1, z.shape[-1]), self.embedding.weight)
+    weight = self.embedding.weight
+    indices = search(self, z.view(-1, weight.shape[1]), weight)
     codes = self.embedding(indices).view(z.shape)
     return _channels_first(z + (codes - z).detach()), _loss(z, codes, 1, self.beta), indices
 
@@ -115,7 +119,8 @@ def forward_of_emu3(self: Any, hidden_state: Tensor) -> Tensor:
 def forward_of_diffusers(self: Any, z: Tensor) -> tuple[Tensor, Tensor, tuple]:
     """diffusers, and taming-transformers' `VectorQuantizer2`."""
     z = _channels_last(z)
-    indices = search(self, z.view(-1, z.shape[-1]), self.embedding.weight)
+    weight = self.embedding.weight
+    indices = search(self, z.view(-1, weight.shape[1]), weight)
     codes = self.embedding(indices).view(z.shape)
     weights = (1, self.beta) if self.legacy else (self.beta, 1)
     loss = _loss(z, codes, *weights)
@@ -141,24 +146,26 @@ def forward_of_taming(
 # --- vector-quantize-pytorch ---
 
 
-def _theirs(self: Any) -> ModuleType:
-    return sys.modules[type(self).__module__]
+def _theirs() -> ModuleType:
+    return sys.modules["vector_quantize_pytorch.vector_quantize_pytorch"]
 
 
 def forward_of_vector_quantize(
     self: Any, x: Tensor, indices: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Tells the codebook whether its scores are read."""
-    searches = self._codebook.__dict__.get(ATTRIBUTE)
-    if searches is None:
-        return super(type(self), self).forward(x, indices, *args, **kwargs)
+    forward = getattr(self, ORIGINAL).forward
     is_cross_entropy = self.has_commitment_loss and self.commitment_use_cross_entropy_loss
     is_loss_of_scores = self.has_codebook_diversity_loss or is_cross_entropy
-    searches.needs_scores = indices is not None or (self.training and is_loss_of_scores)
+    searches = self._codebook.__dict__.get(ATTRIBUTE)
+    if searches is None or indices is not None or (self.training and is_loss_of_scores):
+        return forward(self, x, indices, *args, **kwargs)
+    thread = this_thread()
+    searches.without_scores[thread] = True
     try:
-        return super(type(self), self).forward(x, indices, *args, **kwargs)
+        return forward(self, x, indices, *args, **kwargs)
     finally:
-        searches.needs_scores = True
+        del searches.without_scores[thread]
 
 
 @torch.amp.autocast("cuda", enabled=False)
@@ -176,9 +183,11 @@ def forward_of_codebook(
     update_usage: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [H, B, N, D], or [B, N, D], -> codes, indices, and no scores."""
-    reads_scores = self.__dict__[ATTRIBUTE].needs_scores or _samples(self, sample_codebook_temp)
-    if reads_scores or codebook_transform_fn is not None or topk is not None:
-        return super(type(self), self).forward(
+    reads_scores = this_thread() not in self.__dict__[ATTRIBUTE].without_scores
+    is_other_choice = _samples(self, sample_codebook_temp) or topk is not None
+    if reads_scores or is_other_choice or codebook_transform_fn is not None:
+        return getattr(self, ORIGINAL).forward(
+            self,
             x,
             sample_codebook_temp,
             mask,
@@ -238,7 +247,7 @@ vars(_is_true)["_dynamo_marked_constant"] = True
 def _samples(self: Any, temperature: float | None) -> bool:
     """Whether the choice may be another one than the nearest code."""
     sample = self.gumbel_sample
-    theirs = _theirs(self).gumbel_sample
+    theirs = _theirs().gumbel_sample
     if sample is theirs:
         return False
     if not isinstance(sample, partial) or sample.func is not theirs:
@@ -260,11 +269,11 @@ def track_cluster_size_and_embed_avg(
 ) -> None:
     """The sums of their update, from indices [H, N] in place of the one-hot matrix."""
     if embed_onehot.is_floating_point():
-        super(type(self), self).track_cluster_size_and_embed_avg(
-            flatten, embed_onehot, mask, ema_update_weight, accum_ema_update
+        getattr(self, ORIGINAL).track_cluster_size_and_embed_avg(
+            self, flatten, embed_onehot, mask, ema_update_weight, accum_ema_update
         )
         return
-    theirs = _theirs(self)
+    theirs = _theirs()
     if self.affine_param:
         codebook_std = self.codebook_variance.clamp(min=1e-5).sqrt()
         batch_std = self.batch_variance.clamp(min=1e-5).sqrt()

@@ -9,13 +9,15 @@ import copy
 import copyreg
 import functools
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
+from torch.nn.utils.parametrize import is_parametrized
 
 from vqtriton import dispatch
-from vqtriton.clients.search import ATTRIBUTE, Searches
+from vqtriton.clients.search import ATTRIBUTE, ORIGINAL, Searches
 from vqtriton.clients.table import CLIENTS, Client
 from vqtriton.clients.trial import disagreement
 
@@ -29,7 +31,7 @@ class Patched:
     """What `patch` did. As a context manager, it takes that back at the end of the block.
 
     Attributes:
-        modules: dict, the name of each module that is patched now -> what it was recognised as.
+        modules: dict, the name of each module that `patch` changed -> what it was recognised as.
         left: dict, the name of each module that looks like a quantizer but was left as it is ->
             the reason.
 
@@ -57,8 +59,7 @@ class Patched:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module in self._changed:
-            _restore(module)
+        _restore(self._changed)
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
@@ -98,8 +99,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
             f"backend is {backend!r:.80}; it must be one of {', '.join(dispatch.BACKENDS)}"
         )
     patched = Patched()
-    # from the inside: a module around a codebook asks whether that is patched
-    for name, module in reversed(list(model.named_modules())):
+    # a module around a codebook asks whether that is patched
+    for name, module in _from_the_inside(model):
         if _is_patched(module):
             patched.left[name] = "it is patched already"
             continue
@@ -117,10 +118,6 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
             inside = f"{name}." if name else ""
             if not any(other.startswith(inside) for other in (*patched.modules, *patched.left)):
                 patched.left[name] = f"{type(module).__name__} is not known"
-    for names in (patched.modules, patched.left):
-        in_order = list(reversed(names.items()))
-        names.clear()
-        names.update(in_order)
     return patched
 
 
@@ -135,6 +132,8 @@ def unpatch(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: ``model`` is not a module.
+        RuntimeError: the class of a module was changed once more after `patch`, by a
+            parametrization or by FSDP. Nothing is restored then.
 
     Example:
         >>> vqtriton.unpatch(torch.nn.Linear(8, 8))
@@ -142,10 +141,21 @@ def unpatch(model: nn.Module) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    names = [name for name, module in model.named_modules() if _is_patched(module)]
-    for name in names:
-        _restore(model.get_submodule(name))
-    return names
+    found = {name: module for name, module in model.named_modules() if _is_patched(module)}
+    _restore(found.values())
+    return list(found)
+
+
+def _from_the_inside(
+    module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, each after those inside of it."""
+    seen = set() if seen is None else seen
+    if module not in seen:
+        seen.add(module)
+        for place, child in module.named_children():
+            yield from _from_the_inside(child, f"{name}.{place}" if name else place, seen)
+        yield name, module
 
 
 def _find(module: nn.Module) -> Client | str | None:
@@ -177,7 +187,9 @@ def _obstacle(module: nn.Module, base: type, client: Client, codebook: Tensor) -
         if getattr(type(module), name) is not vars(base)[name]:
             return f"its class replaces {name} of {base.__name__}"
     if not all(_is_patched(inside) for inside in client.codebooks_inside(module)):
-        return "its codebook was left"
+        return "the codebook inside of it was left"
+    if is_parametrized(module):
+        return "it is parametrized: patch it before that"
     if codebook.is_meta:
         return "its codebook has no values yet: patch the model once it is loaded"
     if type(codebook) not in (Tensor, nn.Parameter):
@@ -189,9 +201,16 @@ def _is_patched(module: nn.Module) -> bool:
     return ATTRIBUTE in module.__dict__
 
 
-def _restore(module: nn.Module) -> None:
-    if _is_patched(module):
-        module.__class__ = type(module).__mro__[1]
+def _restore(modules: Iterable[nn.Module]) -> None:
+    modules = [module for module in modules if _is_patched(module)]
+    for module in modules:
+        if ORIGINAL not in vars(type(module)):
+            raise RuntimeError(
+                f"the class of a patched module is now {type(module).__name__}, which was made "
+                "after the patch; take back what made it, then unpatch"
+            )
+    for module in modules:
+        module.__class__ = getattr(module, ORIGINAL)
         del module.__dict__[ATTRIBUTE]
 
 
@@ -200,21 +219,27 @@ def _subclass(original: Any, place: int) -> Any:
     """A class with the methods of a row of the table."""
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(original, name) for name in names}
-    changed = {"__reduce_ex__": _reduce_ex, "__deepcopy__": _deepcopy}
-    return type(original.__name__, (original,), {**namespace, **changed, **CLIENTS[place].methods})
+    copying: dict[str, Any] = {"__reduce_ex__": _reduce_ex, "__copy__": _copy}
+    if not hasattr(original, "__deepcopy__"):
+        copying["__deepcopy__"] = _deepcopy
+    namespace |= {ORIGINAL: original, **copying, **CLIENTS[place].methods}
+    return type(original.__name__, (original,), namespace)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """A pickle has the class of the other project."""
     state = {name: value for name, value in self.__getstate__().items() if name != ATTRIBUTE}
-    return REBUILD, (type(self).__mro__[1], object, None), state
+    return REBUILD, (getattr(self, ORIGINAL), object, None), state
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    other = object.__new__(type(self))
+    other.__dict__.update(self.__dict__)
+    return other
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    build, arguments, state = _reduce_ex(self, None)
-    other = build(*arguments)
+    other = object.__new__(type(self))
     memo[id(self)] = other
-    other.__setstate__(copy.deepcopy(state, memo))
-    other.__dict__[ATTRIBUTE] = copy.copy(self.__dict__[ATTRIBUTE])
-    other.__class__ = type(self)
+    other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
     return other

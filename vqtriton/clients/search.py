@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
+import torch
 from torch import Tensor, nn
 
 from vqtriton.functional import nearest_code
 
-# where a patched module has its `Searches`
-ATTRIBUTE = "_vqtriton"
+# where a patched module has its `Searches`, and where its class has the class that it replaced
+ATTRIBUTE, ORIGINAL = "_vqtriton", "_vqtriton_original"
 
 
 class Searches:
@@ -15,8 +18,16 @@ class Searches:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        # for vector-quantize-pytorch: whether the caller reads the scores as well
-        self.needs_scores = True
+        # for vector-quantize-pytorch: the threads whose call of the codebook reads no scores
+        self.without_scores: dict[int, bool] = {}
+
+    def __deepcopy__(self, memo: object) -> Searches:
+        return Searches(self.backend)
+
+
+def this_thread() -> int:
+    # a compiler traces one call, and takes no question for a thread
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def search(module: nn.Module, x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:

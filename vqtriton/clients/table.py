@@ -19,7 +19,8 @@ from vqtriton.clients import methods
 
 def shell_of(module: nn.Module) -> nn.Module:
     """Another with the same tensors and modules; what is set on it is not set on the first."""
-    shell = module.__class__.__new__(module.__class__)
+    # not by a __new__ of its class, which may build a whole module
+    shell = object.__new__(module.__class__)
     shell.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
         shell.__dict__[name] = dict(module.__dict__[name])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from vqtriton.clients.search import ATTRIBUTE, Searches
+from vqtriton.clients.search import ATTRIBUTE, Searches, this_thread
 from vqtriton.clients.table import Client, shell_of
 
 NUM_CODES = 64
@@ -32,11 +32,11 @@ def disagreement(module: nn.Module, base: type, client: Client, codebook: Tensor
     devices = [codebook.device] if codebook.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        twin = _twin(module, client.codebook.split("."), size)
-        twin.__dict__[ATTRIBUTE] = searches = Searches("auto")
-        searches.needs_scores = False
         x = torch.randn(*heads, *shape, dtype=torch.float32, device=codebook.device)
         try:
+            twin = _twin(module, client.codebook.split("."), size)
+            twin.__dict__[ATTRIBUTE] = searches = Searches("auto")
+            searches.without_scores[this_thread()] = True
             theirs = _results(vars(base)[name], twin, x)
         except Exception as error:
             return f"its {name} raised {type(error).__name__} in a trial: {error}"
@@ -70,7 +70,7 @@ def _twin(module: nn.Module, path: list[str], size: int) -> nn.Module:
     twin = shell_of(module)
     # a hook may have put another here
     twin.__dict__.pop("forward", None)
-    twin.__dict__["training"] = False
+    twin.__dict__.update({"training": False, "_forward_hooks": {}, "_forward_pre_hooks": {}})
     for tensors in ("_parameters", "_buffers"):
         held = twin.__dict__[tensors]
         held.update({name: _other(tensor, size) for name, tensor in held.items()})
@@ -87,14 +87,16 @@ def _twin(module: nn.Module, path: list[str], size: int) -> nn.Module:
 
 
 def _other(tensor: Tensor | None, size: int) -> Tensor | None:
-    """Random values; of codes, along the first dimension that is K, at most `NUM_CODES`."""
+    """Random values, and True; at most `NUM_CODES` along the first dimension that is K."""
     if tensor is None:
         return None
-    if size in tensor.shape:
-        dim = list(tensor.shape).index(size)
-        tensor = tensor.narrow(dim, 0, min(size, NUM_CODES))
+    # the last of three, or more, is D, which may be as large
+    places = tensor.shape[:-1] if tensor.ndim > 2 else tensor.shape
+    if size in places:
+        tensor = tensor.narrow(list(places).index(size), 0, min(size, NUM_CODES))
     if not tensor.is_floating_point():
-        return tensor.clone()
+        # a flag says that k-means has been done
+        return torch.ones_like(tensor) if tensor.dtype == torch.bool else tensor.clone()
     other = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
     # sizes of clusters are positive
     return other.normal_() if other.ndim > 1 else other.uniform_(0.5, 1.5)
