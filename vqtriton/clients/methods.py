@@ -202,10 +202,7 @@ def forward_of_codebook(
     x = x.float()
     heads = x if x.ndim >= 4 else x[None]
     flat = heads.flatten(1, -2)
-    if mask is not None:
-        # [B, N] -> [H, N']
-        repeats = flat.shape[1] // mask.numel()
-        mask = mask[:, None].expand(-1, repeats, -1).reshape(1, -1).expand(len(flat), -1)
+    mask = _mask_of_rows(mask, flat)
     # a compiler takes no branch on a tensor
     if not torch.compiler.is_compiling():
         self.init_embed_(flat, mask=mask)
@@ -257,6 +254,24 @@ def _samples(self: Any, temperature: float | None) -> bool:
         return True
     temperature = self.sample_codebook_temp if temperature is None else temperature
     return self.training and temperature > 0 and any(sample.keywords.values())
+
+
+def _mask_of_rows(mask: Tensor | None, flat: Tensor) -> Tensor | None:
+    """[B, N] -> [H, N'], for rows [H, N', D] of one head or several."""
+    if mask is None:
+        return None
+    repeats = flat.shape[1] // mask.numel()
+    return mask[:, None].expand(-1, repeats, -1).reshape(1, -1).expand(len(flat), -1)
+
+
+def update_indices(
+    self: Any, x: Tensor, embed_ind: Tensor, mask: Tensor | None = None, **options: Any
+) -> None:
+    """A step of the averages for indices that are given; theirs takes -1 for 0."""
+    heads = x.float() if x.ndim >= 4 else x.float()[None]
+    flat = heads.flatten(1, -2)
+    indices = embed_ind.reshape(flat.shape[:2]).clamp(min=0)
+    self.update_codebook(flat, indices, mask=_mask_of_rows(mask, flat), **options)
 
 
 def track_cluster_size_and_embed_avg(

@@ -171,6 +171,8 @@ CLIENTS = (
         {
             "forward": methods.forward_of_codebook,
             "track_cluster_size_and_embed_avg": methods.track_cluster_size_and_embed_avg,
+            "update_indices": methods.update_indices,
+            "update_ema_indices": methods.update_indices,
         },
         (2, 12, -1),
         2,
