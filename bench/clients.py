@@ -25,7 +25,7 @@ from torch.utils import _pytree
 import vqtriton
 from bench import provenance, report
 from bench.client_models import MODELS, ClientModel
-from bench.measure import Row, interleave
+from bench.measure import Row, interleave, quantile
 from vqtriton.clients import methods
 from vqtriton.clients.table import CLIENTS
 
@@ -64,7 +64,9 @@ def compare_speed(model: ClientModel, theirs: nn.Module, ours: nn.Module) -> lis
         turns = min(MOST, max(LEAST, int(2 * BUDGET / sum(once))))
         taken = interleave([lambda step=step: seconds(step) for step in steps], turns)
         peaks = [peak_bytes(step) for step in steps]
-        rows.append({"size": name, "vectors": number, "seconds": taken, "peak_bytes": peaks})
+        quantiles = [[quantile(times, q) for q in (0.2, 0.5, 0.8)] for times in taken]
+        row = {"size": name, "vectors": number, "turns": turns}
+        rows.append({**row, "seconds": quantiles, "peak_bytes": peaks})
     return rows
 
 

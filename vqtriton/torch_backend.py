@@ -157,7 +157,7 @@ def _search(
             raise _OffCentre
         if bound is not None and len(row) > 2 * len(rows):
             if is_first is None:
-                # of equal codes the first will do; the others are out from now on
+                # among equal codes only the first can win, so the others are left out from now on
                 is_first = _is_first(codebook)
                 half_sqnorm = half_sqnorm.clone()
                 half_sqnorm[:size].masked_fill_(~is_first, torch.inf)
@@ -317,7 +317,7 @@ def _choose(
         pairs = row[in_doubt], code[in_doubt]
         is_nearest[in_doubt] = _are_nearest(x, codebook, *pairs, contested, metric)
         row, code = row[is_nearest], code[is_nearest]
-    # of those that are equally near, the lowest index
+    # the lowest index wins a tie
     none = torch.iinfo(indices.dtype).max
     chosen = torch.full_like(indices, none).scatter_reduce_(0, row, code, "amin")
     torch.where(chosen < none, chosen, indices, out=indices)
@@ -345,7 +345,7 @@ def _choose_of_few(
                 distance += (a - b) * (a - b)
         if i in best:
             several.add(i)
-        # of those that are equally near, the lowest index
+        # the lowest index wins a tie
         best[i] = min(best.get(i, (inf, k)), (distance, k))
     if best:
         indices[list(best)] = indices.new_tensor([k for _, k in best.values()])
@@ -411,7 +411,7 @@ def _sums_in_order(terms: Tensor) -> Tensor:
 
 
 def _nearest_of_all(x: Tensor, codebook: Tensor, is_first: Tensor | None, metric: str) -> Tensor:
-    """[N]: the nearest codes by all distances, of which any may overflow; 0 if all do.
+    """[N]: the nearest codes, from the distances to all codes. Some may overflow; 0 if all do.
 
     ``is_first`` [K] is what `_is_first` gives; it is not needed where no row is finite.
     """

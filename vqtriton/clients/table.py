@@ -58,7 +58,7 @@ class Client(NamedTuple):
 
     def codebook_of(self, module: nn.Module) -> Tensor | None:
         try:
-            # of a shell, as Mimi and moshi keep what they compute when they are asked
+            # asked of a shell, since Mimi and moshi store the codes when they are asked for them
             codebook = reduce(getattr, self.codebook.split("."), shell_of(module))
         except AttributeError:
             return None
