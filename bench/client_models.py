@@ -57,7 +57,7 @@ class ClientModel:
     """A quantizer of another project at the size that its models have."""
 
     project: str
-    # of the class, below the project
+    # module and class, without the name of the project
     path: str
     codebook_size: int
     dim: int

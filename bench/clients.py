@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree
 
 import vqtriton
 from bench import provenance, report
 from bench.client_models import MODELS, ClientModel
+from bench.devices import allocator_peak
 from bench.measure import Row, interleave, quantile
 from vqtriton.clients import methods
 from vqtriton.clients.table import CLIENTS
@@ -42,19 +42,6 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """What torch's allocator hands out at most during a step, results included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        _results = step()
-    held = most = 0
-    events = recorded.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
 def compare_speed(model: ClientModel, theirs: nn.Module, ours: nn.Module) -> list[Row]:
     rows = []
     for name, number in (("vector", 1), ("frame", model.frame), ("batch", model.batch)):
@@ -63,7 +50,7 @@ def compare_speed(model: ClientModel, theirs: nn.Module, ours: nn.Module) -> lis
         once = [seconds(step) + seconds(step) for step in steps]
         turns = min(MOST, max(LEAST, int(2 * BUDGET / sum(once))))
         taken = interleave([lambda step=step: seconds(step) for step in steps], turns)
-        peaks = [peak_bytes(step) for step in steps]
+        peaks = [allocator_peak(step) for step in steps]
         quantiles = [[quantile(times, q) for q in (0.2, 0.5, 0.8)] for times in taken]
         row = {"size": name, "vectors": number, "turns": turns}
         rows.append({**row, "seconds": quantiles, "peak_bytes": peaks})

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench import provenance
 from vqtriton.tuning.machines import Rates
@@ -18,6 +19,20 @@ from vqtriton.tuning.machines import Rates
 Step = Callable[[], object]
 # what is written between steps is no larger, whatever the cache
 MOST_EVICTED = 1 << 29
+
+
+def allocator_peak(step: Step) -> int:
+    """Bytes that torch's allocator hands out on a CPU at most during a step, results included."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        _result = step()
+    held = most = 0
+    events = recorded.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 class Device(ABC):

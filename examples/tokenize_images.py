@@ -26,7 +26,7 @@ from token_report import report
 from torch import Tensor
 from train_args import Parser
 
-# of the model with random weights: a token for 4×4 pixels
+# The model with random weights has a token for each 4×4 pixels.
 CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,

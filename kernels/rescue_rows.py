@@ -327,6 +327,6 @@ def reduce_losses_kernel(
     tiles, num_sums,
     D: tl.constexpr, IS_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the losses of a search that is not exact: there is no rescue to do it."""
+    """Adds up the losses of a search that is not exact. In an exact one, the rescue does it."""
     head = tl.program_id(0).to(tl.int64)
     reduce_losses(sums_ptr, valid_ptr, loss_ptr, share_ptr, head, tiles, num_sums, D, IS_MEAN)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vqtriton
+from bench.client_models import foreign
 from vqtriton import VectorQuantize, load_codebooks, to_vector_quantize_pytorch, weights
 
 K, D, DIM, LEVELS = 7, 3, 5, 3
@@ -534,28 +530,17 @@ def test_qinco_and_other_transforms_are_refused():
         load_codebooks(vqp().SimVQ(4, K, codebook_transform=deep).state_dict())
 
 
-class BaseModel(nn.Module):
-    """Stands in for that of audiotools, from which no quantizer takes anything."""
-
-    INTERN: list[str] = []  # noqa: RUF012
-    EXTERN: list[str] = []  # noqa: RUF012
-
-
-def real(monkeypatch, name: str, *absent: str):
+def real(name: str):
     """A module of a project; packages that only its other parts need may be absent."""
-    if importlib.util.find_spec(name.split(".")[0]) is None:
-        pytest.skip(f"could not import {name.split('.')[0]!r}")
-    missing = [other for other in absent if importlib.util.find_spec(other.split(".")[0]) is None]
-    for other in missing:
-        stand_in = MagicMock(BaseModel=BaseModel, __spec__=ModuleSpec(other, None))
-        stand_in.ml.BaseModel = BaseModel
-        monkeypatch.setitem(sys.modules, other, stand_in)
-    return importlib.import_module(name)
+    try:
+        return foreign(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
 
 
-def modeling(monkeypatch, name: str):
+def modeling(name: str):
     """A module of transformers."""
-    return real(monkeypatch, f"transformers.models.{name}.modeling_{name}", "torchaudio")
+    return real(f"transformers.models.{name}.modeling_{name}")
 
 
 CONFIG = SimpleNamespace(
@@ -564,10 +549,10 @@ CONFIG = SimpleNamespace(
     **{"frame_rate": 50, "n_codebooks": LEVELS, "quantizer_dropout": 0},
     **{"num_embeddings": K, "embed_dim": D, "num_patches": 2},
 )
-foreign = pytest.mark.filterwarnings("ignore")
+quiet = pytest.mark.filterwarnings("ignore")
 
 
-@foreign
+@quiet
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -576,8 +561,8 @@ foreign = pytest.mark.filterwarnings("ignore")
         ("higgs_audio_v2_tokenizer", "HiggsAudioV2TokenizerResidualVectorQuantization"),
     ],
 )
-def test_residual_quantizers_of_transformers(name, kind, monkeypatch):
-    module = fill(getattr(modeling(monkeypatch, name), kind)(CONFIG))
+def test_residual_quantizers_of_transformers(name, kind):
+    module = fill(getattr(modeling(name), kind)(CONFIG))
     indices = chosen(LEVELS, 2, 6)
     want = module.decode(indices).mT
     found = check(module.state_dict(prefix="quantizer."), [("quantizer", list(indices), want)])
@@ -585,9 +570,9 @@ def test_residual_quantizers_of_transformers(name, kind, monkeypatch):
     assert projects == (name == "higgs_audio_v2_tokenizer")
 
 
-@foreign
-def test_mimi_of_transformers(monkeypatch):
-    module = fill(modeling(monkeypatch, "mimi").MimiSplitResidualVectorQuantizer(CONFIG))
+@quiet
+def test_mimi_of_transformers():
+    module = fill(modeling("mimi").MimiSplitResidualVectorQuantizer(CONFIG))
     indices = chosen(2, LEVELS, 6)
     found = load_codebooks(module.state_dict(prefix="quantizer."))
     semantic, acoustic = (
@@ -598,10 +583,10 @@ def test_mimi_of_transformers(monkeypatch):
     assert semantic.project_in.weight.shape == (D, DIM)
 
 
-@foreign
+@quiet
 @pytest.mark.parametrize("kind", ["plain", "weight_norm", "parametrized"])
-def test_dac_of_transformers(kind, monkeypatch):
-    module = modeling(monkeypatch, "dac").DacResidualVectorQuantizer(CONFIG)
+def test_dac_of_transformers(kind):
+    module = modeling("dac").DacResidualVectorQuantizer(CONFIG)
     norms = {
         "plain": lambda conv: conv,
         "weight_norm": lambda conv: old_weight_norm(conv),
@@ -625,7 +610,7 @@ def old_weight_norm(conv: nn.Module) -> nn.Module:
     return torch.nn.utils.weight_norm(conv)
 
 
-@foreign
+@quiet
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -635,8 +620,8 @@ def old_weight_norm(conv: nn.Module) -> nn.Module:
         ("glm_image", "GlmImageVQVAEVectorQuantizer"),
     ],
 )
-def test_image_tokenizers_of_transformers(name, kind, monkeypatch):
-    module = fill(getattr(modeling(monkeypatch, name), kind)(CONFIG))
+def test_image_tokenizers_of_transformers(name, kind):
+    module = fill(getattr(modeling(name), kind)(CONFIG))
     indices = chosen()
     state = module.state_dict(prefix="model.vqmodel.quantize.")
     found = check(state, [("model.vqmodel.quantize", [indices], module.embedding(indices))])
@@ -653,7 +638,7 @@ def test_image_tokenizers_of_transformers(name, kind, monkeypatch):
     assert torch.equal(vqtriton.nearest_code(rows, codebook), theirs.reshape(-1))
 
 
-@foreign
+@quiet
 def test_diffusers():
     pytest.importorskip("diffusers")
     vae = pytest.importorskip("diffusers.models.autoencoders.vae")
@@ -663,10 +648,10 @@ def test_diffusers():
     check(module.state_dict(prefix="quantize."), [("quantize", [indices], want)])
 
 
-@foreign
+@quiet
 @pytest.mark.parametrize("dim", [DIM, D])
-def test_encodec(dim, monkeypatch):
-    core = real(monkeypatch, "encodec.quantization.core_vq", "torchaudio", "torchaudio.functional")
+def test_encodec(dim):
+    core = real("encodec.quantization.core_vq")
     options = {"codebook_dim": D, "codebook_size": K, "kmeans_init": False}
     module = fill(core.ResidualVectorQuantization(num_quantizers=LEVELS, dim=dim, **options))
     indices = chosen(LEVELS, 2, 6)
@@ -674,9 +659,9 @@ def test_encodec(dim, monkeypatch):
     check(module.state_dict(prefix="quantizer.vq."), [("quantizer", list(indices), want)])
 
 
-@foreign
-def test_moshi(monkeypatch):
-    quantization = real(monkeypatch, "moshi.quantization", "sentencepiece", "sphn", "aiohttp")
+@quiet
+def test_moshi():
+    quantization = real("moshi.quantization")
     options = {"dimension": D, "input_dimension": DIM, "output_dimension": DIM}
     module = quantization.SplitResidualVectorQuantizer(n_q=LEVELS, bins=K, **options)
     indices = chosen(2, LEVELS, 6)
@@ -690,10 +675,9 @@ def test_moshi(monkeypatch):
     same(ours, module.decode(indices).mT)
 
 
-@foreign
-def test_descript_audio_codec(monkeypatch):
-    absent = ("audiotools", "audiotools.ml", "audiotools.core", "audiotools.core.util")
-    quantize = real(monkeypatch, "dac.nn.quantize", *absent, "argbind")
+@quiet
+def test_descript_audio_codec():
+    quantize = real("dac.nn.quantize")
     options = {"n_codebooks": LEVELS, "codebook_size": K, "codebook_dim": D}
     module = fill(quantize.ResidualVectorQuantize(input_dim=DIM, **options))
     indices = chosen(2, LEVELS, 6)

@@ -24,7 +24,7 @@ from torch.utils import _pytree
 
 import vqtriton
 from bench.client_models import MODELS, ClientModel, foreign
-from bench.clients import peak_bytes
+from bench.devices import allocator_peak
 from vqtriton.clients import methods
 from vqtriton.clients.search import ATTRIBUTE
 
@@ -730,7 +730,7 @@ def test_no_matrix_of_all_scores_is_made(options) -> None:
 
     def peak(module: nn.Module) -> int:
         x = torch.randn(1, 2048, 8)
-        return peak_bytes(lambda: module(x))
+        return allocator_peak(lambda: module(x))
 
     options = {"codebook_size": size, "threshold_ema_dead_code": 0, **options}
     rows_ = 2048 * options.get("heads", 1)

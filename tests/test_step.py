@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from backends import Backend, on_every_backend
 from conftest import DEVICE, INTERPRETED
 from data import SKEWS
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from bench.devices import Cuda, allocator_peak
 from vqtriton import VectorQuantize, ops, torch_backend
 
 pytestmark = pytest.mark.kernel
@@ -22,22 +20,7 @@ pytestmark = pytest.mark.kernel
 
 def peak_bytes(step, device: str) -> int:
     """What torch's allocator hands out at most during a step, results included."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _results = step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        _results = step()
-    held = most = 0
-    events = recorded.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return Cuda().peak_memory(step) if device == "cuda" else allocator_peak(step)
 
 
 def training_step(backend: Backend, n: int, k: int, d: int, update: str, spoil=None):

@@ -258,7 +258,7 @@ def load_codebooks(
     Raises:
         TypeError: ``state_dict_or_file`` is neither a mapping nor a path, or holds something other
             than tensors under such a name.
-        FileNotFoundError: there is no such file, or none that is known in the folder.
+        FileNotFoundError: the file does not exist, or the folder has no file with a usual name.
         ValueError: no codebook is found; a tensor has NaN or infinity or a shape that is unknown; a
             projection is not a linear map; or the codes depend on the input (as in QINCo).
 
