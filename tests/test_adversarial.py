@@ -93,13 +93,14 @@ def test_squares_that_underflow_decide_nothing() -> None:
 
 
 @pytest.mark.once
-def test_codes_far_from_the_origin_are_centred() -> None:
+@pytest.mark.parametrize("number", [20, 2000])
+def test_codes_far_from_the_origin_are_centred(number: int) -> None:
     torch.manual_seed(0)
-    x, codebook = torch.randn(2000, 32) + 1000, torch.randn(300, 32) + 1000
+    x, codebook = torch.randn(number, 32) + 1000, torch.randn(300, 32) + 1000
     indices, in_doubt = torch_backend.search(x, codebook, "exact")
     assert torch.equal(indices, oracle.nearest_code(x, codebook))
     # as many as without the offset, give or take the rounding of the inputs
-    assert in_doubt < 50
+    assert in_doubt < number / 40
 
 
 @pytest.mark.once

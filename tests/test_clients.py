@@ -25,8 +25,8 @@ from torch.utils import _pytree
 import vqtriton
 from bench.client_models import MODELS, ClientModel, foreign
 from bench.devices import allocator_peak
-from vqtriton.clients import methods
-from vqtriton.clients.search import ATTRIBUTE
+from vqtriton.clients import methods, patching
+from vqtriton.clients.search import ATTRIBUTE, Searches
 
 # warnings of other projects are theirs
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -610,6 +610,27 @@ def test_wrong_arguments() -> None:
             function(torch.zeros(2))
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         vqtriton.patch(nn.Linear(2, 2), backend="cuda")
+    module = EuclideanCodebook(SIZE, DIM)
+    if find_spec("triton"):
+        with pytest.raises(ValueError, match="backend='triton' cannot run on cpu tensors"):
+            vqtriton.patch(module, backend="triton")
+    assert type(module) is EuclideanCodebook
+
+
+@pytest.mark.once
+def test_a_patch_that_fails_changes_nothing(monkeypatch) -> None:
+    model = nn.ModuleList([EuclideanCodebook(SIZE, DIM) for _ in range(2)])
+
+    def second_is_refused(backend: str) -> Searches:
+        if ATTRIBUTE in vars(model[0]):
+            raise ValueError("no more")
+        return Searches(backend)
+
+    monkeypatch.setattr(patching, "Searches", second_is_refused)
+    with pytest.raises(ValueError, match="no more"):
+        vqtriton.patch(model)
+    assert [type(module) for module in model] == 2 * [EuclideanCodebook]
+    assert not any(ATTRIBUTE in vars(module) for module in model)
 
 
 @pytest.mark.once
@@ -743,7 +764,7 @@ def test_no_matrix_of_all_scores_is_made(options) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("size", [64, 65, 300])
 @pytest.mark.parametrize("options", [{"kmeans_init": True}, {"affine_param": True}], ids=str)
-def test_codebooks_of_any_size_are_patched(size, options, caplog) -> None:
+def test_codebooks_of_any_size_are_patched(size, options) -> None:
     patched(lucid(codebook_size=size, dim=size, **options))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vqtriton
@@ -67,7 +68,7 @@ def write(path: Path, header: dict | bytes, body: bytes) -> None:
 
 def rewrite(path: Path, change) -> None:
     """Saves the tensors and the metadata again after ``change(tensors, metadata)``."""
-    with serialization.safe_open(path, framework="pt") as opened:
+    with safe_open(path, framework="pt") as opened:
         metadata, tensors = opened.metadata(), {n: opened.get_tensor(n).clone() for n in NAMES}
     change(tensors, metadata)
     save_file(tensors, path, metadata)

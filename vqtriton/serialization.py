@@ -10,11 +10,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vqtriton._version import __version__
 from vqtriton.quantizers import VectorQuantize, check_config
+from vqtriton.weights import open_safetensors
 
 FORMAT = "vqtriton.VectorQuantize"
 
@@ -106,13 +106,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ve
         raise IsADirectoryError(f"{path} is a folder")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
-    try:
-        # safetensors 0.5 reads to the device that is set as the default, whatever it is asked for
-        with torch.device("cpu"), safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if FORMAT not in metadata:
         raise ValueError(
             f"{path} was not written by vqtriton.save: its metadata has no entry {FORMAT!r}"

@@ -231,7 +231,7 @@ def _search_few(
         return None
     costs.scatter_(1, chosen, least[:, None])
     place, code = (costs[rows] <= (least[rows] + margin)[:, None]).nonzero().unbind(1)
-    if code.shape[0] > BLOCK_GROUPS:
+    if code.shape[0] > GROUP * rows.shape[0]:
         return None
     return indices, _choose(x, codebook, rows[place], code, indices, "exact", metric)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,29 @@ def _of_mapping(mapping: Mapping[str, Any]) -> Readers:
     return {str(key): partial(mapping.__getitem__, key) for key in mapping}
 
 
-def _of_safetensors(path: Path) -> Readers:
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose tensors arrive on the CPU.
+
+    Raises:
+        ValueError: it is not a whole one.
+    """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
+        # safetensors 0.5 reads to the device that is set as the default, whatever it is asked for
+        with torch.device("cpu"), safe_open(path, framework="pt", device="cpu") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _of_safetensors(path: Path) -> Readers:
+    with open_safetensors(path) as file:
+        names = list(file.keys())
     return {name: partial(_from_safetensors, path, name) for name in names}
 
 
 def _from_safetensors(path: Path, name: str) -> Tensor:
-    # safetensors 0.5 reads to the device that is set as the default, whatever it is asked for
-    with torch.device("cpu"), safe_open(path, framework="pt", device="cpu") as file:
+    with open_safetensors(path) as file:
         return file.get_tensor(name)
 
 

@@ -165,7 +165,7 @@ def forward_of_vector_quantize(
     try:
         return forward(self, x, indices, *args, **kwargs)
     finally:
-        del searches.without_scores[thread]
+        searches.without_scores.pop(thread, None)
 
 
 @torch.amp.autocast("cuda", enabled=False)
@@ -214,8 +214,7 @@ def forward_of_codebook(
     if self.vq_bridge is not None:
         embed = self.vq_bridge(embed)
     if self.affine_param:
-        codebook_std = self.codebook_variance.clamp(min=1e-5).sqrt()
-        batch_std = self.batch_variance.clamp(min=1e-5).sqrt()
+        codebook_std, batch_std = _deviations(self)
         embed = (embed - self.codebook_mean) * (batch_std / codebook_std) + self.batch_mean
     metric = "dot" if self.use_cosine_sim else "l2"
     chosen = [search(self, rows, codes, metric) for rows, codes in zip(flat, embed, strict=True)]
@@ -231,6 +230,12 @@ def forward_of_codebook(
             ema_update=ema_update,
         )
     return codes.view(x.shape), indices.view(x.shape[:-1]), None
+
+
+def _deviations(self: Any) -> tuple[Tensor, Tensor]:
+    variances = self.codebook_variance, self.batch_variance
+    codebook_std, batch_std = (variance.clamp(min=1e-5).sqrt() for variance in variances)
+    return codebook_std, batch_std
 
 
 def _is_true(flag: Tensor) -> bool:
@@ -290,8 +295,7 @@ def track_cluster_size_and_embed_avg(
         return
     theirs = _theirs()
     if self.affine_param:
-        codebook_std = self.codebook_variance.clamp(min=1e-5).sqrt()
-        batch_std = self.batch_variance.clamp(min=1e-5).sqrt()
+        codebook_std, batch_std = _deviations(self)
         flatten = (flatten - self.batch_mean) * (codebook_std / batch_std) + self.codebook_mean
     indices = embed_onehot if mask is None else embed_onehot.masked_fill(~mask, -1)
     backend = self.__dict__[ATTRIBUTE].backend

@@ -10,6 +10,7 @@ import copyreg
 import functools
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or one that cannot run where a quantizer is. Then nothing is
+            patched.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -99,25 +101,11 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Patched:
             f"backend is {backend!r:.80}; it must be one of {', '.join(dispatch.BACKENDS)}"
         )
     patched = Patched()
-    # a module around a codebook asks whether that is patched
-    for name, module in _from_the_inside(model):
-        if _is_patched(module):
-            patched.left[name] = "it is patched already"
-            continue
-        found = _find(module)
-        if isinstance(found, str):
-            patched.left[name] = found
-        elif found is not None:
-            module.__dict__[ATTRIBUTE] = Searches(backend)
-            kind: Any = type(module)
-            module.__class__ = _subclass(kind, CLIENTS.index(found))
-            patched.modules[name] = found.project
-            patched._changed.append(module)
-        elif QUANTIZER.search(type(module).__name__):
-            # around one that is mentioned it needs no mention
-            inside = f"{name}." if name else ""
-            if not any(other.startswith(inside) for other in (*patched.modules, *patched.left)):
-                patched.left[name] = f"{type(module).__name__} is not known"
+    try:
+        _patch(model, backend, patched)
+    except BaseException:
+        _restore(patched._changed)
+        raise
     return patched
 
 
@@ -144,6 +132,31 @@ def unpatch(model: nn.Module) -> list[str]:
     found = {name: module for name, module in model.named_modules() if _is_patched(module)}
     _restore(found.values())
     return list(found)
+
+
+def _patch(model: nn.Module, backend: str, patched: Patched) -> None:
+    # a module around a codebook asks whether that is patched
+    for name, module in _from_the_inside(model):
+        if _is_patched(module):
+            patched.left[name] = "it is patched already"
+            continue
+        found = _find(module)
+        if isinstance(found, str):
+            patched.left[name] = found
+        elif found is not None:
+            dispatch.resolve_backend(
+                backend, next(chain(module.parameters(), module.buffers())).device
+            )
+            module.__dict__[ATTRIBUTE] = Searches(backend)
+            kind: Any = type(module)
+            module.__class__ = _subclass(kind, CLIENTS.index(found))
+            patched.modules[name] = found.project
+            patched._changed.append(module)
+        elif QUANTIZER.search(type(module).__name__):
+            # around one that is mentioned it needs no mention
+            inside = f"{name}." if name else ""
+            if not any(other.startswith(inside) for other in (*patched.modules, *patched.left)):
+                patched.left[name] = f"{type(module).__name__} is not known"
 
 
 def _from_the_inside(

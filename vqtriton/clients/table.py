@@ -78,7 +78,8 @@ class Client(NamedTuple):
             found = version(self.package.replace("_", "-"))
         except PackageNotFoundError:
             found = "unknown"
-        return None if found.startswith(self.release) else f"{found}; {self.release} is known"
+        is_known = f"{found}.".startswith(f"{self.release}.")
+        return None if is_known else f"{found}; {self.release} is known"
 
 
 ROWS, LATENTS, MAP, VIDEO = (24, -1), (2, -1, 12), (2, -1, 3, 4), (1, 2, -1, 3, 4)
