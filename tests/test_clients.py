@@ -11,9 +11,11 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import data
 import oracle
 import pytest
 import torch
@@ -207,6 +209,14 @@ def test_no_token_is_farther_than_the_nearest(example, dtype, searches) -> None:
     for x, codebook, metric, indices in searches:
         assert x.shape[0] == ROWS
         assert torch.equal(indices, truth(x, codebook, metric))
+
+
+@pytest.mark.kernel
+def test_near_ties_are_decided_exactly() -> None:
+    x, codebook = data.near_ties(200, 30, 12)
+    module = patched(EuclideanCodebook(30, 12).eval())
+    module.embed.copy_(codebook)
+    assert torch.equal(module.quantize(x), oracle.nearest_code(x, codebook))
 
 
 @on_every_example
@@ -718,6 +728,13 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stochastic_sample_codes": True, "sample_codebook_temp": 0.5}, {}),
     ({"stochastic_sample_codes": True}, {"sample_codebook_temp": 0.0}),
     ({"straight_through": True, "rotation_trick": False}, {}),
+    (
+        {
+            **{"learnable_codebook": True, "ema_update": False, "threshold_ema_dead_code": 2},
+            "in_place_codebook_optimizer": partial(torch.optim.SGD, lr=0.1),
+        },
+        {},
+    ),
     ({}, {"freeze_codebook": True}),
     ({}, {"lens": torch.tensor([20, 13])}),
     ({}, {"topk": 3}),
@@ -823,6 +840,17 @@ def test_updates_by_indices_are_theirs() -> None:
         module.update_indices(x, indices, mask=MASK)
     for w, g in zip(theirs.state_dict().values(), ours.state_dict().values(), strict=True):
         torch.testing.assert_close(g, w)
+
+
+@needs_theirs
+@pytest.mark.once
+def test_sums_of_ranks_are_added_up() -> None:
+    theirs, ours = lucid(), patched(lucid())
+    for module in (theirs, ours):
+        # as two ranks with the same rows
+        module._codebook.all_reduce_fn = lambda tensor: tensor.mul_(2)
+    for w, g in zip(trained(theirs), trained(ours), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 @needs_theirs
