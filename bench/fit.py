@@ -30,7 +30,7 @@ def rows() -> list[Row]:
 def count(row: Row) -> Row | None:
     """The row with the terms of its time, in milliseconds; None where the tiles spill."""
     # they need Triton, and the tables of the docs do not
-    from vqtriton.kernels.screen_codes import ScreenCodesConfig
+    from vqtriton.kernels.screen_tiles import ScreenCodesConfig
     from vqtriton.tuning import predict, tunables
 
     problem = Problem("nearest_code", row["dtype"], row["D"], row["K"], row["N"])

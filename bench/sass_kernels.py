@@ -21,6 +21,7 @@ from vqtriton.kernels import (
     nearest_code,
     normalize_rows,
     screen_codes,
+    screen_tiles,
     vector_quantize_grad,
 )
 from vqtriton.kernels import prepare_planes as planes_kernels
@@ -94,14 +95,14 @@ def codebook_of(dim: int) -> torch.Tensor:
 
 
 def accumulator_of(target: str) -> str:
-    """A key of `screen_codes.ACCUMULATOR_ORDER`: consumer Blackwell multiplies as Ampere does."""
+    """A key of `screen_tiles.ACCUMULATOR_ORDER`: consumer Blackwell multiplies as Ampere does."""
     return {"sm_120": "sm_80"}.get(target, target)
 
 
 def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
     """As it is launched on the target: many rows and few, with codes in one part and in two."""
     target = accumulator_of(target)
-    lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
+    lanes, vec = screen_tiles.ACCUMULATOR_ORDER[target]
     # of two tiles at least
     codebook = codebook_of(x.shape[1]).repeat(8, 1)[None]
     planes = prepare_planes(codebook, lanes=lanes, vec=vec)
@@ -117,7 +118,7 @@ def record_nearest_code(x: torch.Tensor, target: str) -> list[Launch]:
 def record_search_of_dots(x: torch.Tensor, target: str) -> list[Launch]:
     """As `record_nearest_code`, with many rows and codes in one part and in two."""
     target = accumulator_of(target)
-    lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
+    lanes, vec = screen_tiles.ACCUMULATOR_ORDER[target]
     codebook = codebook_of(x.shape[1]).repeat(8, 1)[None]
     planes = prepare_planes(codebook, lanes=lanes, vec=vec, is_dot=True)
     return [
@@ -144,7 +145,7 @@ def launches_of_search(
     **options: Any,
 ) -> list[Launch]:
     """Of a search with the default tiles of a target."""
-    is_aligned = screen_codes.rows_are_aligned(x[None])
+    is_aligned = screen_tiles.row_unit(x[None]) > 1
     inner = planes.codes.shape[2]
     config = nearest_code.nearest_code_config(target, inner, is_aligned, is_few=is_few)
     return launches_of(

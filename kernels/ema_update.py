@@ -20,7 +20,7 @@ from vqtriton.kernels.draw_rows import Drawn
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit
-from vqtriton.kernels.screen_codes import num_processors
+from vqtriton.kernels.screen_tiles import num_processors
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 A row is certified if its winner beats the other codes of its group by more than float32 may err,
 and the best score outside of the group by more than the screen may. docs/exactness.md derives both.
+A row in doubt has known rivals if the screen kept all groups that may hold the nearest code: then
+these are listed. Any other row has to be searched again.
 
 It is the end of the screen's program. Where the codes are screened in parts, it is a kernel of its
 own, which merges the parts first.
@@ -21,252 +23,397 @@ from vqtriton.kernels.row_planes import largest_norm, scale_ratio
 class Finish(NamedTuple):
     """What a finish reads and writes, in the order of the kernels' parameters.
 
-    T is the number of tiles of rows, and N' the rows of all of these.
+    T is the number of tiles of rows, and N' the rows of all of these. L is the number of rows of a
+    tile whose rivals can be listed.
     """
 
-    codebook: Tensor  # [H, K, D] fp32 / fp16 / bf16, as given
+    codebook: Tensor  # [H, K, D] fp32 / fp16 / bf16, contiguous
     mask: Tensor | None  # [H, N] bool, False for rows that do not count
     indices: Tensor  # [H, N] int64, out
     quantized: Tensor | None  # [H, N, D] as x, out
     losses: Tensor | None  # [H, N] fp32, out: weight times the squared distance
-    rows: Tensor  # [H, N'] int32, out: the rows in doubt, at the beginning of their tile
-    thresholds: Tensor  # [H, N'] fp32, out: for each of them, what a rival's score must reach
-    doubts: Tensor  # [H, T] int32, out: how many they are
+    chosen: Tensor  # [H, N'] int32, scratch: the best group
+    best: Tensor  # [H, N'] fp32, scratch: the score of the winner
+    gaps: Tensor  # [H, N'] fp32, scratch: how far the others of its group are behind it
+    rows: Tensor  # [H, N'] int32, out: of each tile, those with known rivals first, others last
+    thresholds: Tensor  # [H, N'] fp32, out: for the others, what a rival's score must reach
+    rivals: Tensor  # [H, T, L, CLASSES] int32, out: the groups that may hold the nearest code
+    rival_counts: Tensor  # [H, T, L] int32, out: how many they are
+    known: Tensor  # [H, T] int32, out: rows in doubt with known rivals
+    unknown: Tensor  # [H, T] int32, out: the other rows in doubt
     arrivals: Tensor  # [H, T + 1] int32, set to zero, for the rescue
     valid: Tensor  # [H, T] int32, out: rows that count
-    sums: Tensor  # [H, T + S] fp64, out: of the losses of the rows that are certain
+    sums: Tensor  # [H, S] fp64, out: of the losses of the rows of a tile that are certain
     bound_products: float
     bound_distances: float
     bound_tiny: float
     weight: float
     num_codes: int
-    stride_ch: int
-    stride_ck: int
-    stride_cd: int
-    num_spans: int
+    num_sums: int  # S, of which the first T are of tiles
 
 
 @triton.jit
-def write_rows(
-    x_rows_ptr, code_rows_ptr, quantized_rows_ptr, losses_ptrs, weight, is_valid, row_mask,
-    stride_xd, stride_cd, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The code of each row and its loss, which is returned; zeros where ``is_valid`` is false."""
-    sq_error = tl.zeros_like(is_valid.to(tl.float32))
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-        mask = row_mask[:, None] & (offs_d < D)
-        valid_mask = mask & is_valid[:, None]
-        x = tl.load(x_rows_ptr[:, None] + offs_d * stride_xd, mask=valid_mask, other=0.0)
-        code = tl.load(code_rows_ptr[:, None] + offs_d * stride_cd, mask=valid_mask, other=0.0)
-        tl.store(
-            quantized_rows_ptr[:, None] + offs_d,
-            code.to(quantized_rows_ptr.dtype.element_ty),
-            mask=mask,
-        )
-        x = x.to(tl.float32)
-        difference = x - code.to(tl.float32)
-        # inf - inf: an infinite x gives NaN, as a NaN does
-        sq_error += tl.sum(difference * difference + (x - x), 1)
-    losses = weight * sq_error
-    tl.store(losses_ptrs, losses, mask=row_mask)
-    return losses
-
-
-@triton.jit
-def _not_finite(x_rows_ptr, row_mask, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Whether a row has a NaN or an infinity, int32."""
-    found = tl.zeros_like(row_mask.to(tl.int32))
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
-        mask = row_mask[:, None] & (offs_d < D)
-        x = tl.load(x_rows_ptr[:, None] + offs_d * stride_xd, mask=mask, other=0.0).to(tl.float32)
-        found = tl.maximum(found, tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1))
-    return found
-
-
-@triton.jit
-def _load_dims(ptrs, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """fp32, zeros beyond the last dimension."""
-    if D % BLOCK_D == 0:
+def _load_dims(ptrs, offs_d, D: tl.constexpr, IS_EVEN: tl.constexpr):
+    """fp32, zeros beyond the last dimension; ``offs_d`` broadcasts to the pointers."""
+    if IS_EVEN:
         return tl.load(ptrs).to(tl.float32)
     return tl.load(ptrs, mask=tl.broadcast_to(offs_d < D, ptrs.shape), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _score_terms(e, y, half_ratio, IS_DOT: tl.constexpr):
-    """y·e − ratio·‖e‖²/2, or y·e, before it is summed over the dimensions."""
+def take_codes(
+    x_rows_ptr, code_rows_ptr, quantized_rows_ptr, mean_ptr, row_scale, scale, half_ratio,
+    is_valid, row_mask, end_d, stride_xd,
+    D: tl.constexpr, IS_DOT: tl.constexpr, SCORE: tl.constexpr, GATHER: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """For each row the score of a code, and its squared distance; if GATHER, the code is written.
+
+    All rows can be read, also beyond ``row_mask``. If HAS_MASK, those that are not valid get zeros.
+
+    Returns:
+        score [R] fp32, if SCORE: y·e − ratio·‖e‖²/2, or y·e; sq_error [R] fp32, if GATHER.
+    """
+    score = tl.zeros((row_mask.shape[0], BLOCK_D), tl.float32)
+    sq_error = score
+    for start_d in range(0, end_d, BLOCK_D):
+        offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        x = _load_dims(x_rows_ptr[:, None] + offs_d * stride_xd, offs_d, D, D % BLOCK_D == 0)
+        code = _load_dims(code_rows_ptr[:, None] + offs_d, offs_d, D, D % BLOCK_D == 0)
+        if SCORE:
+            mean = _load_dims(mean_ptr + offs_d, offs_d, D, D % BLOCK_D == 0)
+            y = (x - mean) * row_scale[:, None]
+            e = (code - mean) * scale
+            if not IS_DOT:
+                y -= e * half_ratio[:, None]
+            score += e * y
+        if GATHER:
+            if HAS_MASK:
+                x = tl.where(is_valid[:, None], x, 0.0)
+                code = tl.where(is_valid[:, None], code, 0.0)
+            tl.store(
+                quantized_rows_ptr[:, None] + offs_d,
+                code.to(quantized_rows_ptr.dtype.element_ty),
+                mask=row_mask[:, None] & (offs_d < D),
+            )
+            sq_error += (x - code) * (x - code)
+    return tl.sum(score, 1), tl.sum(sq_error, 1)
+
+
+@triton.jit
+def _not_finite(x_rows_ptr, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Whether a row has a NaN or an infinity."""
+    found = tl.zeros(x_rows_ptr.shape, tl.int32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        x = _load_dims(x_rows_ptr[:, None] + offs_d * stride_xd, offs_d, D, D % BLOCK_D == 0)
+        found = tl.maximum(found, tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1))
+    return found > 0
+
+
+@triton.jit
+def _costs(
+    x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
+    D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of the codes from ``first`` on: the smallest is the best, inf what is not finite.
+
+    [GROUP, R] fp32: the squared distance in units of 1/row_scale², or the opposite of the dot
+    product. A thread has all these codes for its dimensions of a row, so it loads x once.
+    """
+    members = tl.arange(0, GROUP)
+    offs_code = members * D
+    if IS_SMALL:
+        # no memory beyond the codebook
+        offs_code = tl.minimum(members, num_codes - 1) * D
+    codes_ptr = (codebook_ptr + first.to(tl.int64) * D)[None, :, None] + offs_code[:, None, None]
+    terms = tl.zeros((GROUP, first.shape[0], BLOCK_D), tl.float32)
+    for start_d in range(0, end_d, BLOCK_D):
+        offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
+        x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
+        x = _load_dims(x_ptrs, offs_d[None, :], D, D % BLOCK_D == 0)
+        # exact, as the scale is a power of two
+        x = (x * row_scale[:, None])[None, :, :]
+        offs_d = offs_d[None, None, :]
+        codes = _load_dims(codes_ptr + offs_d, offs_d, D, D % BLOCK_D == 0)
+        if IS_DOT:
+            terms -= x * (codes * scale)
+        else:
+            # rounded once; centred, it would be rounded three times
+            difference = tl.fma(codes, -row_scale[None, :, None], x)
+            terms += difference * difference
+    cost = tl.sum(terms, 2)
+    is_finite = cost < float("inf")
     if IS_DOT:
-        return e * y
-    return e * (y - e * half_ratio)
+        is_finite = is_finite & (cost > float("-inf"))
+    if IS_SMALL:
+        is_finite = is_finite & (members < num_codes)[:, None]
+    return tl.where(is_finite, cost, float("inf"))
 
 
 @triton.jit
 def finish_rows(
-    x_rows_ptr, offs_n, row_mask, group, second, error, norm, row_scale, ratio, scale, mean_ptr,
-    norms_ptr, head, num_norms,
-    codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr, thresholds_ptr,
-    doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
-    bound_products, bound_distances, bound_tiny, weight, num_codes, stride_ch, stride_ck, stride_cd,
-    num_spans, N, stride_xd,
+    x_ptr, group, mean_ptr, scale, row_scale_ptr,
+    codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr, gaps_ptr,
+    rows_ptr, weight, num_codes, head, N, stride_xn, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
-    HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr, FINISH_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr, IS_SMALL: tl.constexpr,
+    FINISH_N: tl.constexpr, FINISH_D: tl.constexpr,
 ):  # fmt: skip
-    """All that is left to do for a tile of rows, those in doubt excepted.
+    """Chooses and writes the nearest code in the group of each row, [BLOCK_N] int32.
 
-    Pointers to x and mean are those of the head. group, second and error are of the screen, norm is
-    at least the norm of y.
+    Pointers to x and mean are those of the head. What `certify` needs is passed on through memory,
+    as there are few registers.
     """
     tile = tl.program_id(0).to(tl.int64)
-    tiles = tl.num_programs(0)
-    codebook_ptr += head * stride_ch
-    offs_row = head * N + offs_n
+    first_place = (head * tl.num_programs(0) + tile) * BLOCK_N
+    codebook_ptr += head * num_codes * D
+    first_n = tile * BLOCK_N
+    # it is D: unrolled, loops over the dimensions would need too many registers
+    end_d = tl.minimum(num_codes, 1) * D
+    tl.store(chosen_ptr + (first_place + tl.arange(0, BLOCK_N)), group)
+    tl.debug_barrier()
+    for start_n in range(0, BLOCK_N, FINISH_N):
+        place = start_n + tl.arange(0, FINISH_N)
+        offs_n = first_n + place
+        row_mask = offs_n < N
+        # rows beyond the last are the last again, so that loads need no mask
+        row = tl.minimum(offs_n, N - 1)
+        offs_row = head * N + row
+        row_scale = tl.load(row_scale_ptr + offs_row)
+        x_rows_ptr = x_ptr + row * stride_xn
+        # whole groups, also where the last is not: codes of another one do no harm
+        first = tl.load(chosen_ptr + (first_place + place)) * GROUP
+        first = tl.maximum(tl.minimum(first, num_codes - GROUP), 0)
+        cost = _costs(
+            x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
+            D, IS_DOT, GROUP, IS_SMALL, FINISH_D,
+        )  # fmt: skip
+        members = tl.arange(0, GROUP)[:, None]
+        least = tl.min(cost, 0)
+        # the lowest index keeps a tie
+        member = tl.min(tl.where(cost == least[None, :], members, GROUP), 0)
+        # no distance of a row that is not finite is finite
+        is_bad = least == float("inf")
+        if tl.max(is_bad.to(tl.int32), 0) > 0:
+            is_bad = is_bad & _not_finite(x_rows_ptr, stride_xd, D, FINISH_D)
+        index = tl.where(is_bad, 0, first + member)
+        is_valid = row_mask
+        if HAS_MASK:
+            is_valid = is_valid & (tl.load(mask_ptr + offs_row) != 0)
+        tl.store(indices_ptr + offs_row, tl.where(is_valid, index, -1).to(tl.int64), mask=row_mask)
+        half_ratio = 0.5 * scale_ratio(row_scale, scale)
+        quantized_rows_ptr = None
+        if GATHER:
+            quantized_rows_ptr = quantized_ptr + offs_row * D
+        score, sq_error = take_codes(
+            x_rows_ptr, codebook_ptr + index.to(tl.int64) * D, quantized_rows_ptr,
+            mean_ptr, row_scale, scale, half_ratio, is_valid, row_mask, end_d, stride_xd,
+            D, IS_DOT, EXACT, GATHER, HAS_MASK, FINISH_D,
+        )  # fmt: skip
+        if GATHER:
+            loss = tl.where(is_bad & is_valid, float("nan"), weight * sq_error)
+            tl.store(losses_ptr + offs_row, loss, mask=row_mask)
+        tl.store(rows_ptr + (first_place + place), offs_n.to(tl.int32))
+        if EXACT:
+            others = tl.min(tl.where(members == member[None, :], float("inf"), cost), 0)
+            gap = others - least
+            if not IS_DOT:
+                # what both distances may err by: see docs/exactness.md
+                gap -= (2.1 * (D + 12) * 5.960464477539063e-08) * least
+            # a bad row is certain
+            score = tl.where(tl.abs(score) < float("inf"), score, float("-inf"))
+            tl.store(gaps_ptr + (first_place + place), tl.where(is_bad, float("inf"), gap))
+            tl.store(best_ptr + (first_place + place), tl.where(is_bad, float("inf"), score))
 
-    half_ratio = (0.5 * ratio)[:, None]
-    # no score is below this, so the first code wins if no other does
-    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    others = best
-    member = tl.zeros((BLOCK_N,), tl.int32)
-    # the constant in the screen's scores
-    shift = largest_norm(norms_ptr, head, num_norms, 3)
-    if not IS_DOT:
-        shift = ratio * shift
-    # two codes at a time share the row; more would need too many registers
-    for first in range(0, GROUP, 2):
-        # no memory beyond the codebook
-        code = tl.minimum(group * GROUP + first, num_codes - 1).to(tl.int64)
-        next_code = tl.minimum(group * GROUP + first + 1, num_codes - 1).to(tl.int64)
-        products = tl.zeros((BLOCK_N, FINISH_D), tl.float32)
-        next_products = products
-        for start_d in range(0, D, FINISH_D):
-            offs_d = (start_d + tl.arange(0, FINISH_D)).to(tl.int64)[None, :]
-            x = _load_dims(x_rows_ptr[:, None] + offs_d * stride_xd, offs_d, D, FINISH_D)
-            mean = _load_dims(mean_ptr + offs_d, offs_d, D, FINISH_D)
-            y = (x - mean) * row_scale[:, None]
-            codes_ptr = codebook_ptr + offs_d * stride_cd
-            e = _load_dims(codes_ptr + code[:, None] * stride_ck, offs_d, D, FINISH_D)
-            e = (e - mean) * scale
-            products += _score_terms(e, y, half_ratio, IS_DOT)
-            e = _load_dims(codes_ptr + next_code[:, None] * stride_ck, offs_d, D, FINISH_D)
-            e = (e - mean) * scale
-            next_products += _score_terms(e, y, half_ratio, IS_DOT)
-        for i in tl.static_range(2):
-            score = tl.sum(products if i == 0 else next_products, 1)
-            # NaN, from a code that is not finite, does not win; nor does infinity
-            if IS_DOT:
-                is_finite = tl.abs(score) < float("inf")
-            else:
-                score += shift
-                is_finite = score == score
-            is_code = (group * GROUP + first + i < num_codes) & is_finite
-            score = tl.where(is_code, score, float("-inf"))
-            # the lowest index keeps a tie
-            others = tl.maximum(others, tl.minimum(best, score))
-            member = tl.where(score > best, first + i, member)
-            best = tl.maximum(best, score)
-    index = tl.minimum(group * GROUP + member, num_codes - 1)
-    # no distance of a row that is not finite is finite
-    is_suspect = row_mask & ((error < float("inf")) == 0)
-    is_bad = tl.zeros((BLOCK_N,), tl.int32)
-    if tl.max(is_suspect.to(tl.int32), 0) > 0:
-        is_bad = _not_finite(x_rows_ptr, is_suspect, stride_xd, D, FINISH_D)
-        index = tl.where(is_bad > 0, 0, index)
+
+@triton.jit
+def certify(
+    second, scale, norms_ptr, num_norms, error_ptr, row_scale_ptr, norm_ptr,
+    mask_ptr, losses_ptr, best_ptr, gaps_ptr, rows_ptr, valid_ptr, sums_ptr,
+    bound_products, bound_distances, bound_tiny, num_codes, num_sums, head, N,
+    IS_DOT: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr,
+    GATHER: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which rows are in doubt after `finish_rows`; adds up the losses of the others.
+
+    second [BLOCK_N] fp32 is the largest score, as screened, of a group that was not chosen.
+
+    Returns:
+        doubt [BLOCK_N] int32; threshold [BLOCK_N] fp32, what a rival's screened score must reach.
+    """
+    tl.debug_barrier()
+    tile = tl.program_id(0).to(tl.int64)
+    places = (head * tl.num_programs(0) + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # even the numbers of the rows: what was computed from them before would be kept in registers
+    offs_n = tl.load(rows_ptr + places).to(tl.int64)
+    row_mask = offs_n < N
+    offs_row = head * N + tl.minimum(offs_n, N - 1)
     is_valid = row_mask
     if HAS_MASK:
-        is_valid = is_valid & (tl.load(mask_ptr + offs_row, mask=row_mask, other=0) != 0)
-    tl.store(indices_ptr + offs_row, tl.where(is_valid, index, -1).to(tl.int64), mask=row_mask)
-
+        is_valid = is_valid & (tl.load(mask_ptr + offs_row) != 0)
     doubt = tl.zeros((BLOCK_N,), tl.int32)
+    threshold = second
     if EXACT:
+        error = tl.load(error_ptr + offs_row)
+        norm = tl.load(norm_ptr + offs_row)
+        ratio = scale_ratio(tl.load(row_scale_ptr + offs_row), scale)
+        best = tl.load(best_ptr + places)
+        gap = tl.load(gaps_ptr + places)
         max_norm = largest_norm(norms_ptr, head, num_norms, 0)
+        # the constant in the screen's scores
+        shift = largest_norm(norms_ptr, head, num_norms, 3)
         if IS_DOT:
             own_error = bound_products * max_norm * norm + bound_tiny
             # the scores here are without the constant: beside it they would lose digits
             second -= shift
+            least_gap = 2 * own_error
         else:
             own_error = bound_products * max_norm * (norm + 0.5 * ratio * max_norm)
             own_error += bound_distances * norm * (norm / ratio) + bound_tiny
+            best += ratio * shift
+            least_gap = tl.zeros_like(own_error) + bound_tiny
         # code − mean may overflow, though it does not in float64, where the scale was chosen
         own_error = tl.where(scale < 6.018531076210112e-36, float("inf"), own_error)
         # there is no other group; the screen says 0
         second = tl.where(num_codes <= GROUP, float("-inf"), second)
         # written so that a NaN or an infinite error leaves the row in doubt
-        is_certain = (best - second > error + own_error) & (best - others > 2 * own_error)
-        is_certain = is_certain | (is_bad > 0)
+        is_certain = (best - second > error + own_error) & (gap > least_gap)
+        is_certain = is_certain | (best == float("inf"))
         doubt = (is_valid & (is_certain == 0)).to(tl.int32)
         if IS_DOT:
             best += shift
         # the last term: two subtractions are rounded
         threshold = best - (error + own_error + 2.384185791015625e-07 * tl.abs(best))
-        place = (head * tiles + tile) * BLOCK_N + tl.cumsum(doubt, 0) - doubt
-        tl.store(rows_ptr + place, offs_n.to(tl.int32), mask=doubt > 0)
-        tl.store(thresholds_ptr + place, threshold, mask=doubt > 0)
-        tl.store(doubts_ptr + (head * tiles + tile), tl.sum(doubt, 0))
-        tl.store(arrivals_ptr + (head * (tiles + 1) + tile), 0)
-        if tile == 0:
-            tl.store(arrivals_ptr + (head * (tiles + 1) + tiles), 0)
     if GATHER:
-        losses = write_rows(
-            x_rows_ptr, codebook_ptr + index.to(tl.int64) * stride_ck,
-            quantized_ptr + offs_row * D, losses_ptr + offs_row, weight, is_valid, row_mask,
-            stride_xd, stride_cd, D, FINISH_D,
-        )  # fmt: skip
+        losses = tl.load(losses_ptr + offs_row)
         certain = tl.where(row_mask & (doubt == 0), losses, 0.0).to(tl.float64)
-        tl.store(sums_ptr + (head * (tiles + num_spans) + tile), tl.sum(certain, 0))
-        tl.store(valid_ptr + (head * tiles + tile), tl.sum(is_valid.to(tl.int32), 0))
+        tl.store(sums_ptr + (head * num_sums + tile), tl.sum(certain, 0))
+        place = head * tl.num_programs(0) + tile
+        tl.store(valid_ptr + place, tl.sum(is_valid.to(tl.int32), 0))
+    return doubt, threshold
+
+
+@triton.jit
+def list_doubts(
+    doubt, is_known, threshold, num_rivals, rows_ptr, thresholds_ptr, rival_counts_ptr, known_ptr,
+    unknown_ptr, arrivals_ptr, head, BLOCK_N: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """Lists the rows in doubt of a tile; all parameters but the pointers are [BLOCK_N].
+
+    Returns:
+        [BLOCK_N] int64, place of the list of a row's rivals; -1 for a row that has no such list.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    tiles = tl.num_programs(0)
+    first_n = tile * BLOCK_N
+    offs_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int32)
+    offs_tile = head * tiles + tile
+    known = doubt * is_known.to(tl.int32)
+    rank = tl.cumsum(known, 0) - known
+    known = known * (rank < LISTED).to(tl.int32)
+    unknown = doubt - known
+    last = BLOCK_N - 1 - (tl.cumsum(unknown, 0) - unknown)
+    # `certify` has read what stands there
+    tl.debug_barrier()
+    tl.store(rows_ptr + (offs_tile * BLOCK_N + rank), offs_n, mask=known > 0)
+    tl.store(rows_ptr + (offs_tile * BLOCK_N + last), offs_n, mask=unknown > 0)
+    tl.store(thresholds_ptr + (offs_tile * BLOCK_N + last), threshold, mask=unknown > 0)
+    place = tl.where(known > 0, offs_tile * LISTED + rank, -1)
+    tl.store(rival_counts_ptr + place, num_rivals, mask=known > 0)
+    tl.store(known_ptr + offs_tile, tl.sum(known, 0))
+    tl.store(unknown_ptr + offs_tile, tl.sum(unknown, 0))
+    tl.store(arrivals_ptr + (head * (tiles + 1) + tile), 0)
+    if tile == 0:
+        tl.store(arrivals_ptr + (head * (tiles + 1) + tiles), 0)
+    return place
 
 
 # a program must not be compiled for each batch size
-@triton.jit(do_not_specialize=["num_codes", "num_spans", "N", "num_norms", "splits"])
+@triton.jit(do_not_specialize=["num_codes", "num_sums", "N", "num_norms", "splits"])
 def finish_parts_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
     norms_ptr,          # [H, P, 4] fp32, of `vqtriton.planes.CodePlanes`
-    groups_ptr,         # [splits, H, N] int32, of the screen, as the next five
-    best_ptr,           # [splits, H, N] fp32
-    second_ptr,         # [splits, H, N] fp32
+    groups_ptr,         # [splits, H, N, CLASSES] int32, of the screen, as the next five
+    scores_ptr,         # [splits, H, N, CLASSES] fp32
+    others_ptr,         # [splits, H, N] fp32
     error_ptr,          # [H, N] fp32
     row_scale_ptr,      # [H, N] fp32
     norm_ptr,           # [H, N] fp32
     # see `Finish`
-    codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr, thresholds_ptr,
-    doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
-    bound_products, bound_distances, bound_tiny, weight, num_codes, stride_ch, stride_ck, stride_cd,
-    num_spans,
+    codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr, gaps_ptr,
+    rows_ptr, thresholds_ptr, rivals_ptr, rival_counts_ptr, known_ptr, unknown_ptr, arrivals_ptr,
+    valid_ptr, sums_ptr,
+    bound_products, bound_distances, bound_tiny, weight, num_codes, num_sums,
     N, num_norms, splits, stride_xh, stride_xn, stride_xd,
-    D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
-    HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr, FINISH_D: tl.constexpr,
+    D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
+    EXACT: tl.constexpr, HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_SMALL: tl.constexpr, LISTED: tl.constexpr, FINISH_N: tl.constexpr, FINISH_D: tl.constexpr,
+    X_UNIT: tl.constexpr,
 ):  # fmt: skip
+    # what the compiler cannot see, unless it is 16
+    stride_xh = stride_xh // X_UNIT * X_UNIT
+    stride_xn = stride_xn // X_UNIT * X_UNIT
     # int64 before they multiply a stride
     head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = offs_n < N
     # rows beyond the last are the last again, so that loads need no mask
-    row = tl.minimum(offs_n, N - 1)
+    row = head * N + tl.minimum(offs_n, N - 1)
+    classes = tl.arange(0, CLASSES)[None, :]
     group = tl.zeros((BLOCK_N,), tl.int32)
     # integers: a NaN that has won its part wins the row
     best = tl.full((BLOCK_N,), -2147483648, tl.int32)
-    second = tl.full((BLOCK_N,), -2147483648, tl.int32)
+    second = tl.zeros((BLOCK_N,), tl.int32)
+    others = tl.zeros((BLOCK_N,), tl.float32)
     for split in range(splits):
-        offs = (tl.cast(split, tl.int64) * heads + head) * N + row
-        split_best = tl.load(best_ptr + offs).to(tl.int32, bitcast=True)
-        split_second = tl.load(second_ptr + offs).to(tl.int32, bitcast=True)
-        group = tl.where(split_best > best, tl.load(groups_ptr + offs), group)
-        second = tl.maximum(tl.maximum(second, split_second), tl.minimum(best, split_best))
-        best = tl.maximum(best, split_best)
-    second = tl.maximum(second, 0).to(tl.float32, bitcast=True)
+        offs = tl.cast(split, tl.int64) * heads * N + row
+        offs_class = offs[:, None] * CLASSES + classes
+        scores = tl.load(scores_ptr + offs_class).to(tl.int32, bitcast=True)
+        left = tl.load(others_ptr + offs)
+        part_best, winner = tl.max(scores, 1, return_indices=True)
+        is_winner = classes == winner[:, None]
+        part_group = tl.sum(tl.where(is_winner, tl.load(groups_ptr + offs_class), 0), 1)
+        group = tl.where(part_best > best, part_group, group)
+        behind = tl.max(tl.where(is_winner, -2147483648, scores), 1)
+        behind = tl.maximum(behind, left.to(tl.int32, bitcast=True))
+        second = tl.maximum(tl.maximum(second, behind), tl.minimum(best, part_best))
+        best = tl.maximum(best, part_best)
+        # a NaN has no order: it has won
+        others = tl.maximum(others, left)
     scale = tl.load(scale_ptr + head)
-    row_scale = tl.load(row_scale_ptr + head * N + row)
     finish_rows(
-        x_ptr + head * stride_xh + row * stride_xn, offs_n, row_mask, group, second,
-        tl.load(error_ptr + head * N + row), tl.load(norm_ptr + head * N + row), row_scale,
-        scale_ratio(row_scale, scale), scale, mean_ptr + head * D, norms_ptr, head,
-        num_norms,
-        codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr, thresholds_ptr,
-        doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
-        bound_products, bound_distances, bound_tiny, weight, num_codes,
-        stride_ch, stride_ck, stride_cd, num_spans, N, stride_xd,
-        D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, FINISH_D,
+        x_ptr + head * stride_xh, group, mean_ptr + head * D, scale, row_scale_ptr,
+        codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr,
+        gaps_ptr, rows_ptr, weight, num_codes, head, N, stride_xn, stride_xd,
+        D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, IS_SMALL, FINISH_N, FINISH_D,
     )  # fmt: skip
+    doubt, threshold = certify(
+        second.to(tl.float32, bitcast=True), scale, norms_ptr, num_norms, error_ptr, row_scale_ptr,
+        norm_ptr, mask_ptr, losses_ptr, best_ptr, gaps_ptr, rows_ptr, valid_ptr, sums_ptr,
+        bound_products, bound_distances, bound_tiny, num_codes, num_sums, head, N,
+        IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N,
+    )  # fmt: skip
+    if EXACT:
+        num_rivals = tl.zeros((BLOCK_N,), tl.int32)
+        for split in range(splits):
+            offs = tl.cast(split, tl.int64) * heads * N + row
+            scores = tl.load(scores_ptr + (offs[:, None] * CLASSES + classes))
+            num_rivals += tl.sum(((scores < threshold[:, None]) == 0).to(tl.int32), 1)
+        is_known = (others < threshold) & (num_rivals <= CLASSES)
+        place = list_doubts(
+            doubt, is_known, threshold, num_rivals, rows_ptr, thresholds_ptr, rival_counts_ptr,
+            known_ptr, unknown_ptr, arrivals_ptr, head, BLOCK_N, LISTED,
+        )  # fmt: skip
+        before = tl.zeros((BLOCK_N,), tl.int32)
+        for split in range(splits):
+            offs_class = (tl.cast(split, tl.int64) * heads * N + row)[:, None] * CLASSES + classes
+            is_rival = (tl.load(scores_ptr + offs_class) < threshold[:, None]) == 0
+            is_rival = (is_rival & (place >= 0)[:, None]).to(tl.int32)
+            rank = before[:, None] + tl.cumsum(is_rival, 1) - is_rival
+            groups = tl.load(groups_ptr + offs_class)
+            tl.store(rivals_ptr + (place[:, None] * CLASSES + rank), groups, mask=is_rival > 0)
+            before += tl.sum(is_rival, 1)

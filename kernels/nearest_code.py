@@ -19,20 +19,25 @@ from vqtriton.kernels.finish_rows import Finish
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.rescue_rows import (
+    MOST_TILES,
     RescueRowsConfig,
     reduce_losses_kernel,
     rescue_rows_kernel,
 )
 from vqtriton.kernels.row_planes import plane_constants, register_limit, strides_of
 from vqtriton.kernels.screen_codes import (
-    ScreenCodesConfig,
     Screened,
-    architecture,
+    classes_of,
     finish_parts,
-    num_processors,
+    num_listed,
     parts_of,
-    rows_are_aligned,
     screen_codes,
+)
+from vqtriton.kernels.screen_tiles import (
+    ScreenCodesConfig,
+    architecture,
+    num_processors,
+    row_unit,
     screen_codes_config,
 )
 
@@ -59,29 +64,50 @@ class NearestCode(NamedTuple):
         Tensor | None
     )  # [H] fp32, what their sum was multiplied by: 1, or 1 / elements that count
     tile_rows: int
-    doubts: Tensor  # [H·T and more] int32, rows of each tile of rows that the rescue decided
+    known: Tensor  # [H·T and more] int32, rows of each tile that the rescue decided: between rivals
+    unknown: Tensor  # [H·T and more] int32, likewise: by another search
 
     @property
     def num_doubtful(self) -> Tensor:
         """[H] int64, rows that the rescue of an exact search decided."""
+        return self._total(self.known) + self.num_searched
+
+    @property
+    def num_searched(self) -> Tensor:
+        """[H] int64, rows for which the rescue had to search again."""
+        return self._total(self.unknown)
+
+    def _total(self, of_tiles: Tensor) -> Tensor:
         heads, num_rows = self.indices.shape
         tiles = cdiv(num_rows, self.tile_rows)
-        return self.doubts[: heads * tiles].view(heads, tiles).sum(1)
+        return of_tiles[: heads * tiles].view(heads, tiles).sum(1)
+
+
+class FinishedRows(NamedTuple):
+    """The tensors of `Finish` that are not returned, in its order."""
+
+    chosen: Tensor
+    best: Tensor
+    gaps: Tensor
+    rows: Tensor
+    thresholds: Tensor
+    rivals: Tensor
+    rival_counts: Tensor
+    known: Tensor
+    unknown: Tensor
+    arrivals: Tensor
+    valid: Tensor
+    sums: Tensor
 
 
 class Scratch(NamedTuple):
     """What the kernels leave for each other; T tiles of rows, N' rows of all of these."""
 
     screened: Screened
-    rows: Tensor  # [H·N'] int32, in doubt
-    thresholds: Tensor  # [H·N'] fp32
-    doubts: Tensor  # [H·T] int32
-    arrivals: Tensor  # [H·(T + 1)] int32
-    valid: Tensor  # [H·T] int32
-    counts: Tensor  # [H·programs·BLOCK_N] int32
-    lists: Tensor  # [H·programs·BLOCK_N·LIST] int32
+    rows: FinishedRows
+    counts: Tensor  # [H·searches·BLOCK_N] int32
+    lists: Tensor  # [H·searches·BLOCK_N·LIST] int32
     least_index: Tensor  # [splits·H·N'] int32
-    sums: Tensor  # [H·(T + S)] fp64
     least: Tensor  # [splits·H·N'] fp64
 
 
@@ -89,20 +115,23 @@ class Rescue(NamedTuple):
     """How the rescue is divided."""
 
     tiles: int  # tiles of rows that the screen has
-    span: int  # how many tiles one program takes together
+    known_tiles: int  # how many tiles a program takes whose rows have known rivals
+    known_spans: int
+    span: int  # how many tiles a program takes whose rows are searched again
     spans: int
-    splits: int  # parts that the codes are divided into
+    splits: int  # parts that the codes are divided into for that
     codes: int  # codes in each part; the last may have fewer
 
     @property
-    def programs(self) -> int:
+    def searches(self) -> int:
+        """Programs that search again."""
         return self.spans * self.splits
 
 
 def config_for(x: Tensor, inner: int) -> NearestCodeConfig:
     """The default tiles for x [H, N, D] and planes of ``inner`` columns."""
     is_few = x.shape[0] * cdiv(x.shape[1], 128) < 2 * num_processors(x.device)
-    return nearest_code_config(architecture(x.device), inner, rows_are_aligned(x), is_few=is_few)
+    return nearest_code_config(architecture(x.device), inner, row_unit(x) > 1, is_few=is_few)
 
 
 def nearest_code_config(
@@ -168,23 +197,19 @@ def nearest_code(
     # where rows are streamed, the screen has no registers to spare
     finishes = parts.splits == 1 and config.screen.hold_rows
     scratch = _make_scratch(x, planes, 0 if finishes else parts.splits, rescue, config)
+    num_sums = rescue.tiles + (rescue.known_spans + rescue.spans if exact else 0)
     finish = Finish(
-        codebook,
+        # neighbours in a group are loaded from one address
+        codebook.contiguous(),
         None if mask is None else mask.contiguous(),
         indices,
         quantized,
         losses,
-        scratch.rows,
-        scratch.thresholds,
-        scratch.doubts,
-        scratch.arrivals,
-        scratch.valid,
-        scratch.sums,
+        *scratch.rows,
         *own_bound,
         weight,
         codebook.shape[1],
-        *strides_of(codebook),
-        rescue.spans if exact else 0,
+        num_sums,
     )
     screen = scratch.screened, parts, config.screen
     with torch.cuda.device_of(x):
@@ -199,7 +224,7 @@ def nearest_code(
             launch(
                 reduce_losses_kernel,
                 (heads,),
-                *(scratch.sums, scratch.valid, loss, share),
+                *(finish.sums, finish.valid, loss, share),
                 # none of spans
                 *(rescue.tiles, rescue.tiles),
                 D=dim,
@@ -208,7 +233,8 @@ def nearest_code(
                 enable_fp_fusion=True,
             )
     tile_rows = config.screen.block_n
-    return NearestCode(indices, quantized, losses, loss, share, tile_rows, scratch.doubts)
+    doubts = finish.known, finish.unknown
+    return NearestCode(indices, quantized, losses, loss, share, tile_rows, *doubts)
 
 
 def _divide_rescue(x: Tensor, planes: CodePlanes, config: NearestCodeConfig) -> Rescue:
@@ -219,10 +245,12 @@ def _divide_rescue(x: Tensor, planes: CodePlanes, config: NearestCodeConfig) -> 
     span = max(1, rescue.span_rows // tile_n)
     spans = cdiv(tiles, span)
     programs = rescue.programs_per_processor * num_processors(x.device)
+    known_tiles = min(MOST_TILES, cdiv(heads * tiles, programs))
     code_tiles = planes.codes.shape[1] // rescue.block_k
     code_tiles_of_split = cdiv(code_tiles, max(1, min(programs // (heads * spans), code_tiles)))
     splits = cdiv(code_tiles, code_tiles_of_split)
-    return Rescue(tiles, span, spans, splits, code_tiles_of_split * rescue.block_k)
+    codes = code_tiles_of_split * rescue.block_k
+    return Rescue(tiles, known_tiles, cdiv(tiles, known_tiles), span, spans, splits, codes)
 
 
 def _make_scratch(
@@ -232,20 +260,37 @@ def _make_scratch(
     heads, num_rows, _ = x.shape
     tiles, block_n = rescue.tiles, config.rescue.block_n
     all_rows, padded_rows = heads * num_rows, heads * tiles * config.screen.block_n
+    classes = planes.lanes * classes_of(planes, config.screen)[1]
+    listed = heads * tiles * num_listed(config.screen)
     list_size = 2 * config.rescue.chunk_tiles * config.rescue.block_k // planes.group
-    of_programs = heads * rescue.programs * block_n
+    of_searches = heads * rescue.searches * block_n
     of_parts = parts * all_rows
     found = rescue.splits * padded_rows if rescue.splits > 1 else 0
-    of_tiles = heads * tiles, heads * (tiles + 1), heads * tiles
-    of_lists = of_programs, of_programs * list_size, found
-    groups, rows, *others = _slices(x, torch.int32, of_parts, padded_rows, *of_tiles, *of_lists)
-    best, second, error, row_scale, norm, thresholds = _slices(
-        x, torch.float32, of_parts, of_parts, all_rows, all_rows, all_rows, padded_rows
+    of_tiles = heads * tiles, heads * tiles, heads * (tiles + 1), heads * tiles
+    of_lists = of_searches, of_searches * list_size, found
+    groups, chosen, rows, rivals, rival_counts, known, unknown, arrivals, valid, *lists = _slices(
+        x,
+        torch.int32,
+        of_parts * classes,
+        *(padded_rows, padded_rows, listed * classes, listed),
+        *of_tiles,
+        *of_lists,
     )
-    doubles = _slices(x, torch.float64, heads * (tiles + rescue.spans), found)
-    of_part = (groups, best, second) if of_parts else (None, None, None)
-    screened = Screened(*of_part, error, row_scale, norm)
-    return Scratch(screened, rows, thresholds, *others, *doubles)
+    scores, others, error, row_scale, norm, best, gaps, thresholds = _slices(
+        x,
+        torch.float32,
+        *(of_parts * classes, of_parts, all_rows, all_rows, all_rows),
+        *(padded_rows, padded_rows, padded_rows),
+    )
+    sums, least = _slices(
+        x, torch.float64, heads * (tiles + rescue.known_spans + rescue.spans), found
+    )
+    of_part = (groups, scores, others) if of_parts else (None, None, None)
+    finished = FinishedRows(
+        *(chosen, best, gaps, rows, thresholds, rivals, rival_counts),
+        *(known, unknown, arrivals, valid, sums),
+    )
+    return Scratch(Screened(*of_part, error, row_scale, norm), finished, *lists, least)
 
 
 def _slices(x: Tensor, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:
@@ -269,7 +314,7 @@ def _rescue_rows(
     tiles = config.rescue
     launch(
         rescue_rows_kernel,
-        (rescue.programs, heads),
+        (rescue.searches + rescue.known_spans, heads),
         x,
         finish.codebook,
         planes.codes,
@@ -279,12 +324,15 @@ def _rescue_rows(
         finish.indices,
         finish.quantized,
         finish.losses,
-        scratch.rows,
-        scratch.thresholds,
-        scratch.doubts,
-        scratch.arrivals,
-        scratch.valid,
-        scratch.sums,
+        finish.rows,
+        finish.thresholds,
+        finish.rivals,
+        finish.rival_counts,
+        finish.known,
+        finish.unknown,
+        finish.arrivals,
+        finish.valid,
+        finish.sums,
         scratch.counts,
         scratch.lists,
         scratch.least,
@@ -296,21 +344,25 @@ def _rescue_rows(
         finish.num_codes,
         planes.codes.shape[1],
         rescue.tiles,
+        rescue.known_spans,
+        rescue.known_tiles,
         rescue.splits,
         rescue.codes,
+        finish.num_sums,
         *strides_of(x),
-        finish.stride_ch,
-        finish.stride_ck,
-        finish.stride_cd,
         **plane_constants(planes, tiles.block_d, tiles.hold_rows),
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         CHUNK_TILES=tiles.chunk_tiles,
         TILE_N=config.screen.block_n,
         SPAN=rescue.span,
+        CLASSES=planes.lanes * classes_of(planes, config.screen)[1],
+        LISTED=num_listed(config.screen),
+        KNOWN_N=tiles.known_n,
         GATHER=finish.quantized is not None,
         GATHER_D=min(next_power_of_2(dim), tiles.gather_d),
         REDUCES=loss is not None,
+        X_UNIT=row_unit(x),
         IS_MEAN=reduction == "mean",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

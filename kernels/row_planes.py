@@ -74,11 +74,12 @@ def _choose_scale(
 ):  # fmt: skip
     """row_scale and ratio, [BLOCK_N] fp32, powers of two: |y| < 2¹⁵; if IS_DOT, ‖y‖ ≤ 2⁸ ≤ E/2."""
     ones = tl.full((BLOCK_N,), 1.0, tl.float32)
-    largest = tl.zeros((BLOCK_N,), tl.int32)
+    largest = tl.zeros((BLOCK_N, DIMS), tl.int32)
     for start_d in range(0, D, DIMS):
         y = _load_rows(x_rows_ptr, mean_ptr, ones, start_d, stride_xd, D, DIMS, D % DIMS == 0)
         # as integers NaN is the largest
-        largest = tl.maximum(largest, tl.max(tl.abs(y).to(tl.int32, bitcast=True), 1))
+        largest = tl.maximum(largest, tl.abs(y).to(tl.int32, bitcast=True))
+    largest = tl.max(largest, 1)
     # biased exponents: largest < 2^((largest >> 23) − 126)
     if IS_DOT:
         # at least ‖x‖ / 64; it does not overflow for D ≤ 2¹²
@@ -93,38 +94,62 @@ def _choose_scale(
 @triton.jit
 def _split_rows(
     x_rows_ptr, mean_ptr, row_scale, ratio, start_d, stride_xd, D: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, LOAD_D: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Inner columns of the rows' plane, from ``start_d`` on, and three sums of squares.
+
+    At most LOAD_D dimensions are loaded at a time. If they are few, few threads share a row: what
+    is computed per row, each of these computes.
 
     Returns:
         plane [BLOCK_N, WIDTH] fp16; [BLOCK_N] fp32 sums of squares of its high parts, of its low
         parts and of what neither holds.
     """
-    DIMS: tl.constexpr = WIDTH // 4 if SPLIT else WIDTH
-    y = _load_rows(x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D, DIMS, EVEN)
-    high = _to_plane(y)
-    rest = y - high.to(tl.float32)
-    high_sq = tl.sum(high.to(tl.float32) * high.to(tl.float32), 1)
-    low_sq = tl.zeros_like(high_sq)
-    offs_d = start_d + tl.arange(0, DIMS)
-    if SPLIT:
-        low = _to_plane(rest)
-        rest -= low.to(tl.float32)
-        low_sq = tl.sum(low.to(tl.float32) * low.to(tl.float32), 1)
-        # four columns a dimension, so that a thread puts them together without moving data
-        weights = _bias_weights(offs_d, ratio).to(tl.float32)
-        low, high = low.to(tl.float32), high.to(tl.float32)
-        plane = tl.join(tl.join(low, high), tl.join(high, weights))
-        # axes: dimension, then which of a pair, then which pair
-        plane = tl.reshape(tl.permute(plane, (0, 1, 3, 2)), (y.shape[0], WIDTH))
-        # fp16 last: Triton 3.6.0 fails on sm_100 with the reshape next to the dot
-        plane = plane.to(tl.float16)
+    DIMS: tl.constexpr = WIDTH // 4 if SPLIT else min(WIDTH, LOAD_D)
+    parts = ()
+    high_sq = tl.zeros((ratio.shape[0], DIMS), tl.float32)
+    low_sq = high_sq
+    rest_sq = high_sq
+    for i in tl.static_range(1 if SPLIT else WIDTH // DIMS):
+        first_d = start_d + i * DIMS
+        y = _load_rows(x_rows_ptr, mean_ptr, row_scale, first_d, stride_xd, D, DIMS, EVEN)
+        high = _to_plane(y)
+        rest = y - high.to(tl.float32)
+        high_sq += high.to(tl.float32) * high.to(tl.float32)
+        offs_d = first_d + tl.arange(0, DIMS)
+        if SPLIT:
+            low = _to_plane(rest)
+            rest -= low.to(tl.float32)
+            low_sq += low.to(tl.float32) * low.to(tl.float32)
+            # four columns a dimension, so that a thread puts them together without moving data
+            weights = _bias_weights(offs_d, ratio).to(tl.float32)
+            low, high = low.to(tl.float32), high.to(tl.float32)
+            plane = tl.join(tl.join(low, high), tl.join(high, weights))
+            # axes: dimension, then which of a pair, then which pair
+            plane = tl.reshape(tl.permute(plane, (0, 1, 3, 2)), (y.shape[0], WIDTH))
+            # fp16 last: Triton 3.6.0 fails on sm_100 with the reshape next to the dot
+            high = plane.to(tl.float16)
+        elif BIAS_COLUMNS and not EVEN:
+            high = tl.where((offs_d < D)[None, :], high, _bias_weights(offs_d - D, ratio))
+        rest_sq += rest * rest
+        # ruff's form of this is not one that Triton takes
+        parts = parts + (high,)  # noqa: RUF005
+    plane = _side_by_side(parts, ratio.shape[0], WIDTH, len(parts))
+    return plane, tl.sum(high_sq, 1), tl.sum(low_sq, 1), tl.sum(rest_sq, 1)
+
+
+@triton.jit
+def _side_by_side(parts, ROWS: tl.constexpr, WIDTH: tl.constexpr, NUM: tl.constexpr):
+    """NUM tensors [ROWS, WIDTH / NUM] -> [ROWS, WIDTH]; NUM is 1, 2 or 4."""
+    if NUM == 1:
+        whole = parts[0]
+    elif NUM == 2:
+        whole = tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1))
     else:
-        plane = high
-        if BIAS_COLUMNS and not EVEN:
-            plane = tl.where((offs_d < D)[None, :], plane, _bias_weights(offs_d - D, ratio))
-    return plane, high_sq, low_sq, tl.sum(rest * rest, 1)
+        whole = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
+        whole = tl.permute(whole, (0, 3, 2, 1))
+    return tl.reshape(whole, (ROWS, WIDTH))
 
 
 @triton.jit
@@ -132,7 +157,7 @@ def row_planes(
     x_rows_ptr, mean_ptr, scale, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
     BIAS_COLUMNS: tl.constexpr, HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr, TAIL: tl.constexpr, LOAD_D: tl.constexpr,
 ):  # fmt: skip
     """The rows whose addresses are ``x_rows_ptr``, [BLOCK_N], as `tile_scores` takes them.
 
@@ -144,8 +169,9 @@ def row_planes(
     FULL: tl.constexpr = INNER // BLOCK_D
     WIDTH: tl.constexpr = BLOCK_D if FULL > 0 else TAIL
     row_scale, ratio = _choose_scale(
-        x_rows_ptr, mean_ptr, scale, stride_xd, D, IS_DOT, BLOCK_N, WIDTH // 4 if SPLIT else WIDTH
-    )
+        x_rows_ptr, mean_ptr, scale, stride_xd, D, IS_DOT, BLOCK_N,
+        WIDTH // 4 if SPLIT else min(WIDTH, LOAD_D),
+    )  # fmt: skip
     high_sq = tl.zeros((BLOCK_N,), tl.float32)
     low_sq = tl.zeros((BLOCK_N,), tl.float32)
     rest_sq = tl.zeros((BLOCK_N,), tl.float32)
@@ -154,7 +180,7 @@ def row_planes(
         for i in tl.static_range(FULL):
             plane, high, low, rest = _split_rows(
                 x_rows_ptr, mean_ptr, row_scale, ratio, i * BLOCK_D, stride_xd,
-                D, SPLIT, BIAS_COLUMNS, BLOCK_D, (i + 1) * BLOCK_D <= D,
+                D, SPLIT, BIAS_COLUMNS, BLOCK_D, LOAD_D, (i + 1) * BLOCK_D <= D,
             )  # fmt: skip
             # ruff's form of this is not one that Triton takes
             planes = planes + (plane,)  # noqa: RUF005
@@ -164,7 +190,7 @@ def row_planes(
         if TAIL > 0:
             plane, high, low, rest = _split_rows(
                 x_rows_ptr, mean_ptr, row_scale, ratio, FULL * BLOCK_D, stride_xd,
-                D, SPLIT, BIAS_COLUMNS, TAIL, FULL * BLOCK_D + TAIL <= D,
+                D, SPLIT, BIAS_COLUMNS, TAIL, LOAD_D, FULL * BLOCK_D + TAIL <= D,
             )  # fmt: skip
             # ruff's form of this is not one that Triton takes
             planes = planes + (plane,)  # noqa: RUF005
@@ -175,7 +201,7 @@ def row_planes(
         for start_d in range(0, INNER, BLOCK_D):
             _, high, low, rest = _split_rows(
                 x_rows_ptr, mean_ptr, row_scale, ratio, start_d, stride_xd,
-                D, False, False, BLOCK_D, INNER == D,
+                D, False, False, BLOCK_D, LOAD_D, INNER == D,
             )  # fmt: skip
             high_sq += high
             rest_sq += rest
@@ -265,6 +291,8 @@ def plane_constants(planes: CodePlanes, block_d: int, hold_rows: bool) -> dict[s
         "HOLD_ROWS": hold_rows,
         "BLOCK_D": block_d,
         "TAIL": inner % block_d,
+        # elsewhere the compiler would read the codes from shared memory in another, slower way
+        "LOAD_D": 16 if planes.lanes in (1, 4) else 64,
     }
 
 

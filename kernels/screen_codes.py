@@ -1,8 +1,9 @@
-"""Screen: per row the best group of codes, its score and the runner-up's, from fp16 tensor cores.
+"""Screen: per row the best groups of codes and their scores, from fp16 tensor cores.
 
 The names follow vqtriton/planes.py, which prepares the codes. A group is ``GROUP`` codes that
-follow one another in the codebook; its score is that of its best member. docs/exactness.md bounds
-the error, for at most 4094 dimensions.
+follow one another in the codebook; its score is that of its best member. Groups are divided into
+classes by their place in a tile. The best of each class is kept, and the largest score of all that
+are not kept. docs/exactness.md bounds the error, for at most 4094 dimensions.
 
 Scores that matter are positive, so the kernel compares their bits as int32: max and min of three
 integers are one instruction on sm_90 and later and on AMD, NaN beats everything, and the bits of
@@ -11,16 +12,20 @@ a group's position within the tile can stand in the lowest bits of its score.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vqtriton.kernels.code_planes import CodePlanes, ScreenBound
-from vqtriton.kernels.finish_rows import Finish, finish_parts_kernel, finish_rows
+from vqtriton.kernels.finish_rows import (
+    Finish,
+    certify,
+    finish_parts_kernel,
+    finish_rows,
+    list_doubts,
+)
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import (
@@ -28,113 +33,24 @@ from vqtriton.kernels.row_planes import (
     register_limit,
     row_error,
     row_planes,
-    scale_ratio,
     strides_of,
     tile_scores,
 )
+from vqtriton.kernels.screen_tiles import (
+    ScreenCodesConfig,
+    choose_splits,
+    num_processors,
+    row_unit,
+)
 
 # what a kernel that does not finish gets in its place
-NO_FINISH = (None,) * 11 + (0.0,) * 4 + (0,) * 5
+NO_FINISH = (None,) * 17 + (0.0,) * 4 + (0,) * 2
 
 
-@dataclass(frozen=True)
-class ScreenCodesConfig:
-    """Tiles of the screen. The defaults are those for D <= 64."""
-
-    block_n: int = 128
-    block_k: int = 64
-    # the part of the inner dimension that is multiplied at a time
-    block_d: int = 64
-    # True: the rows stay in shared memory or registers; False: they are read again for each tile
-    hold_rows: bool = True
-    num_warps: int = 4
-    num_stages: int = 3
-    # NVIDIA only
-    max_registers: int | None = None
-    # elements of a thread in a tile of the finish, [rows, dims]
-    finish_elements: int = 8
-
-
-# threads that share a row of an accumulator, and columns that follow one another in a thread
-ACCUMULATOR_ORDER = {"sm_80": (8, 2), "sm_90": (4, 2), "sm_100": (1, 2), "gfx942": (2, 4)}
-# a part of the codes has at least so many bytes, unless it has many tiles
-LEAST_PART_BYTES = 1 << 20
-# inner columns up to which the rows are held
-HELD_INNER = {"sm_80": 128, "sm_90": 256, "sm_100": 256, "gfx942": 128}
-
-
-def architecture(device: torch.device) -> str:
-    """The key of the tables above that fits ``device``: what its accumulators look like."""
-    if torch.version.hip:
-        return "gfx942"
-    if device.type != "cuda":
-        return "sm_90"
-    # consumer Blackwell, 12, multiplies as Ampere does
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
-
-
-def screen_codes_config(
-    target: str, inner: int, is_aligned: bool = True, *, is_few: bool = False
-) -> ScreenCodesConfig:
-    """Tiles that neither spill nor overflow shared memory; sm_80's fit 99 KiB, for sm_86 and up.
-
-    Args:
-        target: a key of `ACCUMULATOR_ORDER`.
-        inner: columns of the planes.
-        is_aligned: the rows can be loaded 16 bytes at a time; else each element has an address
-            of its own, and those of wide rows do not fit into the registers.
-        is_few: so few rows that smaller tiles are to fill the processors.
-    """
-    config = _config_of_many(target, inner, is_aligned)
-    if is_few and config.hold_rows and config.block_n == 128:
-        # as many elements a thread
-        registers = 168 if target == "sm_90" and inner <= 64 and is_aligned else 255
-        return replace(config, block_n=64, block_k=128, num_warps=4, max_registers=registers)
-    return config
-
-
-def _config_of_many(target: str, inner: int, is_aligned: bool) -> ScreenCodesConfig:
-    if inner > 64 and not is_aligned:
-        # narrow, so that the addresses fit; sm_100 spills with 16
-        block_d = 32 if target == "sm_100" else 16
-        return ScreenCodesConfig(block_d=block_d, hold_rows=False, num_warps=8, num_stages=2)
-    if inner > HELD_INNER[target]:
-        # wide tiles: the rows are converted again for each of them
-        is_small = target == "sm_80"
-        return ScreenCodesConfig(
-            block_k=128 if is_small else 256,
-            block_d=32 if is_small else 64,
-            hold_rows=False,
-            num_warps=8,
-            num_stages=3 if target in ("sm_90", "sm_100") else 2,
-        )
-    if inner > 64 or (inner > 32 and not is_aligned):
-        # half as many elements a thread
-        return ScreenCodesConfig(block_k=128, num_warps=8, num_stages=2)
-    # room for three CTAs of a multiprocessor; unaligned, ptxas would spill a little for that
-    return ScreenCodesConfig(max_registers=168 if is_aligned else 255)
-
-
-def rows_are_aligned(x: Tensor) -> bool:
-    """As Triton sees it: a stride of one is known, of others whether 16 divides them."""
-    strides_are_aligned = all(n % 16 == 0 for n in (*strides_of(x)[:-1], x.data_ptr()))
-    return x.stride(-1) == 1 and strides_are_aligned
-
-
-def num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def choose_splits(programs: int, tiles: int, tile_bytes: int, processors: int) -> int:
-    """Parts of the codes, so that each processor gets two programs if the rows do not suffice.
-
-    Parts cost a launch, so they are worth it only where a program would go through many tiles, or
-    through so many bytes of codes that to fetch them takes longer.
-    """
-    least_tiles = min(64, max(4, LEAST_PART_BYTES // tile_bytes))
-    return max(1, min(2 * processors // programs, tiles // least_tiles))
+# rows in doubt of a tile whose rivals can be listed: this part of all rows
+LISTED_SHARE = 4
+# dimensions of a tile of the finish: a sector of 32 bytes, where they are float32
+FINISH_D = 8
 
 
 @triton.jit
@@ -157,7 +73,7 @@ def _two_best(a, ROWS: tl.constexpr, NUM: tl.constexpr, LOG_NUM: tl.constexpr, L
 
 
 # a program must not be compiled for each batch size
-@triton.jit(do_not_specialize=["num_codes", "num_spans", "N", "K", "num_norms", "codes_per_split"])
+@triton.jit(do_not_specialize=["num_codes", "num_sums", "N", "K", "num_norms", "codes_per_split"])
 def screen_codes_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
     codes_ptr,          # [H, K, INNER] fp16, in the order of the columns
@@ -165,39 +81,48 @@ def screen_codes_kernel(
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
     norms_ptr,          # [H, P, 4] fp32: the largest norm of a code, of its low part, of its rest
-    groups_ptr,         # [splits, H, N] int32, out unless FINISH, as the next two
-    best_ptr,           # [splits, H, N] fp32, out
-    second_ptr,         # [splits, H, N] fp32, out
+    groups_ptr,         # [splits, H, N, CLASSES] int32, out unless FINISH, as the next two
+    scores_ptr,         # [splits, H, N, CLASSES] fp32, out
+    others_ptr,         # [splits, H, N] fp32, out: the largest score of a group that is not kept
     error_ptr,          # [H, N] fp32, out
     row_scale_ptr,      # [H, N] fp32, out
     norm_ptr,           # [H, N] fp32, out: at least the norm of y
     bound_products, bound_bias, bound_distances, bound_tiny,
     # if FINISH: see `vqtriton.kernels.finish_rows.Finish`
-    codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr, thresholds_ptr,
-    doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
-    own_products, own_distances, own_tiny, weight, num_codes, stride_ch, stride_ck, stride_cd,
-    num_spans,
+    codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr, gaps_ptr,
+    rows_ptr, thresholds_ptr, rivals_ptr, rival_counts_ptr, known_ptr, unknown_ptr, arrivals_ptr,
+    valid_ptr, sums_ptr,
+    own_products, own_distances, own_tiny, weight, num_codes, num_sums,
     N, K, num_norms, codes_per_split, stride_xh, stride_xn, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr,
     BIAS_COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
     HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL: tl.constexpr, LOG_NUM: tl.constexpr,
+    TAIL: tl.constexpr, LOAD_D: tl.constexpr, CLASSES: tl.constexpr, LOG_MERGED: tl.constexpr,
     FINISH: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr, GATHER: tl.constexpr,
-    FINISH_D: tl.constexpr,
+    IS_SMALL: tl.constexpr, LISTED: tl.constexpr, FINISH_N: tl.constexpr,
+    FINISH_D: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
     # int64 before they multiply a stride
     head = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = offs_n < N
-    # rows beyond the last are the last again, so that loads need no mask
-    x_rows_ptr = x_ptr + head * stride_xh + tl.minimum(offs_n, N - 1) * stride_xn
+    # what the compiler cannot see, unless it is 16
+    stride_xh = stride_xh // X_UNIT * X_UNIT
+    stride_xn = stride_xn // X_UNIT * X_UNIT
+    first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    offs_n = tl.arange(0, BLOCK_N)
+    # rows beyond the last are the last again, so that loads need no mask; int32 up to here, as a
+    # multiplication of int64 takes several instructions
+    last_n = tl.minimum(N - 1 - first_n, BLOCK_N - 1).to(tl.int32)
+    row = tl.minimum(offs_n, last_n).to(tl.int64)
+    x_rows_ptr = x_ptr + head * stride_xh + first_n * stride_xn + row * stride_xn
+    row_mask = offs_n <= last_n
+    offs_n = first_n + offs_n
     mean_ptr += head * D
     scale = tl.load(scale_ptr + head)
 
     planes, row_scale, ratio, high, low, rest = row_planes(
         x_rows_ptr, mean_ptr, scale, stride_xd,
-        D, IS_DOT, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL,
+        D, IS_DOT, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL, LOAD_D,
     )  # fmt: skip
 
     norm = high + low + rest
@@ -210,18 +135,15 @@ def screen_codes_kernel(
         tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
         tl.store(row_scale_ptr + head * N + offs_n, row_scale, mask=row_mask)
         tl.store(norm_ptr + head * N + offs_n, norm, mask=row_mask)
-    if FINISH:
-        # even the numbers of the rows: what is computed from them would be kept in registers
-        offs_tile = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(rows_ptr + offs_tile, offs_n.to(tl.int32))
 
-    # groups per lane of a tile
+    # groups per lane of a tile, and those of them that are of one class
     NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
+    MERGED: tl.constexpr = NUM * LANES // CLASSES
     # the first of equal scores is the largest
-    position = NUM - 1 - tl.arange(0, NUM)
-    best = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
-    second = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
-    tile = tl.zeros((BLOCK_N, LANES), tl.int32)
+    position = MERGED - 1 - tl.arange(0, MERGED)
+    best = tl.full((BLOCK_N, CLASSES), -2147483648, tl.int32)
+    others = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
+    tile = tl.zeros((BLOCK_N, CLASSES), tl.int32)
     first = tl.program_id(1) * codes_per_split
     last = tl.minimum(first + codes_per_split, K)
     # what the compiler cannot see: K is padded to whole tiles
@@ -243,43 +165,63 @@ def screen_codes_kernel(
         # one chain of maxima per group, which compilers turn into maxima of three
         bits = tl.reshape(tl.permute(bits, (0, 1, 3, 2, 4)), (BLOCK_N, NUM, LANES, GROUP))
         group_bits = tl.max(bits, 3)
-        group_bits = (group_bits & (0 - NUM)) | position[None, :, None]
-        tile_best, tile_second = _two_best(group_bits, BLOCK_N, NUM, LOG_NUM, LANES)
+        group_bits = tl.reshape(group_bits, (BLOCK_N, CLASSES // LANES, MERGED, LANES))
+        if MERGED > 1:
+            group_bits = (group_bits & (0 - MERGED)) | position[None, None, :, None]
+        group_bits = tl.permute(group_bits, (0, 2, 1, 3))
+        group_bits = tl.reshape(group_bits, (BLOCK_N, MERGED, CLASSES))
+        tile_best, tile_second = _two_best(group_bits, BLOCK_N, MERGED, LOG_MERGED, CLASSES)
         tile = tl.where(tile_best > best, start, tile)
-        second = tl.maximum(tl.maximum(second, tile_second), tl.minimum(best, tile_best))
+        left = tl.maximum(tile_second, tl.minimum(best, tile_best))
+        left = tl.max(tl.reshape(left, (BLOCK_N, CLASSES // LANES, LANES)), 1)
+        others = tl.maximum(others, left)
         best = tl.maximum(best, tile_best)
 
-    lanes = tl.arange(0, LANES)[None, :]
-    row_best, lane = tl.max(best, 1, return_indices=True)
-    is_best = lanes == lane[:, None]
-    row_second = tl.max(tl.where(is_best, second, best), 1)
-    row_tile = tl.sum(tl.where(is_best, tile, 0), 1)
-    group = row_tile // GROUP + (NUM - 1 - (row_best & (NUM - 1))) * LANES + lane
+    classes = tl.arange(0, CLASSES)[None, :]
+    within = (classes // LANES) * MERGED + (MERGED - 1 - (best & (MERGED - 1)))
+    groups = tile // GROUP + within * LANES + classes % LANES
+    best = best & (0 - MERGED)
     # negative scores are not in order: whatever they are, zero is above them
-    row_second = tl.maximum(row_second & (0 - NUM), 0)
+    others = tl.maximum(tl.max(others, 1) & (0 - MERGED), 0)
     if FINISH:
-        tl.debug_barrier()
-        offs_n = tl.load(rows_ptr + offs_tile).to(tl.int64)
-        row_mask = offs_n < N
-        row = tl.minimum(offs_n, N - 1)
-        row_scale = tl.load(row_scale_ptr + head * N + row)
+        _row_best, winner = tl.max(best, 1, return_indices=True)
+        is_winner = classes == winner[:, None]
+        second = tl.max(tl.where(is_winner, -2147483648, best), 1)
+        second = tl.maximum(others, second).to(tl.float32, bitcast=True)
         finish_rows(
-            x_ptr + head * stride_xh + row * stride_xn, offs_n, row_mask, group,
-            row_second.to(tl.float32, bitcast=True), tl.load(error_ptr + head * N + row),
-            tl.load(norm_ptr + head * N + row), row_scale, scale_ratio(row_scale, scale), scale,
-            mean_ptr, norms_ptr, head, num_norms,
-            codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr,
-            thresholds_ptr, doubts_ptr, arrivals_ptr, valid_ptr, sums_ptr,
-            own_products, own_distances, own_tiny, weight, num_codes,
-            stride_ch, stride_ck, stride_cd, num_spans, N, stride_xd,
-            D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, FINISH_D,
+            x_ptr + head * stride_xh, tl.sum(tl.where(is_winner, groups, 0), 1), mean_ptr, scale,
+            row_scale_ptr,
+            codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr,
+            gaps_ptr, rows_ptr, weight, num_codes, head, N, stride_xn, stride_xd,
+            D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, IS_SMALL, FINISH_N, FINISH_D,
         )  # fmt: skip
+        doubt, threshold = certify(
+            second, scale, norms_ptr, num_norms, error_ptr, row_scale_ptr, norm_ptr,
+            mask_ptr, losses_ptr, best_ptr, gaps_ptr, rows_ptr, valid_ptr, sums_ptr,
+            own_products, own_distances, own_tiny, num_codes, num_sums, head, N,
+            IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N,
+        )  # fmt: skip
+        if EXACT:
+            # written so that a NaN is a rival
+            is_rival = (best.to(tl.float32, bitcast=True) < threshold[:, None]) == 0
+            is_rival = (is_rival & (doubt > 0)[:, None]).to(tl.int32)
+            place = list_doubts(
+                doubt, others.to(tl.float32, bitcast=True) < threshold, threshold,
+                tl.sum(is_rival, 1), rows_ptr, thresholds_ptr, rival_counts_ptr, known_ptr,
+                unknown_ptr, arrivals_ptr, head, BLOCK_N, LISTED,
+            )  # fmt: skip
+            rank = tl.cumsum(is_rival, 1) - is_rival
+            tl.store(
+                rivals_ptr + (place[:, None] * CLASSES + rank),
+                groups,
+                mask=(is_rival > 0) & (place >= 0)[:, None],
+            )
     else:
-        row_best = row_best & (0 - NUM)
         offs_out = (split * tl.num_programs(2) + head) * N + offs_n
-        tl.store(groups_ptr + offs_out, group, mask=row_mask)
-        tl.store(best_ptr + offs_out, row_best.to(tl.float32, bitcast=True), mask=row_mask)
-        tl.store(second_ptr + offs_out, row_second.to(tl.float32, bitcast=True), mask=row_mask)
+        offs_class = offs_out[:, None] * CLASSES + classes
+        tl.store(groups_ptr + offs_class, groups, mask=row_mask[:, None])
+        tl.store(scores_ptr + offs_class, best.to(tl.float32, bitcast=True), mask=row_mask[:, None])
+        tl.store(others_ptr + offs_out, others.to(tl.float32, bitcast=True), mask=row_mask)
 
 
 class Screened(NamedTuple):
@@ -288,9 +230,9 @@ class Screened(NamedTuple):
     The first three are None where the screen itself finishes.
     """
 
-    groups: Tensor | None  # [splits·H·N] int32: codes ``group * planes.group`` and up
-    best: Tensor | None  # [splits·H·N] fp32
-    second: Tensor | None  # [splits·H·N] fp32
+    groups: Tensor | None  # [splits·H·N·CLASSES] int32: codes ``group * planes.group`` and up
+    scores: Tensor | None  # [splits·H·N·CLASSES] fp32
+    others: Tensor | None  # [splits·H·N] fp32: the largest score of a group that is not kept
     error: Tensor  # [H·N] fp32, +inf for a row that is not finite or overflows
     row_scale: Tensor  # [H·N] fp32; scores are in units of scale * row_scale
     norm: Tensor  # [H·N] fp32, at least the norm of y
@@ -340,10 +282,10 @@ def screen_codes(
     *,
     exact: bool = True,
 ) -> None:
-    """Best group of codes of each row, with what a certificate needs.
+    """The best group of each class and its score, and the largest score of all others.
 
-    The nearest code of a row is in its group if ``best - second > 2 * error``; such a row is
-    certified. Every other row is in doubt.
+    The nearest code of a row is in the best of all groups if its score exceeds all others by more
+    than ``2 * error``.
 
     Args:
         x: [H, N, D] float32 / float16 / bfloat16, N >= 1, any strides.
@@ -357,7 +299,7 @@ def screen_codes(
         exact: see `vqtriton.kernels.nearest_code.nearest_code`.
     """
     heads, num_rows, _ = x.shape
-    chunk = planes.group * planes.lanes
+    groups, classes = classes_of(planes, config)
     launch(
         screen_codes_kernel,
         # rows first: programs that run together read the same codes
@@ -373,11 +315,11 @@ def screen_codes(
         parts.codes,
         *strides_of(x),
         **plane_constants(planes, config.block_d, config.hold_rows),
-        BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        LOG_NUM=(config.block_k // chunk).bit_length() - 1,
+        LOG_MERGED=(groups // classes).bit_length() - 1,
         FINISH=finish is not None,
-        **finish_constants(finish, exact, x.shape[2], config),
+        **finish_constants(finish, exact, planes, config),
+        X_UNIT=row_unit(x),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         # harmless: the scale is a power of two, so that y is exact before it is rounded
@@ -414,8 +356,8 @@ def finish_parts(
         D=dim,
         IS_DOT=planes.is_dot,
         GROUP=planes.group,
-        BLOCK_N=config.block_n,
-        **finish_constants(finish, exact, dim, config),
+        **finish_constants(finish, exact, planes, config),
+        X_UNIT=row_unit(x),
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         # without a limit ptxas spills a little to reach the next step of occupancy
@@ -423,13 +365,32 @@ def finish_parts(
     )
 
 
+def classes_of(planes: CodePlanes, config: ScreenCodesConfig) -> tuple[int, int]:
+    """Groups of a lane in a tile, and classes that they are divided into."""
+    groups = config.block_k // (planes.group * planes.lanes)
+    return groups, min(groups, config.classes)
+
+
+def num_listed(config: ScreenCodesConfig) -> int:
+    """Rows of a tile whose rivals can be listed."""
+    return max(1, config.block_n // LISTED_SHARE)
+
+
 def finish_constants(
-    finish: Finish | None, exact: bool, dim: int, config: ScreenCodesConfig
+    finish: Finish | None, exact: bool, planes: CodePlanes, config: ScreenCodesConfig
 ) -> dict[str, Any]:
-    width, threads = next_power_of_2(dim), 32 * config.num_warps
+    block_d = min(FINISH_D, next_power_of_2(planes.mean.shape[1]))
+    # loads of 16 bytes
+    elements = 16 // finish.codebook.element_size() if finish is not None else 4
     return {
+        "CLASSES": planes.lanes * classes_of(planes, config)[1],
         "EXACT": exact,
         "HAS_MASK": finish is not None and finish.mask is not None,
         "GATHER": finish is not None and finish.quantized is not None,
-        "FINISH_D": min(width, max(1, config.finish_elements * threads // config.block_n)),
+        "BLOCK_N": config.block_n,
+        # fewer codes than a group
+        "IS_SMALL": finish is not None and finish.num_codes < planes.group,
+        "LISTED": num_listed(config),
+        "FINISH_N": min(config.block_n, elements * 32 * config.num_warps // block_d),
+        "FINISH_D": block_d,
     }

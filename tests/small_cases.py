@@ -55,7 +55,7 @@ def planes(device: torch.device | str) -> None:
 
 def search(device: torch.device | str) -> None:
     from vqtriton.kernels.nearest_code import nearest_code, nearest_code_config
-    from vqtriton.kernels.screen_codes import architecture
+    from vqtriton.kernels.screen_tiles import architecture
 
     x, codebook, _ = make_data(device)
     prepared = triton_backend._prepare_planes(codebook)

@@ -29,12 +29,8 @@ import screens
 import triton
 
 from vqtriton.kernels import grids
-from vqtriton.kernels.screen_codes import (
-    ACCUMULATOR_ORDER,
-    ScreenCodesConfig,
-    choose_splits,
-    parts_of,
-)
+from vqtriton.kernels.screen_codes import parts_of
+from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, ScreenCodesConfig, choose_splits
 
 # either side of what is split, of the columns for the bias, and of the parts of the inner size
 DIMS = (1, 3, 4, 5, 8, 9, 12, 14, 16, 33, 64, 100, 150)

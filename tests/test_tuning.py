@@ -504,7 +504,7 @@ def test_prediction_leaves_out_what_spills_and_keeps_a_default_that_is_best(monk
     ],
 )
 def test_every_target_is_predicted_or_keeps_a_default_that_can_be_used(monkeypatch, target) -> None:
-    assert set(tune.TARGETS) == set(tunables.screen_codes.ACCUMULATOR_ORDER)
+    assert set(tune.TARGETS) == set(tunables.screen_tiles.ACCUMULATOR_ORDER)
     _, *others = candidates_of(PROBLEM, target)
     tiles = TILES["nearest_code"]._replace(candidates=lambda dim: others[:1])
     monkeypatch.setitem(TILES, "nearest_code", tiles)

@@ -72,7 +72,7 @@ def _tables(shapes: Sequence[tuple[int, int, int, str]]) -> list[tuple[str, str]
     found = [f"{path}, {len(tables.rows_of(path))} shapes" for path in paths if path.exists()]
     lines = [("tables", path) for path in found or ["none: the defaults in vqtriton.kernels"]]
     if shapes:
-        from vqtriton.kernels.screen_codes import architecture
+        from vqtriton.kernels.screen_tiles import architecture
         from vqtriton.tiles.candidates import TILES
 
         for n, k, d, dtype in shapes:

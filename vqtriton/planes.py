@@ -103,7 +103,7 @@ def prepare_planes(
     Args:
         codebook: [H, K, D] float32 / float16 / bfloat16.
         group: codes whose scores are reduced together.
-        lanes, vec: of the accumulator: `vqtriton.kernels.screen_codes.ACCUMULATOR_ORDER`.
+        lanes, vec: of the accumulator: `vqtriton.kernels.screen_tiles.ACCUMULATOR_ORDER`.
         is_dot: for scores that are dot products.
     """
     size, dim = codebook.shape[1:]

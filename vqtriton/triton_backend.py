@@ -29,7 +29,7 @@ from vqtriton.kernels.nearest_code import (
 )
 from vqtriton.kernels.normalize_rows import normalize_rows as normalize_rows_kernel
 from vqtriton.kernels.replay import replayed
-from vqtriton.kernels.screen_codes import ACCUMULATOR_ORDER, architecture, rows_are_aligned
+from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture, row_unit
 from vqtriton.planes import CodePlanes, planes_of, prepare_planes_with_kernels, screen_bound
 from vqtriton.screening import error_bound
 from vqtriton.tiles import tables
@@ -166,7 +166,7 @@ def run_kernels(
 ) -> NearestCode:
     """`vqtriton.kernels.nearest_code` for one head; N >= 1."""
     planes = _prepare_planes(codebook, prepared, is_dot=is_dot)
-    is_aligned = rows_are_aligned(x[None])
+    is_aligned = row_unit(x[None]) > 1
     config = config_for(x[None], planes.codes.shape[2])
     # tables are of contiguous rows, whose addresses are as well aligned as D allows
     is_as_tuned = is_aligned or x.shape[1] % ALIGNMENT != 0

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
 
-from vqtriton.kernels import code_sums, ema_update, screen_codes, vector_quantize_grad
+from vqtriton.kernels import code_sums, ema_update, screen_tiles, vector_quantize_grad
 from vqtriton.planes import inner_size
 from vqtriton.tiles.problems import Problem
 
-# elements between rows from which on Triton knows that loads are aligned
-ALIGNMENT = 16
+# elements of a row that are loaded at a time, at least, where rows are aligned
+ALIGNMENT = 4
 
 
 class Tiles(NamedTuple):
@@ -27,18 +27,18 @@ class Tiles(NamedTuple):
 def screen_candidates(dim: int) -> list[Any]:
     """For contiguous rows; all of them divide the padded codebook."""
     inner = inner_size(dim)[0]
-    defaults = [screen_default(target, dim) for target in screen_codes.HELD_INNER]
+    defaults = [screen_default(target, dim) for target in screen_tiles.HELD_INNER]
     tried = [
-        screen_codes.ScreenCodesConfig(
+        screen_tiles.ScreenCodesConfig(
             block_n=block_n, block_k=block_k, hold_rows=True, num_warps=warps, num_stages=stages
         )
         for block_n, block_k, (warps, stages) in product(
             (64, 128), (64, 128), ((4, 2), (4, 3), (8, 2), (8, 3))
         )
-        if inner <= max(screen_codes.HELD_INNER.values())
+        if inner <= max(screen_tiles.HELD_INNER.values())
     ]
     tried += [
-        screen_codes.ScreenCodesConfig(
+        screen_tiles.ScreenCodesConfig(
             block_n=128,
             block_k=block_k,
             block_d=block_d,
@@ -47,13 +47,13 @@ def screen_candidates(dim: int) -> list[Any]:
             num_stages=stages,
         )
         for block_k, block_d, stages in product((128, 256), (32, 64), (2, 3))
-        if inner > min(screen_codes.HELD_INNER.values())
+        if inner > min(screen_tiles.HELD_INNER.values())
     ]
     return list(dict.fromkeys(defaults + tried))
 
 
 def screen_default(target: str, dim: int) -> Any:
-    return screen_codes.screen_codes_config(target, inner_size(dim)[0], dim % ALIGNMENT == 0)
+    return screen_tiles.screen_codes_config(target, inner_size(dim)[0], dim % ALIGNMENT == 0)
 
 
 def sums_candidates(dim: int) -> list[Any]:
@@ -78,7 +78,7 @@ def ema_update_candidates(dim: int) -> list[Any]:
 
 
 TILES = {
-    "nearest_code": Tiles(screen_codes.ScreenCodesConfig, screen_candidates, screen_default),
+    "nearest_code": Tiles(screen_tiles.ScreenCodesConfig, screen_candidates, screen_default),
     "code_sums": Tiles(
         code_sums.CodeSumsConfig,
         sums_candidates,

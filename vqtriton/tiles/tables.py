@@ -56,7 +56,7 @@ def file_name(device: str) -> str:
 
 def device_names(device: torch.device) -> list[str]:
     """Names of tables for a device, the best first."""
-    from vqtriton.kernels.screen_codes import architecture
+    from vqtriton.kernels.screen_tiles import architecture
 
     if device.type != "cuda":
         return ["interpreter", architecture(device)]

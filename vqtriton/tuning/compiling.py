@@ -193,7 +193,11 @@ def nvidia_usage(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"cuobjdump told no registers: {usage[:200]}")
-    return int(found[1]), int(found[2])
+    registers, stack = int(found[1]), int(found[2])
+    # ptxas may reserve a few bytes that no instruction uses
+    if stack and not re.search(r"\b(?:LDL|STL)\b", run_cuda_tool("nvdisasm", ["-c"], cubin)):
+        stack = 0
+    return registers, stack
 
 
 def amd_usage(assembly: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vqtriton.kernels.screen_codes import architecture
+from vqtriton.kernels.screen_tiles import architecture
 from vqtriton.tiles.candidates import candidates_of
 from vqtriton.tiles.problems import DTYPES, Problem
 from vqtriton.tiles.tables import shared_limit

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from vqtriton import reference, torch_backend
-from vqtriton.kernels import code_sums, ema_update, nearest_code, screen_codes, vector_quantize_grad
+from vqtriton.kernels import (
+    code_sums,
+    ema_update,
+    nearest_code,
+    screen_codes,
+    screen_tiles,
+    vector_quantize_grad,
+)
 from vqtriton.kernels.arguments import Pull, Update
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
 from vqtriton.screening import error_bound
@@ -74,7 +81,7 @@ class Tunable:
 
 def prepare_screen(inputs: Inputs) -> tuple[Tensor, Tensor, Any]:
     x, codebook, *_ = inputs
-    return x, codebook, _planes(codebook, screen_codes.architecture(x.device))
+    return x, codebook, _planes(codebook, screen_tiles.architecture(x.device))
 
 
 def run_screen(prepared: tuple[Tensor, Tensor, Any], config: Any) -> tuple[Tensor, ...]:
@@ -153,7 +160,7 @@ def screen_unevenness(problem: Problem, config: Any, processors: int) -> float:
     rows = -(-problem.num_rows // config.block_n)
     tiles = -(-problem.codebook_size // config.block_k)
     tile_bytes = 2 * inner_size(problem.dim)[0] * config.block_k
-    splits = screen_codes.choose_splits(rows, tiles, tile_bytes, processors)
+    splits = screen_tiles.choose_splits(rows, tiles, tile_bytes, processors)
     tiles_per_split = -(-tiles // min(splits, tiles))
     programs = rows * -(-tiles // tiles_per_split)
     of_program = config.block_n * config.block_k * tiles_per_split
@@ -162,7 +169,7 @@ def screen_unevenness(problem: Problem, config: Any, processors: int) -> float:
 
 
 def _planes(codebook: Tensor, target: str) -> Any:
-    lanes, vec = screen_codes.ACCUMULATOR_ORDER[target]
+    lanes, vec = screen_tiles.ACCUMULATOR_ORDER[target]
     return prepare_planes(codebook[None], lanes=lanes, vec=vec)
 
 

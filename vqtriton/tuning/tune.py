@@ -133,7 +133,7 @@ def problems_of(asked: argparse.Namespace, ops: Iterable[str]) -> list[Problem]:
 def run(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """The command; its exit status."""
     try:
-        from vqtriton.kernels.screen_codes import architecture
+        from vqtriton.kernels.screen_tiles import architecture
         from vqtriton.tuning.measure import measure
         from vqtriton.tuning.predict import predict
         from vqtriton.tuning.tunables import TUNABLES
