@@ -1,6 +1,6 @@
 """How much the tensor cores err when they add, as a part of what the bound allows.
 
-The bound of the screen assumes that a product over I columns is wrong by at most (I + 2)·2⁻²² of
+The bound of the screen assumes that a product over I columns is wrong by at most I·2⁻²² of
 the sum of the magnitudes (docs/exactness.md, "g"). Here rows and codes are built to err the most,
 and the products are made as the screen makes them: `tl.dot` of float16 into float32, by tiles.
 """
@@ -13,7 +13,7 @@ from conftest import DEVICE
 from gpu_check import IS_FULL, note
 from torch import Tensor
 
-from vqtriton.planes import ACCUMULATION_UNIT
+from vqtriton.planes import accumulation_bound
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -80,7 +80,7 @@ def pair(name: str, inner: int) -> tuple[Tensor, Tensor]:
 def fraction(found: Tensor, rows: Tensor, codes: Tensor) -> float:
     """The largest error over what the bound allows. float64 sums products of float16 exactly."""
     rows, codes = rows.double(), codes.double()
-    allowed = (rows.shape[1] + 2) * ACCUMULATION_UNIT * (rows.abs() @ codes.abs().T)
+    allowed = accumulation_bound(rows.shape[1]) * (rows.abs() @ codes.abs().T)
     return ((found.cpu().double() - rows @ codes.T).abs() / allowed).max().item()
 
 
