@@ -1,8 +1,9 @@
 """The tensor-core screen in plain torch, and how many rows it leaves in doubt.
 
-The products of the planes are summed in float64; the error that a tensor core may add, whatever
-the sign, is put in by hand. So the certificate is tested against the worst hardware that the bound
-allows. ``.venv/bin/python tests/emulation.py`` prints the rates that docs/design.md quotes.
+The products of the planes are summed in float64, or as a tensor core sums them, or the error that
+a tensor core may add, whatever the sign, is put in by hand. So the certificate is tested against
+what hardware does, and against the worst that the bound allows.
+``.venv/bin/python tests/emulation.py`` prints the rates that docs/design.md quotes.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import oracle
+import tensor_cores
 import torch
 from torch import Tensor
 
 from vqtriton.planes import (
-    ACCUMULATION_UNIT,
     BIAS_WEIGHTS,
+    WORST_TENSOR_CORE,
     CodePlanes,
     ScreenBound,
+    TensorCore,
+    accumulation_bound,
     column_order,
     prepare_planes,
     screen_bound,
@@ -87,13 +91,18 @@ def row_planes(x: Tensor, planes: CodePlanes) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def screen(
-    x: Tensor, planes: CodePlanes, bound: ScreenBound, worst_for: Tensor | None = None
+    x: Tensor,
+    planes: CodePlanes,
+    bound: ScreenBound,
+    worst_for: Tensor | None = None,
+    unit: TensorCore | None = None,
 ) -> Screened:
     """Screen x [N, D] with the planes of one codebook.
 
     Args:
         worst_for: [N] a code per row: its score gets the largest error that is allowed downwards,
-            all others upwards. Sums are exact without it.
+            all others upwards. Without it, sums are those of the unit.
+        unit: what multiplies. None: the worst there is, or without ``worst_for`` exact sums.
     """
     rows, high, low, rest = row_planes(x, planes)
     order = column_order(planes.codes.shape[1], planes.group, planes.lanes, planes.vec)
@@ -101,9 +110,13 @@ def screen(
     codes[order], offset[order] = planes.codes[0], planes.offset[0]
     dots = rows @ codes.double().T
     if worst_for is not None:
-        error = (rows.shape[1] + 2) * ACCUMULATION_UNIT * (rows.abs() @ codes.double().abs().T)
+        allowed = accumulation_bound(rows.shape[1], unit or WORST_TENSOR_CORE)
+        error = allowed * (rows.abs() @ codes.double().abs().T)
         columns = torch.arange(codes.shape[0])
         dots = dots + torch.where(columns == worst_for[:, None], -error, error)
+    elif unit is not None:
+        # rows that are not finite get any sums; their error is infinite
+        dots = tensor_cores.dot(rows, codes, unit)
     scores = dots.float()
     row_scale = row_scale_of(x, planes)
     ratio = ratio_of(row_scale, planes)[:, None]

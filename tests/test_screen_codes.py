@@ -17,7 +17,10 @@ from vqtriton.planes import (
     BIAS_WEIGHTS,
     PAD_CODES,
     PAD_OFFSET,
+    TENSOR_CORES,
+    WORST_TENSOR_CORE,
     ScreenBound,
+    TensorCore,
     column_order,
     inner_size,
     prepare_planes,
@@ -36,6 +39,7 @@ from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, ScreenCodesConfig, 
 DIMS = (1, 3, 4, 5, 8, 9, 12, 14, 16, 33, 64, 100, 150)
 SEEDS = st.integers(0, 2**32 - 1)
 SMALL = ScreenCodesConfig(block_n=16, block_k=64, num_stages=1)
+UNITS = sorted(set(TENSOR_CORES.values()))
 
 
 def screen(
@@ -81,13 +85,28 @@ def test_worst_tensor_core_certifies_nothing_wrong(case: str, dim: int) -> None:
     for metric in ("l2", "dot"):
         planes = prepare_planes(codebook[None], is_dot=metric == "dot")
         nearest = oracle.nearest_code(x, codebook, metric=metric)
-        for worst_for in (None, nearest):
-            result = emulation.screen(x, planes, screen_bound(planes, 64), worst_for)
+        result = emulation.screen(x, planes, screen_bound(planes, 64))
+        check_certified(result, x, codebook, metric=metric)
+        for unit in (WORST_TENSOR_CORE, *UNITS):
+            result = emulation.screen(x, planes, screen_bound(planes, 64, unit), nearest, unit)
             check_certified(result, x, codebook, metric=metric)
 
 
+@pytest.mark.parametrize("case", data.HARD)
+@pytest.mark.parametrize(("dim", "metric"), [(4, "l2"), (12, "l2"), (12, "dot"), (33, "l2")])
+def test_sums_as_tensor_cores_make_them_certify_nothing_wrong(
+    case: str, dim: int, metric: str
+) -> None:
+    x, codebook = data.HARD[case](60, 60, dim)
+    planes = prepare_planes(codebook[None], is_dot=metric == "dot")
+    for unit in UNITS:
+        result = emulation.screen(x, planes, screen_bound(planes, 64, unit), unit=unit)
+        check_certified(result, x, codebook, metric=metric)
+
+
 @pytest.mark.parametrize("dim", [256, 512, 1024])
-def test_half_of_the_bound_would_not_do(dim: int) -> None:
+@pytest.mark.parametrize("unit", [WORST_TENSOR_CORE, *UNITS], ids=str)
+def test_half_of_the_bound_would_not_do(unit: TensorCore, dim: int) -> None:
     """Values that fp16 holds: what errs is the accumulation alone, as much as it may."""
     x = torch.ones(1, dim)
     x[0, 0] += 2.0**-10
@@ -101,9 +120,10 @@ def test_half_of_the_bound_would_not_do(dim: int) -> None:
     planes = prepare_planes(codebook[None])
     nearest = oracle.nearest_code(x, codebook)
     assert nearest.item() == 0
-    bound = screen_bound(planes, 64)
+    bound = screen_bound(planes, 64, unit)
     for share in (1.0, 0.5):
-        result = emulation.screen(x, planes, ScreenBound(*(share * b for b in bound)), nearest)
+        part = ScreenBound(*(share * b for b in bound))
+        result = emulation.screen(x, planes, part, nearest, unit)
         assert result.groups.item() == 1
         assert result.is_certified.item() == (share < 1)
 

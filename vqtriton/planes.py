@@ -9,6 +9,7 @@ y·e_k + E²/2. docs/exactness.md derives the bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +32,34 @@ from vqtriton.tensors import finite_rows
 # Dimensions up to which the inner columns hold both planes, so that a score has the accuracy of
 # float32. Four columns a dimension: three products and a place for the bias.
 MAX_SPLIT_DIM = 8
-# The unit of accumulation on tensor cores, which truncate. Not measured on a GPU.
-ACCUMULATION_UNIT = 2.0**-22
 U32 = 2.0**-24
 # Underflow, most of all of the bias in fp16: see docs/exactness.md.
 TINY = 2.0**-20
 
+
+class TensorCore(NamedTuple):
+    """How a unit adds products of two fp16 numbers up in float32.
+
+    All products of a step and the sum so far are aligned to the largest of them, cut, added, and
+    the new sum is cut to float32.
+    """
+
+    products: int  # added in a step
+    extra_bits: int  # kept below float32's last bit when terms are aligned
+
+
+# by compute capability, as published: docs/exactness.md says where, and who validated it on which
+# GPUs
+TENSOR_CORES = {
+    (7, 0): TensorCore(products=4, extra_bits=0),
+    (8, 0): TensorCore(products=8, extra_bits=1),
+    (8, 6): TensorCore(products=8, extra_bits=1),
+    (8, 9): TensorCore(products=8, extra_bits=1),
+    (9, 0): TensorCore(products=16, extra_bits=2),
+    (10, 0): TensorCore(products=16, extra_bits=2),
+}
+# none errs more, and neither do sums that are rounded to nearest, in whatever order
+WORST_TENSOR_CORE = TensorCore(products=1, extra_bits=0)
 
 # beyond it the first part of a bias may not fit into fp16: docs/exactness.md
 MAX_DIM = 4094
@@ -211,11 +234,25 @@ def planes_of(
     )
 
 
-def screen_bound(planes: CodePlanes, block_k: int) -> ScreenBound:
-    """Bound on the error of a score from `vqtriton.kernels.screen_codes` with tiles of block_k."""
+def accumulation_bound(inner: int, unit: TensorCore = WORST_TENSOR_CORE) -> float:
+    """Error of a sum of ``inner`` products in units of the sum of their magnitudes."""
+    steps = -(-inner // unit.products)
+    # all terms of a step but the largest are cut when they are aligned, then their sum is
+    return steps * (unit.products * 2.0**-unit.extra_bits + 1) * 2.0**-23
+
+
+def screen_bound(
+    planes: CodePlanes, block_k: int, unit: TensorCore = WORST_TENSOR_CORE
+) -> ScreenBound:
+    """Bound on the error of a score from `vqtriton.kernels.screen_codes`.
+
+    Args:
+        block_k: codes in a tile.
+        unit: what multiplies.
+    """
     dim, inner = planes.mean.shape[1], planes.codes.shape[2]
     positions = block_k // (planes.group * planes.lanes)
-    accumulation = (inner + 2) * ACCUMULATION_UNIT
+    accumulation = accumulation_bound(inner, unit)
     packing = positions * 2 * U32
     own = 4 * U32 + packing
     return ScreenBound(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from vqtriton import torch_backend
+from vqtriton import dispatch, torch_backend
 from vqtriton.kernels import atomic_sums, ema_update, vector_quantize_grad
 from vqtriton.kernels import code_sums as sums_kernels
 from vqtriton.kernels.arguments import Pull, Update
@@ -30,7 +30,15 @@ from vqtriton.kernels.nearest_code import (
 from vqtriton.kernels.normalize_rows import normalize_rows as normalize_rows_kernel
 from vqtriton.kernels.replay import replayed
 from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture, row_unit
-from vqtriton.planes import CodePlanes, planes_of, prepare_planes_with_kernels, screen_bound
+from vqtriton.planes import (
+    TENSOR_CORES,
+    WORST_TENSOR_CORE,
+    CodePlanes,
+    TensorCore,
+    planes_of,
+    prepare_planes_with_kernels,
+    screen_bound,
+)
 from vqtriton.screening import error_bound
 from vqtriton.tiles import tables
 from vqtriton.tiles.candidates import ALIGNMENT
@@ -166,6 +174,7 @@ def run_kernels(
 ) -> NearestCode:
     """`vqtriton.kernels.nearest_code` for one head; N >= 1."""
     planes = _prepare_planes(codebook, prepared, is_dot=is_dot)
+    unit = tensor_core(x.device)
     is_aligned = row_unit(x[None]) > 1
     config = config_for(x[None], planes.codes.shape[2])
     # tables are of contiguous rows, whose addresses are as well aligned as D allows
@@ -177,7 +186,7 @@ def run_kernels(
             x[None],
             codebook[None],
             planes,
-            screen_bound(planes, config.screen.block_k),
+            screen_bound(planes, config.screen.block_k, unit),
             error_bound(x.shape[1], torch.float32),
             exact=exact,
             mask=None if mask is None else mask[None],
@@ -193,6 +202,14 @@ def run_kernels(
         except OutOfResources:
             tables.reject(screen)
     return search(config)
+
+
+def tensor_core(device: torch.device) -> TensorCore:
+    """What multiplies for kernels on ``device``, or the worst there is if that is not known."""
+    # AMD's GPUs have capabilities as well, gfx90a that of Hopper
+    if device.type != "cuda" or torch.version.hip or dispatch.interpreter_is_on():
+        return WORST_TENSOR_CORE
+    return TENSOR_CORES.get(torch.cuda.get_device_capability(device), WORST_TENSOR_CORE)
 
 
 def _tiles(op: str, x: Tensor, codebook_size: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqtriton import reference, torch_backend
+from vqtriton import reference, torch_backend, triton_backend
 from vqtriton.kernels import (
     code_sums,
     ema_update,
@@ -92,7 +92,7 @@ def run_screen(prepared: tuple[Tensor, Tensor, Any], config: Any) -> tuple[Tenso
         x[None],
         codebook[None],
         planes,
-        screen_bound(planes, config.block_k),
+        screen_bound(planes, config.block_k, triton_backend.tensor_core(x.device)),
         error_bound(x.shape[1], torch.float32),
         exact=True,
         config=nearest_code.NearestCodeConfig(config, rest.rescue),
