@@ -330,6 +330,11 @@ def list_doubts(
     return place
 
 
+# kept groups, and parts, that are loaded at a time
+KEPT = tl.constexpr(32)
+PARTS = tl.constexpr(8)
+
+
 # a program must not be compiled for each batch size
 @triton.jit(do_not_specialize=["num_codes", "num_sums", "N", "num_norms", "splits"])
 def finish_parts_kernel(
@@ -337,8 +342,8 @@ def finish_parts_kernel(
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
     norms_ptr,          # [H, P, 4] fp32, of `vqtriton.planes.CodePlanes`
-    groups_ptr,         # [splits, H, N, CLASSES] int32, of the screen, as the next five
-    scores_ptr,         # [splits, H, N, CLASSES] fp32
+    groups_ptr,         # [H, N, splits, CLASSES] int32, of the screen, as the next five
+    scores_ptr,         # [H, N, splits, CLASSES] fp32
     others_ptr,         # [splits, H, N] fp32
     error_ptr,          # [H, N] fp32
     row_scale_ptr,      # [H, N] fp32
@@ -363,27 +368,37 @@ def finish_parts_kernel(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows beyond the last are the last again, so that loads need no mask
     row = head * N + tl.minimum(offs_n, N - 1)
-    classes = tl.arange(0, CLASSES)[None, :]
+    # the kept groups of a row, from all parts, follow one another
+    num_kept = splits * CLASSES
+    offs_kept = row[:, None] * num_kept
+    entries = tl.arange(0, KEPT)[None, :]
     group = tl.zeros((BLOCK_N,), tl.int32)
     # integers: a NaN that has won its part wins the row
     best = tl.full((BLOCK_N,), -2147483648, tl.int32)
     second = tl.zeros((BLOCK_N,), tl.int32)
-    others = tl.zeros((BLOCK_N,), tl.float32)
-    for split in range(splits):
-        offs = tl.cast(split, tl.int64) * heads * N + row
-        offs_class = offs[:, None] * CLASSES + classes
-        scores = tl.load(scores_ptr + offs_class).to(tl.int32, bitcast=True)
-        left = tl.load(others_ptr + offs)
-        part_best, winner = tl.max(scores, 1, return_indices=True)
-        is_winner = classes == winner[:, None]
-        part_group = tl.sum(tl.where(is_winner, tl.load(groups_ptr + offs_class), 0), 1)
-        group = tl.where(part_best > best, part_group, group)
+    for start in range(0, num_kept, KEPT):
+        offs = offs_kept + (start + entries)
+        is_kept = tl.broadcast_to(start + entries < num_kept, offs.shape)
+        scores = tl.load(scores_ptr + offs, mask=is_kept, other=0.0).to(tl.int32, bitcast=True)
+        groups = tl.load(groups_ptr + offs, mask=is_kept, other=0)
+        scores = tl.where(is_kept, scores, -2147483648)
+        block_best, winner = tl.max(scores, 1, return_indices=True)
+        is_winner = entries == winner[:, None]
         behind = tl.max(tl.where(is_winner, -2147483648, scores), 1)
-        behind = tl.maximum(behind, left.to(tl.int32, bitcast=True))
-        second = tl.maximum(tl.maximum(second, behind), tl.minimum(best, part_best))
-        best = tl.maximum(best, part_best)
-        # a NaN has no order: it has won
-        others = tl.maximum(others, left)
+        block_group = tl.sum(tl.where(is_winner, groups, 0), 1)
+        group = tl.where(block_best > best, block_group, group)
+        second = tl.maximum(tl.maximum(second, behind), tl.minimum(best, block_best))
+        best = tl.maximum(best, block_best)
+    others = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, splits, PARTS):
+        split = start + tl.arange(0, PARTS)[None, :]
+        offs = split.to(tl.int64) * heads * N + row[:, None]
+        left = tl.load(
+            others_ptr + offs, mask=tl.broadcast_to(split < splits, offs.shape), other=0.0
+        )
+        others = tl.maximum(others, tl.max(left.to(tl.int32, bitcast=True), 1))
+    second = tl.maximum(second, others).to(tl.float32, bitcast=True)
+    others = others.to(tl.float32, bitcast=True)
     scale = tl.load(scale_ptr + head)
     finish_rows(
         x_ptr + head * stride_xh, group, mean_ptr + head * D, scale, row_scale_ptr,
@@ -392,28 +407,32 @@ def finish_parts_kernel(
         D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, IS_SMALL, FINISH_N, FINISH_D,
     )  # fmt: skip
     doubt, threshold = certify(
-        second.to(tl.float32, bitcast=True), scale, norms_ptr, num_norms, error_ptr, row_scale_ptr,
-        norm_ptr, mask_ptr, losses_ptr, best_ptr, gaps_ptr, rows_ptr, valid_ptr, sums_ptr,
+        second, scale, norms_ptr, num_norms, error_ptr, row_scale_ptr, norm_ptr,
+        mask_ptr, losses_ptr, best_ptr, gaps_ptr, rows_ptr, valid_ptr, sums_ptr,
         bound_products, bound_distances, bound_tiny, num_codes, num_sums, head, N,
         IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N,
     )  # fmt: skip
     if EXACT:
         num_rivals = tl.zeros((BLOCK_N,), tl.int32)
-        for split in range(splits):
-            offs = tl.cast(split, tl.int64) * heads * N + row
-            scores = tl.load(scores_ptr + (offs[:, None] * CLASSES + classes))
-            num_rivals += tl.sum(((scores < threshold[:, None]) == 0).to(tl.int32), 1)
+        for start in range(0, num_kept, KEPT):
+            offs = offs_kept + (start + entries)
+            is_kept = tl.broadcast_to(start + entries < num_kept, offs.shape)
+            scores = tl.load(scores_ptr + offs, mask=is_kept, other=0.0)
+            is_rival = ((scores < threshold[:, None]) == 0) & is_kept
+            num_rivals += tl.sum(is_rival.to(tl.int32), 1)
         is_known = (others < threshold) & (num_rivals <= CLASSES)
         place = list_doubts(
             doubt, is_known, threshold, num_rivals, rows_ptr, thresholds_ptr, rival_counts_ptr,
             known_ptr, unknown_ptr, arrivals_ptr, head, BLOCK_N, LISTED,
         )  # fmt: skip
         before = tl.zeros((BLOCK_N,), tl.int32)
-        for split in range(splits):
-            offs_class = (tl.cast(split, tl.int64) * heads * N + row)[:, None] * CLASSES + classes
-            is_rival = (tl.load(scores_ptr + offs_class) < threshold[:, None]) == 0
-            is_rival = (is_rival & (place >= 0)[:, None]).to(tl.int32)
+        for start in range(0, num_kept, KEPT):
+            offs = offs_kept + (start + entries)
+            is_kept = tl.broadcast_to(start + entries < num_kept, offs.shape)
+            scores = tl.load(scores_ptr + offs, mask=is_kept, other=0.0)
+            groups = tl.load(groups_ptr + offs, mask=is_kept, other=0)
+            is_rival = ((scores < threshold[:, None]) == 0) & is_kept & (place >= 0)[:, None]
+            is_rival = is_rival.to(tl.int32)
             rank = before[:, None] + tl.cumsum(is_rival, 1) - is_rival
-            groups = tl.load(groups_ptr + offs_class)
             tl.store(rivals_ptr + (place[:, None] * CLASSES + rank), groups, mask=is_rival > 0)
             before += tl.sum(is_rival, 1)

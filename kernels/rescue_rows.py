@@ -50,6 +50,8 @@ class RescueRowsConfig:
 
 # groups of a row that are compared together: most rows in doubt have two
 PAIR = tl.constexpr(2)
+# parts that are merged at a time
+PARTS = tl.constexpr(8)
 # most tiles of a span of rows with known rivals
 MOST_TILES = 32
 _MOST_TILES = tl.constexpr(MOST_TILES)
@@ -401,18 +403,23 @@ def rescue_rows_kernel(
                     is_row = place < num_rows
                     least = tl.full((BLOCK_N,), float("inf"), tl.float64)
                     index = tl.zeros((BLOCK_N,), tl.int32)
-                    for other in range(splits):
-                        offs = (tl.cast(other, tl.int64) * heads + head) * tiles + first_tile
-                        offs = offs * TILE_N + place
+                    for start in range(0, splits, PARTS):
+                        other = start + tl.arange(0, PARTS)[None, :]
+                        offs = (other.to(tl.int64) * heads + head) * tiles + first_tile
+                        offs = offs * TILE_N + place[:, None]
+                        is_found = is_row[:, None] & (other < splits)
                         found = tl.load(
-                            least_ptr + offs, mask=is_row, other=float("inf"), volatile=True
+                            least_ptr + offs, mask=is_found, other=float("inf"), volatile=True
                         )
                         found_index = tl.load(
-                            least_index_ptr + offs, mask=is_row, other=0, volatile=True
+                            least_index_ptr + offs, mask=is_found, other=0, volatile=True
                         )
-                        # parts are in order: the first keeps a tie
-                        index = tl.where(found < least, found_index, index)
-                        least = tl.minimum(least, found)
+                        parts_least = tl.min(found, 1)
+                        # the lowest index keeps a tie; what is not there has no finite distance
+                        is_least = (found == parts_least[:, None]) & is_found
+                        parts_index = tl.min(tl.where(is_least, found_index, 2147483647), 1)
+                        index = tl.where(parts_least < least, parts_index, index)
+                        least = tl.minimum(least, parts_least)
                     tile, rank = _place_in_tile(tl.minimum(place, num_rows - 1), doubts, ends)
                     slot = (head * tiles + first_tile + tile) * TILE_N + (TILE_N - 1 - rank)
                     row = tl.load(rows_ptr + slot).to(tl.int64)

@@ -81,8 +81,8 @@ def screen_codes_kernel(
     mean_ptr,           # [H, D] fp32
     scale_ptr,          # [H] fp32
     norms_ptr,          # [H, P, 4] fp32: the largest norm of a code, of its low part, of its rest
-    groups_ptr,         # [splits, H, N, CLASSES] int32, out unless FINISH, as the next two
-    scores_ptr,         # [splits, H, N, CLASSES] fp32, out
+    groups_ptr,         # [H, N, splits, CLASSES] int32, out unless FINISH, as the next two
+    scores_ptr,         # [H, N, splits, CLASSES] fp32, out
     others_ptr,         # [splits, H, N] fp32, out: the largest score of a group that is not kept
     error_ptr,          # [H, N] fp32, out
     row_scale_ptr,      # [H, N] fp32, out
@@ -218,7 +218,8 @@ def screen_codes_kernel(
             )
     else:
         offs_out = (split * tl.num_programs(2) + head) * N + offs_n
-        offs_class = offs_out[:, None] * CLASSES + classes
+        offs_class = (head * N + offs_n) * tl.num_programs(1) + split
+        offs_class = offs_class[:, None] * CLASSES + classes
         tl.store(groups_ptr + offs_class, groups, mask=row_mask[:, None])
         tl.store(scores_ptr + offs_class, best.to(tl.float32, bitcast=True), mask=row_mask[:, None])
         tl.store(others_ptr + offs_out, others.to(tl.float32, bitcast=True), mask=row_mask)
@@ -230,8 +231,8 @@ class Screened(NamedTuple):
     The first three are None where the screen itself finishes.
     """
 
-    groups: Tensor | None  # [splits·H·N·CLASSES] int32: codes ``group * planes.group`` and up
-    scores: Tensor | None  # [splits·H·N·CLASSES] fp32
+    groups: Tensor | None  # [H·N·splits·CLASSES] int32: codes ``group * planes.group`` and up
+    scores: Tensor | None  # [H·N·splits·CLASSES] fp32
     others: Tensor | None  # [splits·H·N] fp32: the largest score of a group that is not kept
     error: Tensor  # [H·N] fp32, +inf for a row that is not finite or overflows
     row_scale: Tensor  # [H·N] fp32; scores are in units of scale * row_scale

@@ -43,11 +43,11 @@ def screen_classes(
         return torch.empty(*shape, dtype=dtype, device=x.device)
 
     screened = Screened(
-        empty(torch.int32, parts.splits, heads, num_rows, classes),
-        empty(torch.float32, parts.splits, heads, num_rows, classes),
+        empty(torch.int32, heads, num_rows, parts.splits, classes),
+        empty(torch.float32, heads, num_rows, parts.splits, classes),
         empty(torch.float32, parts.splits, heads, num_rows),
         *(empty(torch.float32, heads, num_rows) for _ in range(3)),
     )
     screen_codes(x, planes, bound, screened, parts, config)
-    groups, scores = (t.movedim(0, 2).flatten(2) for t in (screened.groups, screened.scores))
+    groups, scores = (t.flatten(2) for t in (screened.groups, screened.scores))
     return groups, scores, screened.others.amax(0), screened.error, screened.row_scale
