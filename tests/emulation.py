@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqtriton.planes import (
     BIAS_WEIGHTS,
+    TENSOR_CORES,
     WORST_TENSOR_CORE,
     CodePlanes,
     ScreenBound,
@@ -27,6 +28,7 @@ from vqtriton.planes import (
     screen_bound,
     to_plane,
 )
+from vqtriton.screening import error_bound
 
 
 class Screened(NamedTuple):
@@ -37,6 +39,8 @@ class Screened(NamedTuple):
     second: Tensor
     error: Tensor
     row_scale: Tensor
+    # [N, K / group], of every group
+    by_group: Tensor | None = None
 
     @property
     def is_certified(self) -> Tensor:
@@ -135,7 +139,8 @@ def screen(
     ratio = ratio[:, 0].double()
     error = error + bound.products * norm * max_norm + bound.bias * max_norm**2 * ratio
     error = error + bound.distances * norm**2 / ratio + bound.tiny
-    return Screened(groups, best, second, error.nan_to_num(nan=torch.inf).float(), row_scale)
+    error = error.nan_to_num(nan=torch.inf).float()
+    return Screened(groups, best, second, error, row_scale, by_group)
 
 
 def rates(x: Tensor, codebook: Tensor, group: int, metric: str = "l2") -> tuple[float, float]:
@@ -146,25 +151,68 @@ def rates(x: Tensor, codebook: Tensor, group: int, metric: str = "l2") -> tuple[
     return 1 - result.is_certified.float().mean().item(), is_wrong.float().mean().item()
 
 
+def finished(
+    x: Tensor, codebook: Tensor, block_k: int, classes: int, unit: TensorCore | None = None
+) -> tuple[float, float, float]:
+    """What the finish leaves of finite rows, for groups of 8 in tiles of block_k codes.
+
+    Args:
+        classes: of groups; see docs/exactness.md.
+
+    Returns:
+        Shares of all rows: in doubt; in doubt with a group that is not kept, so that they are
+        searched again; whose nearest code is not in the best group.
+    """
+    planes = prepare_planes(codebook[None])
+    result = screen(x, planes, screen_bound(planes, block_k, unit))
+    scale, mean = planes.scale[0].double(), planes.mean[0].double()
+    row_scale = result.row_scale.double()
+    ratio = ratio_of(row_scale, planes)
+    y, e = (x.double() - mean) * row_scale[:, None], (codebook.double() - mean) * scale
+    half_max = planes.norms[0, :, 3].max().double()
+    scores = y @ e.T + ratio[:, None] * (half_max - e.square().sum(1) / 2)
+    is_member = torch.arange(len(codebook)) // planes.group == result.groups[:, None]
+    winner = scores.where(is_member, -torch.inf).amax(1)
+    own = error_bound(x.shape[1], torch.float32)
+    norm, max_norm = y.norm(dim=1), e.norm(dim=1).max()
+    own_error = own.products * max_norm * (norm + ratio * max_norm / 2)
+    threshold = winner - result.error - own_error - own.distances * norm.square() / ratio
+    doubt = result.second >= threshold
+    # the groups of a tile take turns in the classes
+    padding = -result.by_group.shape[1] % classes
+    of_class = torch.nn.functional.pad(result.by_group, (0, padding), value=-torch.inf)
+    of_class = of_class.view(len(x), -1, classes).topk(2, 1).values
+    is_searched = doubt & (of_class[:, 1].amax(1) >= threshold)
+    is_wrong = result.groups != oracle.nearest_code(x, codebook) // planes.group
+    return tuple(share.double().mean().item() for share in (doubt, is_searched, is_wrong))
+
+
 def main() -> None:
+    """The tables of docs/design.md, for an H200."""
     from vqtriton.clustering import kmeans
+    from vqtriton.kernels.screen_tiles import screen_codes_config
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for dim in (4, 8, 12, 16, 32, 64, 128, 256):
-        for size in (1024, 8192):
-            x = torch.randn(2000, dim)
-            cases = {"gaussian": torch.randn(size, dim)}
-            if size == 1024:
-                cases["k-means"] = kmeans(torch.randn(8 * size, dim), size, iters=5)
-            for name, codebook in cases.items():
-                doubtful, wrong = zip(*(rates(x, codebook, g) for g in (4, 8, 16)), strict=True)
-                print(
-                    f"{name:9} D={dim:4} K={size:5} groups of 4, 8, 16: in doubt",
-                    *(f"{rate:6.2%}" for rate in doubtful),
-                    " wrong if not looked at again",
-                    *(f"{rate:6.2%}" for rate in wrong),
-                )
+    num_rows = 10_000
+    print("| D | classes | Gaussian codes, K = 1024 | K = 8192 | k-means, K = 1024 |")
+    for dim in (4, 8, 12, 16, 32, 64, 128, 256, 512):
+        planes = prepare_planes(torch.randn(1, 8, dim))
+        config = screen_codes_config("sm_90", planes.codes.shape[2])
+        groups = config.block_k // (planes.group * planes.lanes)
+        classes = planes.lanes * min(config.classes, groups)
+        cells = []
+        for codebook in (
+            torch.randn(1024, dim),
+            torch.randn(8192, dim),
+            kmeans(torch.randn(8192, dim), 1024, iters=5),
+        ):
+            shares = [
+                finished(rows, codebook, config.block_k, classes, TENSOR_CORES[9, 0])
+                for rows in torch.randn(num_rows, dim).split(2000)
+            ]
+            cells.append(", ".join(f"{sum(s) / len(s):.2%}" for s in zip(*shares, strict=True)))
+        print(f"| {dim} | {classes} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":
