@@ -5,8 +5,10 @@ end. One program sums a chunk. The codes that lie within it are done then; of on
 neighbour a partial sum is left. A second kernel adds up the partial sums of those codes. So every
 program has equally many rows, whatever the data, and no code has more chunks than √N or 256.
 
-Few rows are sorted by a kernel of our own: it counts the rows that come before each row, which is
-the place of the row. That is N² comparisons and one launch, where torch's sort takes several.
+Few rows need one launch: a program for each code lists the rows that have it and adds them up. It
+reads all indices, and in the worst case all rows. More rows, as long as N² comparisons are few, are
+sorted by a kernel of our own: it counts the rows that come before each row, which is the place of
+the row. That is one launch, where torch's sort takes several.
 
 All adds in float64, and a sum is rounded to float32 once, so what it is wrong by does not grow with
 the number of rows: at most 2⁻²⁴ of it, and n·2⁻⁵³·Σ|x|. Callers that divide the sums can have them
@@ -27,6 +29,7 @@ from vqtriton.kernels.arguments import Pull
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit, strides_of
+from vqtriton.kernels.screen_codes import rows_are_aligned
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,25 @@ class CodeSumsConfig:
 
     # rows of a chunk, at least; a power of two
     least_chunk: int = 32
+    # rows whose indices are looked at together
+    block_n: int = 1024
     # elements of a tile, and most dimensions of it
     block_elements: int = 2048
     block_d: int = 1024
     num_warps: int = 4
+    # of the loop over the rows of a code: rows for two iterations are on their way meanwhile, and
+    # the list of those for the next two
+    stages: int = 5
     # without a limit ptxas spills a few for the next step of occupancy
     max_registers: int = 168
     # rows, over all heads, up to which their places are counted
     most_counted: int = 16384
+    # elements of x, over all heads, and pairs of a row and a code, up to which each code has a
+    # program to itself: it adds up all of x if all rows have that code
+    most_elements: int = 1 << 19
+    most_pairs: int = 1 << 23
+    # programs of a head, about: with more codes than that, each program takes several
+    most_programs: int = 1024
 
     def chunk(self, num_rows: int) -> int:
         """So that there are no more chunks than a chunk has rows, or 256."""
@@ -67,6 +81,119 @@ def _segments(indices_ptr, offs, num_rows, N, K, num_segments, HAS_HEADS: tl.con
     if HAS_HEADS:
         segment += offs // N * K
     return tl.where((index >= 0) & (index < K), segment, num_segments).to(tl.int32)
+
+
+@triton.jit
+def _store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D: tl.constexpr):
+    rounded = total.to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + place * D + offs_d, rounded, mask=dim_mask)
+    tl.store(counts_ptr + place, count)
+
+
+@triton.jit
+def _sum_of_list(
+    x_ptr, grad_loss_ptr, list_ptr, code, count, weight, stride_xn, stride_xd, stride_gn,
+    offs_d, dim_mask,
+    IS_GRAD: tl.constexpr, CHECKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_D] fp64, and how many rows it has: the listed ones, if CHECKS the finite ones."""
+    total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
+    left_out = tl.zeros((BLOCK_ROWS,), tl.int32)
+    for start in tl.range(0, count, BLOCK_ROWS, num_stages=STAGES):
+        offs = start + tl.arange(0, BLOCK_ROWS)
+        is_there = offs < count
+        row = tl.load(list_ptr + offs.to(tl.int64), mask=is_there, other=0).to(tl.int64)
+        mask = is_there[:, None] & dim_mask[None, :]
+        x_ptrs = x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd
+        value = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if CHECKS:
+            is_bad = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), 1)
+            left_out += is_bad
+            is_there = is_there & (is_bad == 0)
+        if IS_GRAD:
+            grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=is_there, other=0.0)
+            value = grad[:, None] * (code[None, :] - value)
+        if IS_GRAD or CHECKS:
+            value = tl.where(is_there[:, None] & mask, value, 0.0)
+        total += value.to(tl.float64)
+    return tl.sum(total, 0), count - tl.sum(left_out, 0)
+
+
+@triton.jit
+def _indices_from(indices_ptr, start, N, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] uint32, for K below 2³¹; the largest of what is negative or not there."""
+    offs = tl.arange(0, BLOCK_N)
+    ptrs = indices_ptr + tl.cast(start, tl.int64) + offs.to(tl.int64)
+    index = tl.load(ptrs, mask=offs < N - start, other=-1)
+    return tl.where((index >> 32) == 0, index, -1).to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["N", "K", "codes_per_program", "stride_gn"])
+def sum_codes_kernel(
+    x_ptr,          # [H, N, D] fp32 / fp16 / bf16
+    codebook_ptr,   # [H·K, D] fp32 / fp16 / bf16, if IS_GRAD
+    grad_loss_ptr,  # [H·N] fp32, if IS_GRAD
+    indices_ptr,    # [H, N] int64
+    lists_ptr,      # [H, N] int32, scratch: the rows of each code, one code after the other
+    sums_ptr,       # [H·K, D] fp32 / fp64, out
+    counts_ptr,     # [H·K] int64, out
+    weight,
+    N, K, codes_per_program,
+    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
+    D: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `chunk_sums_kernel`, all of it: each program adds up the rows of some codes of a head."""
+    head = tl.program_id(2).to(tl.int64)
+    offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    dim_mask = offs_d < D
+    x_ptr += head * stride_xh
+    indices_ptr += head * N
+    lists_ptr += head * N
+    grad_loss_ptr += head * N * stride_gn
+    first = tl.program_id(0) * codes_per_program
+    for k in range(first, tl.minimum(first + codes_per_program, K)):
+        code = tl.cast(k, tl.uint32)
+        # each of BLOCK_N columns lists its own rows, so that only columns are to be put in order
+        num_before = tl.zeros((BLOCK_N,), tl.int32)
+        num_own = tl.zeros((BLOCK_N,), tl.int32)
+        for start in range(0, N, BLOCK_N):
+            index = _indices_from(indices_ptr, start, N, BLOCK_N)
+            num_before += (index < code).to(tl.int32)
+            num_own += (index == code).to(tl.int32)
+        count = tl.sum(num_own, 0)
+        segment = head * K + k
+        total = tl.zeros((BLOCK_D,), tl.float64)
+        if count > 0:
+            # the lists of smaller codes come first
+            place = tl.sum(num_before, 0) + tl.cumsum(num_own, 0) - num_own
+            list_ptr = lists_ptr + tl.sum(num_before, 0).to(tl.int64)
+            for start in range(0, N, BLOCK_N):
+                is_own = _indices_from(indices_ptr, start, N, BLOCK_N) == code
+                row = start + tl.arange(0, BLOCK_N)
+                tl.store(lists_ptr + place.to(tl.int64), row, mask=is_own)
+                place += is_own.to(tl.int32)
+            # other threads read what a thread has listed
+            tl.debug_barrier()
+            vector = total.to(tl.float32)
+            if IS_GRAD:
+                vector_ptrs = codebook_ptr + segment * stride_ck + offs_d * stride_cd
+                vector = tl.load(vector_ptrs, mask=dim_mask, other=0.0).to(tl.float32)
+            total, count = _sum_of_list(
+                x_ptr, grad_loss_ptr, list_ptr, vector, count, weight, stride_xn, stride_xd,
+                stride_gn, offs_d, dim_mask, IS_GRAD, False, BLOCK_ROWS, BLOCK_D, STAGES,
+            )  # fmt: skip
+            if IS_WHOLE:  # noqa: SIM102, a constexpr by itself
+                # a sum of finite float32 does not overflow in float64, so only then may a row be
+                # one that is left out
+                if tl.max(tl.where(tl.abs(total) < float("inf"), 0, 1), 0) > 0:
+                    total, count = _sum_of_list(
+                        x_ptr, grad_loss_ptr, list_ptr, vector, count, weight, stride_xn, stride_xd,
+                        stride_gn, offs_d, dim_mask, IS_GRAD, True, BLOCK_ROWS, BLOCK_D, 1,
+                    )  # fmt: skip
+        count = count.to(tl.int64)
+        _store_sum(sums_ptr, counts_ptr, segment, total, count, dim_mask, offs_d, D)
 
 
 @triton.jit(do_not_specialize=["num_rows", "N", "K", "num_segments", "num_elements", "num_counts"])
@@ -118,13 +245,6 @@ def segment_keys_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     segment = _segments(indices_ptr, row, num_rows, N, K, num_segments, HAS_HEADS)
     tl.store(keys_ptr + row, segment.to(keys_ptr.dtype.element_ty), mask=row < num_rows)
-
-
-@triton.jit
-def _store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D: tl.constexpr):
-    rounded = total.to(sums_ptr.dtype.element_ty)
-    tl.store(sums_ptr + place * D + offs_d, rounded, mask=dim_mask)
-    tl.store(counts_ptr + place, count)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_segments", "N", "chunk_rows", "stride_gn"])
@@ -306,23 +426,42 @@ def segment_sums(
     counts = empty(heads, codebook_size, dtype=torch.int64)
     chunk_rows = config.chunk(total)
     num_chunks = cdiv(total, chunk_rows)
-    partial = empty(num_chunks, 2, dim, dtype=torch.float64)
-    partial_count = empty(num_chunks, 2, dtype=torch.int64)
     options = {
+        "D": dim,
         "BLOCK_ROWS": block_rows,
         "BLOCK_D": block_d,
         "num_warps": config.num_warps,
         "enable_fp_fusion": True,
         **register_limit(config.max_registers),
     }
+    codes, grads, weight = sums, counts, 1.0
+    if pull is not None:
+        codes, grads, weight = pull.codebook, pull.grad_loss, pull.weight
+    codes, grads = codes.reshape(num_segments, dim), grads.reshape(-1)
+    strides = *strides_of(x), *codes.stride(), grads.stride(-1)
+    flags = {"IS_GRAD": pull is not None, "IS_WHOLE": is_whole}
+    if total * dim <= config.most_elements and total * codebook_size <= config.most_pairs:
+        codes_per_program = cdiv(codebook_size, config.most_programs)
+        lists = empty(total, dtype=torch.int32)
+        tensors = x, codes, grads, indices.contiguous(), lists, sums, counts
+        grid = (cdiv(codebook_size, codes_per_program), blocks_d, heads)
+        sizes = num_rows, codebook_size, codes_per_program
+        with torch.cuda.device_of(x):
+            launch(
+                sum_codes_kernel,
+                grid,
+                *(*tensors, weight, *sizes, *strides),
+                **flags,
+                BLOCK_N=config.block_n,
+                # elements one by one would wait in registers, of which there are too few
+                STAGES=config.stages if rows_are_aligned(x) else 1,
+                **options,
+            )
+        return sums, counts
+    partial = empty(num_chunks, 2, dim, dtype=torch.float64)
+    partial_count = empty(num_chunks, 2, dtype=torch.int64)
     with torch.cuda.device_of(x):
         order, segments = sort_rows(indices, codebook_size, (sums, counts), config)
-        if num_chunks == 0:
-            return sums, counts
-        codes, grads, weight = sums, counts, 1.0
-        if pull is not None:
-            codes, grads, weight = pull.codebook, pull.grad_loss, pull.weight
-        codes, grads = codes.reshape(num_segments, dim), grads.reshape(-1)
         launch(
             chunk_sums_kernel,
             (num_chunks, blocks_d),
@@ -340,13 +479,9 @@ def segment_sums(
             num_segments,
             num_rows,
             chunk_rows,
-            *strides_of(x),
-            *codes.stride(),
-            grads.stride(-1),
-            D=dim,
+            *strides,
             HAS_HEADS=heads > 1,
-            IS_GRAD=pull is not None,
-            IS_WHOLE=is_whole,
+            **flags,
             **options,
         )
         if num_chunks > 1:
@@ -361,7 +496,6 @@ def segment_sums(
                 num_segments,
                 num_chunks,
                 chunk_rows,
-                D=dim,
                 **options,
             )
     return sums, counts
