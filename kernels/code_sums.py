@@ -91,6 +91,12 @@ def _store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D: t
 
 
 @triton.jit
+def _is_not_finite(total):
+    """Whether rows are to be looked at: sums of finite float32 do not overflow in float64."""
+    return tl.max(tl.where(tl.abs(total) < float("inf"), 0, 1), 0) > 0
+
+
+@triton.jit
 def _sum_of_list(
     x_ptr, grad_loss_ptr, list_ptr, code, count, weight, stride_xn, stride_xd, stride_gn,
     offs_d, dim_mask,
@@ -152,6 +158,8 @@ def sum_codes_kernel(
     indices_ptr += head * N
     lists_ptr += head * N
     grad_loss_ptr += head * N * stride_gn
+    # what is rare is not to need more registers than the rest
+    FEWER: tl.constexpr = (BLOCK_ROWS + 1) // 2
     first = tl.program_id(0) * codes_per_program
     for k in range(first, tl.minimum(first + codes_per_program, K)):
         code = tl.cast(k, tl.uint32)
@@ -185,12 +193,10 @@ def sum_codes_kernel(
                 stride_gn, offs_d, dim_mask, IS_GRAD, False, BLOCK_ROWS, BLOCK_D, STAGES,
             )  # fmt: skip
             if IS_WHOLE:  # noqa: SIM102, a constexpr by itself
-                # a sum of finite float32 does not overflow in float64, so only then may a row be
-                # one that is left out
-                if tl.max(tl.where(tl.abs(total) < float("inf"), 0, 1), 0) > 0:
+                if _is_not_finite(total):
                     total, count = _sum_of_list(
                         x_ptr, grad_loss_ptr, list_ptr, vector, count, weight, stride_xn, stride_xd,
-                        stride_gn, offs_d, dim_mask, IS_GRAD, True, BLOCK_ROWS, BLOCK_D, 1,
+                        stride_gn, offs_d, dim_mask, IS_GRAD, True, FEWER, BLOCK_D, 1,
                     )  # fmt: skip
         count = count.to(tl.int64)
         _store_sum(sums_ptr, counts_ptr, segment, total, count, dim_mask, offs_d, D)
@@ -247,6 +253,47 @@ def segment_keys_kernel(
     tl.store(keys_ptr + row, segment.to(keys_ptr.dtype.element_ty), mask=row < num_rows)
 
 
+@triton.jit
+def _store_run(
+    x_ptr, codebook_ptr, grad_loss_ptr, order_ptr, segments_ptr, sums_ptr, counts_ptr,
+    partial_ptr, partial_count_ptr, totals, segment, start, stop, goes_on, weight, N, num_segments,
+    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn, offs_d, dim_mask,
+    D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sum of a segment's rows in a chunk, from start to stop; nothing of those left out."""
+    # what is rare is not to need more registers than the rest
+    FEWER: tl.constexpr = (BLOCK_ROWS + 1) // 2
+    if segment < num_segments:
+        chunk = tl.program_id(0).to(tl.int64)
+        place = tl.cast(segment, tl.int64)
+        list_ptr = order_ptr + tl.cast(start, tl.int64)
+        total = tl.sum(totals, 0)
+        count = tl.cast(stop - start, tl.int32)
+        if IS_WHOLE:  # noqa: SIM102, a constexpr by itself
+            if _is_not_finite(total):
+                code = tl.zeros((BLOCK_D,), tl.float32)
+                if IS_GRAD:
+                    code_ptrs = codebook_ptr + place * stride_ck + offs_d * stride_cd
+                    code = tl.load(code_ptrs, mask=dim_mask, other=0.0).to(tl.float32)
+                if HAS_HEADS:
+                    head = tl.load(list_ptr).to(tl.int64) // N
+                    x_ptr += head * (stride_xh - N * stride_xn)
+                total, count = _sum_of_list(
+                    x_ptr, grad_loss_ptr, list_ptr, code, count, weight, stride_xn, stride_xd,
+                    stride_gn, offs_d, dim_mask, IS_GRAD, True, FEWER, BLOCK_D, 1,
+                )  # fmt: skip
+        count = count.to(tl.int64)
+        may_begin = (start == 0) & (chunk > 0)
+        before = tl.load(segments_ptr + tl.full((), -1, tl.int64), mask=may_begin, other=0).to(tl.int32)
+        is_begun = may_begin & (before == segment)
+        if is_begun | goes_on:
+            place = 2 * chunk + (is_begun == 0).to(tl.int64)
+            _store_sum(partial_ptr, partial_count_ptr, place, total, count, dim_mask, offs_d, D)
+        else:
+            _store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_segments", "N", "chunk_rows", "stride_gn"])
 def chunk_sums_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
@@ -268,67 +315,70 @@ def chunk_sums_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     dim_mask = offs_d < D
+    # places are those of the chunk from here on, so that they take one register
     first = chunk * chunk_rows
-    end = tl.minimum(first + chunk_rows, num_rows)
-    before = tl.load(segments_ptr + (first - 1), mask=first > 0, other=0).to(tl.int64)
-    before = tl.where(first > 0, before, -1)
-    after = tl.load(segments_ptr + end, mask=end < num_rows, other=0).to(tl.int64)
-    after = tl.where(end < num_rows, after, num_segments)
+    end = tl.minimum(num_rows - first, chunk_rows).to(tl.int32)
+    is_last_chunk = first + end == num_rows
+    segments_ptr += first
+    order_ptr += first
 
-    current = tl.full((), -1, tl.int64)
-    total = tl.zeros((BLOCK_D,), tl.float64)
-    count = tl.full((), 0, tl.int64)
-    for start in range(first, end, BLOCK_ROWS):
+    of_run = tl.load(segments_ptr).to(tl.int32)
+    run_start = tl.full((), 0, tl.int32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
+    offs = tl.arange(0, BLOCK_ROWS)
+    next_segment = tl.load(segments_ptr + offs.to(tl.int64), mask=offs < end, other=0)
+    next_row = tl.load(order_ptr + offs.to(tl.int64), mask=offs < end, other=0)
+    for start in range(0, end, BLOCK_ROWS):
         offs = start + tl.arange(0, BLOCK_ROWS)
-        is_there = offs < end
-        segment = tl.load(segments_ptr + offs, mask=is_there, other=0).to(tl.int64)
-        is_there = is_there & (segment < num_segments)
-        preceding = tl.load(segments_ptr + (offs - 1), mask=is_there & (offs > start), other=0)
-        is_head = is_there & ((offs == start) | (preceding.to(tl.int64) != segment))
-        run = tl.cumsum(is_head.to(tl.int32), 0)
-        row = tl.load(order_ptr + offs, mask=is_there, other=0).to(tl.int64)
+        segment = next_segment
+        is_there = (offs < end) & (segment < num_segments)
+        row = next_row.to(tl.int64)
         row_offs = row * stride_xn
         if HAS_HEADS:
             row_offs = (row // N) * stride_xh + (row % N) * stride_xn
         mask = is_there[:, None] & dim_mask[None, :]
-        value = tl.load(
-            x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd, mask=mask, other=0.0
-        ).to(tl.float32)
-        keep = is_there
-        if IS_WHOLE:
-            is_bad = tl.where(tl.abs(value) < float("inf"), 0, 1)
-            keep = keep & (tl.max(is_bad, 1) == 0)
+        x_ptrs = x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd
+        value = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         if IS_GRAD:
-            code = tl.load(
-                codebook_ptr + segment[:, None] * stride_ck + offs_d[None, :] * stride_cd,
-                mask=mask,
-                other=0.0,
-            ).to(tl.float32)
-            grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=keep, other=0.0)
-            value = grad[:, None] * (code - value)
-        value = tl.where(keep[:, None] & mask, value, 0.0).to(tl.float64)
-        for i in range(1, tl.max(run, 0) + 1):
-            is_of_run = (run == i) & is_there
-            of_run = tl.max(tl.where(is_of_run, segment, -1), 0)
-            sum_of_run = tl.sum(tl.where(is_of_run[:, None], value, 0.0), 0)
-            count_of_run = tl.sum((is_of_run & keep).to(tl.int64), 0)
-            is_new = of_run != current
-            if is_new & (current >= 0):
-                if current == before:
-                    _store_sum(
-                        partial_ptr, partial_count_ptr, 2 * chunk, total, count, dim_mask, offs_d, D
-                    )
-                else:
-                    _store_sum(sums_ptr, counts_ptr, current, total, count, dim_mask, offs_d, D)
-            total = tl.where(is_new, sum_of_run, total + sum_of_run)
-            count = tl.where(is_new, count_of_run, count + count_of_run)
-            current = of_run
-    if current >= 0:
-        if (current == before) | (current == after):
-            place = 2 * chunk + (current != before).to(tl.int64)
-            _store_sum(partial_ptr, partial_count_ptr, place, total, count, dim_mask, offs_d, D)
-        else:
-            _store_sum(sums_ptr, counts_ptr, current, total, count, dim_mask, offs_d, D)
+            code_offs = segment.to(tl.int64) * stride_ck
+            code_ptrs = codebook_ptr + code_offs[:, None] + offs_d[None, :] * stride_cd
+            code = tl.load(code_ptrs, mask=mask, other=0.0).to(tl.float32)
+            grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=is_there, other=0.0)
+            value = tl.where(mask, grad[:, None] * (code - value), 0.0)
+        # where the next tile is, while the rows of this one are on their way
+        tile_end = tl.minimum(start + BLOCK_ROWS, end)
+        last = tl.load(segments_ptr + (tile_end - 1).to(tl.int64)).to(tl.int32)
+        has_next = (tile_end < end) | (is_last_chunk == 0)
+        following = tl.load(segments_ptr + tile_end.to(tl.int64), mask=has_next, other=0)
+        following = tl.where(has_next, following.to(tl.int32), -1)
+        ahead = offs + BLOCK_ROWS
+        next_segment = tl.load(segments_ptr + ahead.to(tl.int64), mask=ahead < end, other=0)
+        next_row = tl.load(order_ptr + ahead.to(tl.int64), mask=ahead < end, other=0)
+        run = start
+        while run < tile_end:
+            next_run = tile_end
+            of_next = following
+            if (of_run == last) & (run == start):
+                total += value.to(tl.float64)
+            else:
+                if of_run != last:
+                    is_own = (segment == of_run) & (offs < end)
+                    next_run = run + tl.sum(is_own.to(tl.int32), 0)
+                    of_next = tl.load(segments_ptr + next_run.to(tl.int64)).to(tl.int32)
+                is_of_run = (offs >= run) & (offs < next_run)
+                total += tl.where(is_of_run[:, None], value, 0.0).to(tl.float64)
+            if (of_next != of_run) | (next_run == end):
+                _store_run(
+                    x_ptr, codebook_ptr, grad_loss_ptr, order_ptr, segments_ptr, sums_ptr,
+                    counts_ptr, partial_ptr, partial_count_ptr, total, of_run, run_start, next_run,
+                    of_next == of_run, weight, N, num_segments,
+                    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
+                    offs_d, dim_mask, D, HAS_HEADS, IS_GRAD, IS_WHOLE, BLOCK_ROWS, BLOCK_D,
+                )  # fmt: skip
+                total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
+                run_start = next_run
+            run = next_run
+            of_run = of_next
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_chunks", "chunk_rows"])
@@ -411,7 +461,9 @@ def segment_sums(
     heads, num_rows, dim = x.shape
     num_segments, total = heads * codebook_size, heads * num_rows
     block_d = min(config.block_d, next_power_of_2(dim))
-    block_rows = min(64, max(1, config.block_elements // block_d))
+    # offsets that are not known to be aligned take registers
+    elements = config.block_elements if rows_are_aligned(x) else config.block_elements // 2
+    block_rows = min(64, max(1, elements // block_d))
     blocks_d = cdiv(dim, block_d)
     is_whole = dim <= config.block_d
     if not is_whole:
