@@ -217,7 +217,8 @@ def place_rows_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = first + tl.arange(0, BLOCK_ROWS)
     segment = _segments(indices_ptr, row, num_rows, N, K, num_segments, HAS_HEADS)
-    place = tl.zeros((BLOCK_ROWS,), tl.int32)
+    # not added up across threads before the end
+    places = tl.zeros((BLOCK_ROWS, BLOCK_OTHERS), tl.int32)
     for start in range(0, num_rows, BLOCK_OTHERS):
         other = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_OTHERS)
         others = _segments(indices_ptr, other, num_rows, N, K, num_segments, HAS_HEADS)
@@ -226,13 +227,13 @@ def place_rows_kernel(
         # what is counted below or is not there comes before none
         is_other = (other < num_rows) & ((other < first) | (other >= first + BLOCK_ROWS))
         others = tl.where(is_other, others, num_segments + 1)
-        place += tl.sum((others[None, :] < segment[:, None]).to(tl.int32), 1)
+        places += (others[None, :] < segment[:, None]).to(tl.int32)
     own = first + tl.arange(0, BLOCK_ROWS)
     owns = _segments(indices_ptr, own, num_rows, N, K, num_segments, HAS_HEADS)
     owns = tl.where(own < num_rows, owns, num_segments + 1)
     goes_first = (own[None, :] < row[:, None]).to(tl.int32)
-    place += tl.sum((owns[None, :] < segment[:, None] + goes_first).to(tl.int32), 1)
-    place = place.to(tl.int64)
+    place = tl.sum((owns[None, :] < segment[:, None] + goes_first).to(tl.int32), 1)
+    place = (place + tl.sum(places, 1)).to(tl.int64)
     tl.store(order_ptr + place, row.to(tl.int32), mask=row < num_rows)
     tl.store(segments_ptr + place, segment, mask=row < num_rows)
 
@@ -285,7 +286,8 @@ def _store_run(
                 )  # fmt: skip
         count = count.to(tl.int64)
         may_begin = (start == 0) & (chunk > 0)
-        before = tl.load(segments_ptr + tl.full((), -1, tl.int64), mask=may_begin, other=0).to(tl.int32)
+        before_ptr = segments_ptr + tl.full((), -1, tl.int64)
+        before = tl.load(before_ptr, mask=may_begin, other=0).to(tl.int32)
         is_begun = may_begin & (before == segment)
         if is_begun | goes_on:
             place = 2 * chunk + (is_begun == 0).to(tl.int64)

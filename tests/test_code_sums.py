@@ -252,6 +252,29 @@ def test_rows_are_sorted_by_code(heads, n, k, most_counted, skew, seed) -> None:
 
 
 @pytest.mark.needs_kernels
+@pytest.mark.parametrize("skew", data.SKEWS)
+def test_lists_of_codes_do_not_meet(skew: str, monkeypatch) -> None:
+    """Programs write them side by side; the interpreter, with one at a time, shows no clash."""
+    from vqtriton.kernels import code_sums as module
+
+    lists, launch = [], module.launch
+
+    def note(kernel, grid, *args, **options):
+        lists.append(args[4])
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(module, "launch", note)
+    indices = torch.stack([data.SKEWS[skew](90, 7), torch.randint(-1, 8, (90,))])
+    config = module.CodeSumsConfig(block_n=16, most_programs=3)
+    module.code_sums(torch.randn(2, 90, 3).to(DEVICE), indices.to(DEVICE), 7, config=config)
+    for of_head, listed in zip(indices, lists[0].cpu().view(2, 90).long(), strict=True):
+        rows = listed[: int(((of_head >= 0) & (of_head < 7)).sum())]
+        assert len(rows.unique()) == len(rows)
+        # codes in their order
+        assert (of_head[rows].diff() >= 0).all()
+
+
+@pytest.mark.needs_kernels
 @given(
     n=st.sampled_from([1, 2, 63, 64, 65, 200]),
     k=st.sampled_from([1, 2, 5, 60]),
