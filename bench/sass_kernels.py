@@ -169,23 +169,32 @@ def record_fast_search(x: torch.Tensor, target: str) -> list[Launch]:
     return launches_of_search(x, codebook, planes, accumulator_of(target), False, **options)
 
 
-# tiles with which torch sorts the rows, as it does where they are many
-SORTED = code_sums.CodeSumsConfig(most_counted=0)
+# tiles with which the rows are sorted, as they are where they are many: by counting, and by torch
+SORTED = (
+    code_sums.CodeSumsConfig(most_elements=0),
+    code_sums.CodeSumsConfig(most_elements=0, most_counted=0),
+)
 
 
 def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
-    """Sums per code in either way, and both gradients."""
+    """Sums per code in each way, and both gradients."""
     modules = (atomic_sums, code_sums, vector_quantize_grad)
     x, codebook = x[None], codebook_of(x.shape[1])[None]
     indices = torch.zeros(x.shape[:2], dtype=torch.int64)
     grad_loss = torch.ones(x.shape[:2])
     pull = Pull(grad_loss, x, codebook, indices, 1.0)
     return [
-        *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE),
-        *launches_of(modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE, config=SORTED),
+        *(
+            launch
+            for config in (None, *SORTED)
+            for launch in launches_of(
+                modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE, config=config
+            )
+        ),
         *launches_of(modules, atomic_sums.atomic_sums, x, indices, CODEBOOK_SIZE),
         *launches_of(modules, vector_quantize_grad.grad_x, x, pull),
         *launches_of(modules, vector_quantize_grad.grad_codebook, pull),
+        *launches_of(modules, vector_quantize_grad.grad_codebook, pull, config=SORTED[0]),
     ]
 
 
@@ -261,6 +270,7 @@ KERNELS = (
     *(
         Kernel(name, record_sums, ((64, torch.float32),))
         for name in (
+            "sum_codes",
             "place_rows",
             "segment_keys",
             "chunk_sums",

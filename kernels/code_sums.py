@@ -5,8 +5,10 @@ end. One program sums a chunk. The codes that lie within it are done then; of on
 neighbour a partial sum is left. A second kernel adds up the partial sums of those codes. So every
 program has equally many rows, whatever the data, and no code has more chunks than √N or 256.
 
-Few rows are sorted by a kernel of our own: it counts the rows that come before each row, which is
-the place of the row. That is N² comparisons and one launch, where torch's sort takes several.
+Few rows need one launch: a program for each code lists the rows that have it and adds them up. It
+reads all indices, and in the worst case all rows. More rows, as long as N² comparisons are few, are
+sorted by a kernel of our own: it counts the rows that come before each row, which is the place of
+the row. That is one launch, where torch's sort takes several.
 
 All adds in float64, and a sum is rounded to float32 once, so what it is wrong by does not grow with
 the number of rows: at most 2⁻²⁴ of it, and n·2⁻⁵³·Σ|x|. Callers that divide the sums can have them
@@ -27,6 +29,8 @@ from vqtriton.kernels.arguments import Pull
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit, strides_of
+from vqtriton.kernels.screen_tiles import row_unit
+from vqtriton.kernels.sum_codes import is_not_finite, store_sum, sum_codes_kernel, sum_of_list
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,25 @@ class CodeSumsConfig:
 
     # rows of a chunk, at least; a power of two
     least_chunk: int = 32
+    # rows whose indices are looked at together
+    block_n: int = 1024
     # elements of a tile, and most dimensions of it
     block_elements: int = 2048
     block_d: int = 1024
     num_warps: int = 4
+    # of the loop over the rows of a code: rows for two iterations are on their way meanwhile, and
+    # the list of those for the next two
+    stages: int = 5
     # without a limit ptxas spills a few for the next step of occupancy
     max_registers: int = 168
     # rows, over all heads, up to which their places are counted
     most_counted: int = 16384
+    # elements of x, over all heads, and pairs of a row and a code, up to which each code has a
+    # program to itself: it adds up all of x if all rows have that code
+    most_elements: int = 1 << 19
+    most_pairs: int = 1 << 23
+    # programs of a head, about: with more codes than that, each program takes several
+    most_programs: int = 1024
 
     def chunk(self, num_rows: int) -> int:
         """So that there are no more chunks than a chunk has rows, or 256."""
@@ -84,7 +99,8 @@ def place_rows_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = first + tl.arange(0, BLOCK_ROWS)
     segment = _segments(indices_ptr, row, num_rows, N, K, num_segments, HAS_HEADS)
-    place = tl.zeros((BLOCK_ROWS,), tl.int32)
+    # not added up across threads before the end
+    places = tl.zeros((BLOCK_ROWS, BLOCK_OTHERS), tl.int32)
     for start in range(0, num_rows, BLOCK_OTHERS):
         other = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_OTHERS)
         others = _segments(indices_ptr, other, num_rows, N, K, num_segments, HAS_HEADS)
@@ -93,13 +109,13 @@ def place_rows_kernel(
         # what is counted below or is not there comes before none
         is_other = (other < num_rows) & ((other < first) | (other >= first + BLOCK_ROWS))
         others = tl.where(is_other, others, num_segments + 1)
-        place += tl.sum((others[None, :] < segment[:, None]).to(tl.int32), 1)
+        places += (others[None, :] < segment[:, None]).to(tl.int32)
     own = first + tl.arange(0, BLOCK_ROWS)
     owns = _segments(indices_ptr, own, num_rows, N, K, num_segments, HAS_HEADS)
     owns = tl.where(own < num_rows, owns, num_segments + 1)
     goes_first = (own[None, :] < row[:, None]).to(tl.int32)
-    place += tl.sum((owns[None, :] < segment[:, None] + goes_first).to(tl.int32), 1)
-    place = place.to(tl.int64)
+    place = tl.sum((owns[None, :] < segment[:, None] + goes_first).to(tl.int32), 1)
+    place = (place + tl.sum(places, 1)).to(tl.int64)
     tl.store(order_ptr + place, row.to(tl.int32), mask=row < num_rows)
     tl.store(segments_ptr + place, segment, mask=row < num_rows)
 
@@ -121,10 +137,45 @@ def segment_keys_kernel(
 
 
 @triton.jit
-def _store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D: tl.constexpr):
-    rounded = total.to(sums_ptr.dtype.element_ty)
-    tl.store(sums_ptr + place * D + offs_d, rounded, mask=dim_mask)
-    tl.store(counts_ptr + place, count)
+def _store_run(
+    x_ptr, codebook_ptr, grad_loss_ptr, order_ptr, segments_ptr, sums_ptr, counts_ptr,
+    partial_ptr, partial_count_ptr, totals, segment, start, stop, goes_on, weight, N, num_segments,
+    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn, offs_d, dim_mask,
+    D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sum of a segment's rows in a chunk, from start to stop; nothing of those left out."""
+    # what is rare is not to need more registers than the rest
+    FEWER: tl.constexpr = (BLOCK_ROWS + 1) // 2
+    if segment < num_segments:
+        chunk = tl.program_id(0).to(tl.int64)
+        place = tl.cast(segment, tl.int64)
+        list_ptr = order_ptr + tl.cast(start, tl.int64)
+        total = tl.sum(totals, 0)
+        count = tl.cast(stop - start, tl.int32)
+        if IS_WHOLE:  # noqa: SIM102, a constexpr by itself
+            if is_not_finite(total):
+                code = tl.zeros((BLOCK_D,), tl.float32)
+                if IS_GRAD:
+                    code_ptrs = codebook_ptr + place * stride_ck + offs_d * stride_cd
+                    code = tl.load(code_ptrs, mask=dim_mask, other=0.0).to(tl.float32)
+                if HAS_HEADS:
+                    head = tl.load(list_ptr).to(tl.int64) // N
+                    x_ptr += head * (stride_xh - N * stride_xn)
+                total, count = sum_of_list(
+                    x_ptr, grad_loss_ptr, list_ptr, code, count, weight, stride_xn, stride_xd,
+                    stride_gn, offs_d, dim_mask, IS_GRAD, True, FEWER, BLOCK_D, 1,
+                )  # fmt: skip
+        count = count.to(tl.int64)
+        may_begin = (start == 0) & (chunk > 0)
+        before_ptr = segments_ptr + tl.full((), -1, tl.int64)
+        before = tl.load(before_ptr, mask=may_begin, other=0).to(tl.int32)
+        is_begun = may_begin & (before == segment)
+        if is_begun | goes_on:
+            place = 2 * chunk + (is_begun == 0).to(tl.int64)
+            store_sum(partial_ptr, partial_count_ptr, place, total, count, dim_mask, offs_d, D)
+        else:
+            store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_segments", "N", "chunk_rows", "stride_gn"])
@@ -148,67 +199,70 @@ def chunk_sums_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     dim_mask = offs_d < D
+    # places are those of the chunk from here on, so that they take one register
     first = chunk * chunk_rows
-    end = tl.minimum(first + chunk_rows, num_rows)
-    before = tl.load(segments_ptr + (first - 1), mask=first > 0, other=0).to(tl.int64)
-    before = tl.where(first > 0, before, -1)
-    after = tl.load(segments_ptr + end, mask=end < num_rows, other=0).to(tl.int64)
-    after = tl.where(end < num_rows, after, num_segments)
+    end = tl.minimum(num_rows - first, chunk_rows).to(tl.int32)
+    is_last_chunk = first + end == num_rows
+    segments_ptr += first
+    order_ptr += first
 
-    current = tl.full((), -1, tl.int64)
-    total = tl.zeros((BLOCK_D,), tl.float64)
-    count = tl.full((), 0, tl.int64)
-    for start in range(first, end, BLOCK_ROWS):
+    of_run = tl.load(segments_ptr).to(tl.int32)
+    run_start = tl.full((), 0, tl.int32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
+    offs = tl.arange(0, BLOCK_ROWS)
+    next_segment = tl.load(segments_ptr + offs.to(tl.int64), mask=offs < end, other=0)
+    next_row = tl.load(order_ptr + offs.to(tl.int64), mask=offs < end, other=0)
+    for start in range(0, end, BLOCK_ROWS):
         offs = start + tl.arange(0, BLOCK_ROWS)
-        is_there = offs < end
-        segment = tl.load(segments_ptr + offs, mask=is_there, other=0).to(tl.int64)
-        is_there = is_there & (segment < num_segments)
-        preceding = tl.load(segments_ptr + (offs - 1), mask=is_there & (offs > start), other=0)
-        is_head = is_there & ((offs == start) | (preceding.to(tl.int64) != segment))
-        run = tl.cumsum(is_head.to(tl.int32), 0)
-        row = tl.load(order_ptr + offs, mask=is_there, other=0).to(tl.int64)
+        segment = next_segment
+        is_there = (offs < end) & (segment < num_segments)
+        row = next_row.to(tl.int64)
         row_offs = row * stride_xn
         if HAS_HEADS:
             row_offs = (row // N) * stride_xh + (row % N) * stride_xn
         mask = is_there[:, None] & dim_mask[None, :]
-        value = tl.load(
-            x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd, mask=mask, other=0.0
-        ).to(tl.float32)
-        keep = is_there
-        if IS_WHOLE:
-            is_bad = tl.where(tl.abs(value) < float("inf"), 0, 1)
-            keep = keep & (tl.max(is_bad, 1) == 0)
+        x_ptrs = x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd
+        value = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         if IS_GRAD:
-            code = tl.load(
-                codebook_ptr + segment[:, None] * stride_ck + offs_d[None, :] * stride_cd,
-                mask=mask,
-                other=0.0,
-            ).to(tl.float32)
-            grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=keep, other=0.0)
-            value = grad[:, None] * (code - value)
-        value = tl.where(keep[:, None] & mask, value, 0.0).to(tl.float64)
-        for i in range(1, tl.max(run, 0) + 1):
-            is_of_run = (run == i) & is_there
-            of_run = tl.max(tl.where(is_of_run, segment, -1), 0)
-            sum_of_run = tl.sum(tl.where(is_of_run[:, None], value, 0.0), 0)
-            count_of_run = tl.sum((is_of_run & keep).to(tl.int64), 0)
-            is_new = of_run != current
-            if is_new & (current >= 0):
-                if current == before:
-                    _store_sum(
-                        partial_ptr, partial_count_ptr, 2 * chunk, total, count, dim_mask, offs_d, D
-                    )
-                else:
-                    _store_sum(sums_ptr, counts_ptr, current, total, count, dim_mask, offs_d, D)
-            total = tl.where(is_new, sum_of_run, total + sum_of_run)
-            count = tl.where(is_new, count_of_run, count + count_of_run)
-            current = of_run
-    if current >= 0:
-        if (current == before) | (current == after):
-            place = 2 * chunk + (current != before).to(tl.int64)
-            _store_sum(partial_ptr, partial_count_ptr, place, total, count, dim_mask, offs_d, D)
-        else:
-            _store_sum(sums_ptr, counts_ptr, current, total, count, dim_mask, offs_d, D)
+            code_offs = segment.to(tl.int64) * stride_ck
+            code_ptrs = codebook_ptr + code_offs[:, None] + offs_d[None, :] * stride_cd
+            code = tl.load(code_ptrs, mask=mask, other=0.0).to(tl.float32)
+            grad = weight * tl.load(grad_loss_ptr + row * stride_gn, mask=is_there, other=0.0)
+            value = tl.where(mask, grad[:, None] * (code - value), 0.0)
+        # where the next tile is, while the rows of this one are on their way
+        tile_end = tl.minimum(start + BLOCK_ROWS, end)
+        last = tl.load(segments_ptr + (tile_end - 1).to(tl.int64)).to(tl.int32)
+        has_next = (tile_end < end) | (is_last_chunk == 0)
+        following = tl.load(segments_ptr + tile_end.to(tl.int64), mask=has_next, other=0)
+        following = tl.where(has_next, following.to(tl.int32), -1)
+        ahead = offs + BLOCK_ROWS
+        next_segment = tl.load(segments_ptr + ahead.to(tl.int64), mask=ahead < end, other=0)
+        next_row = tl.load(order_ptr + ahead.to(tl.int64), mask=ahead < end, other=0)
+        run = start
+        while run < tile_end:
+            next_run = tile_end
+            of_next = following
+            if (of_run == last) & (run == start):
+                total += value.to(tl.float64)
+            else:
+                if of_run != last:
+                    is_own = (segment == of_run) & (offs < end)
+                    next_run = run + tl.sum(is_own.to(tl.int32), 0)
+                    of_next = tl.load(segments_ptr + next_run.to(tl.int64)).to(tl.int32)
+                is_of_run = (offs >= run) & (offs < next_run)
+                total += tl.where(is_of_run[:, None], value, 0.0).to(tl.float64)
+            if (of_next != of_run) | (next_run == end):
+                _store_run(
+                    x_ptr, codebook_ptr, grad_loss_ptr, order_ptr, segments_ptr, sums_ptr,
+                    counts_ptr, partial_ptr, partial_count_ptr, total, of_run, run_start, next_run,
+                    of_next == of_run, weight, N, num_segments,
+                    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
+                    offs_d, dim_mask, D, HAS_HEADS, IS_GRAD, IS_WHOLE, BLOCK_ROWS, BLOCK_D,
+                )  # fmt: skip
+                total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
+                run_start = next_run
+            run = next_run
+            of_run = of_next
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_chunks", "chunk_rows"])
@@ -251,7 +305,7 @@ def combine_chunks_kernel(
             count += tl.sum(counts, 0)
             goes_on = tl.min(is_there.to(tl.int32), 0) > 0
             first += BLOCK_ROWS
-        _store_sum(sums_ptr, counts_ptr, segment, total, count, dim_mask, offs_d, D)
+        store_sum(sums_ptr, counts_ptr, segment, total, count, dim_mask, offs_d, D)
 
 
 def code_sums(
@@ -291,7 +345,9 @@ def segment_sums(
     heads, num_rows, dim = x.shape
     num_segments, total = heads * codebook_size, heads * num_rows
     block_d = min(config.block_d, next_power_of_2(dim))
-    block_rows = min(64, max(1, config.block_elements // block_d))
+    # offsets that are not known to be aligned take registers
+    elements = config.block_elements if row_unit(x) > 1 else config.block_elements // 2
+    block_rows = min(64, max(1, elements // block_d))
     blocks_d = cdiv(dim, block_d)
     is_whole = dim <= config.block_d
     if not is_whole:
@@ -306,23 +362,42 @@ def segment_sums(
     counts = empty(heads, codebook_size, dtype=torch.int64)
     chunk_rows = config.chunk(total)
     num_chunks = cdiv(total, chunk_rows)
-    partial = empty(num_chunks, 2, dim, dtype=torch.float64)
-    partial_count = empty(num_chunks, 2, dtype=torch.int64)
     options = {
+        "D": dim,
         "BLOCK_ROWS": block_rows,
         "BLOCK_D": block_d,
         "num_warps": config.num_warps,
         "enable_fp_fusion": True,
         **register_limit(config.max_registers),
     }
+    codes, grads, weight = sums, counts, 1.0
+    if pull is not None:
+        codes, grads, weight = pull.codebook, pull.grad_loss, pull.weight
+    codes, grads = codes.reshape(num_segments, dim), grads.reshape(-1)
+    strides = *strides_of(x), *codes.stride(), grads.stride(-1)
+    flags = {"IS_GRAD": pull is not None, "IS_WHOLE": is_whole}
+    if total * dim <= config.most_elements and total * codebook_size <= config.most_pairs:
+        codes_per_program = cdiv(codebook_size, config.most_programs)
+        lists = empty(total, dtype=torch.int32)
+        tensors = x, codes, grads, indices.contiguous(), lists, sums, counts
+        grid = (cdiv(codebook_size, codes_per_program), blocks_d, heads)
+        sizes = num_rows, codebook_size, codes_per_program
+        with torch.cuda.device_of(x):
+            launch(
+                sum_codes_kernel,
+                grid,
+                *(*tensors, weight, *sizes, *strides),
+                **flags,
+                BLOCK_N=config.block_n,
+                # elements one by one would wait in registers, of which there are too few
+                STAGES=config.stages if row_unit(x) > 1 else 1,
+                **options,
+            )
+        return sums, counts
+    partial = empty(num_chunks, 2, dim, dtype=torch.float64)
+    partial_count = empty(num_chunks, 2, dtype=torch.int64)
     with torch.cuda.device_of(x):
         order, segments = sort_rows(indices, codebook_size, (sums, counts), config)
-        if num_chunks == 0:
-            return sums, counts
-        codes, grads, weight = sums, counts, 1.0
-        if pull is not None:
-            codes, grads, weight = pull.codebook, pull.grad_loss, pull.weight
-        codes, grads = codes.reshape(num_segments, dim), grads.reshape(-1)
         launch(
             chunk_sums_kernel,
             (num_chunks, blocks_d),
@@ -340,13 +415,9 @@ def segment_sums(
             num_segments,
             num_rows,
             chunk_rows,
-            *strides_of(x),
-            *codes.stride(),
-            grads.stride(-1),
-            D=dim,
+            *strides,
             HAS_HEADS=heads > 1,
-            IS_GRAD=pull is not None,
-            IS_WHOLE=is_whole,
+            **flags,
             **options,
         )
         if num_chunks > 1:
@@ -361,7 +432,6 @@ def segment_sums(
                 num_segments,
                 num_chunks,
                 chunk_rows,
-                D=dim,
                 **options,
             )
     return sums, counts

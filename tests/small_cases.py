@@ -109,8 +109,9 @@ def sums(device: torch.device | str) -> None:
     from vqtriton.kernels.code_sums import CodeSumsConfig, code_sums
 
     want = torch_backend.code_sums(x.cpu(), indices.cpu(), 20)
-    for most_counted in (ROWS, 0):
-        config = CodeSumsConfig(least_chunk=16, most_counted=most_counted)
+    many = {"most_elements": 0}
+    for limits in ({}, many, many | {"most_counted": 0}):
+        config = CodeSumsConfig(least_chunk=16, **limits)
         for one, other in zip(
             code_sums(x[None], indices[None], 20, config=config), want, strict=True
         ):
@@ -154,7 +155,7 @@ CASES: dict[str, Case] = {
     "count_rows": draw,
     **dict.fromkeys(("screen_codes", "finish_parts", "rescue_rows", "reduce_losses"), search),
     **dict.fromkeys(
-        (*("place_rows", "segment_keys", "chunk_sums", "combine_chunks"),),
+        ("sum_codes", "place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
         sums,
     ),
     "atomic_sums": atomic_sums,

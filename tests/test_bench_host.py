@@ -20,12 +20,12 @@ MOST = {
     "nearest_code": 3,
     "nearest_code, prepared": 2,
     "module in eval": 3,
-    "EMA step": 8,
-    "EMA step, mask": 9,
-    "EMA step, revival": 11,
-    "gradient step": 7,
-    "gradient step, mask": 8,
-    "gradient step, revival": 12,
+    "EMA step": 6,
+    "EMA step, mask": 7,
+    "EMA step, revival": 9,
+    "gradient step": 5,
+    "gradient step, mask": 6,
+    "gradient step, revival": 10,
 }
 
 

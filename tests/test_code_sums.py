@@ -16,10 +16,19 @@ from vqtriton import ops
 pytestmark = pytest.mark.kernel
 
 
-def code_sums(x, indices, size, backend: Backend):
-    sums, counts = vqtriton.code_sums(
-        x.to(backend.device), indices.to(backend.device), size, backend=backend.name
-    )
+# limits with which the rows are sorted, as they are where they are many: by counting, and by torch
+SORTED = ({"most_elements": 0}, {"most_elements": 0, "most_counted": 0})
+
+
+def code_sums(x, indices, size, backend: Backend, **limits):
+    x, indices = x.to(backend.device), indices.to(backend.device)
+    if limits and backend.name == "triton":
+        from vqtriton.kernels import code_sums as module
+
+        config = module.CodeSumsConfig(**limits)
+        sums, counts = module.code_sums(x[None], indices[None], size, config=config)
+        return sums[0].cpu(), counts[0].cpu()
+    sums, counts = vqtriton.code_sums(x, indices, size, backend=backend.name)
     return sums.cpu(), counts.cpu()
 
 
@@ -44,15 +53,18 @@ def skewed(skew: str, n: int, k: int) -> torch.Tensor:
     layout=st.sampled_from(data.LAYOUTS),
     skew=st.sampled_from(["uniform", "zipf", "one code", "one row each"]),
     is_bad=st.booleans(),
+    limits=st.sampled_from([{}, {"most_programs": 3}, *SORTED]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_equals_the_oracle(backend: Backend, n, k, d, dtype, layout, skew, is_bad, seed) -> None:
+def test_equals_the_oracle(
+    backend: Backend, n, k, d, dtype, layout, skew, is_bad, limits, seed
+) -> None:
     torch.manual_seed(seed)
     x, indices = torch.randn(n, d).to(dtype), skewed(skew, n, k)
     if is_bad:
         x[::5, 0] = torch.nan
         x[1::7, -1] = torch.inf
-    sums, counts = code_sums(data.with_layout(x, layout), indices, k, backend)
+    sums, counts = code_sums(data.with_layout(x, layout), indices, k, backend, **limits)
     want_sums, want_counts = oracle.code_sums(x, indices, k)
     assert torch.equal(counts, want_counts)
     assert sums.dtype == torch.float32
@@ -75,9 +87,11 @@ def test_a_long_sum_does_not_drift(backend: Backend) -> None:
     ("n", "small", "tiles"),
     [
         # within a chunk, over the rows of a tile, and over the chunks: 1 and then what 1 swallows
-        (600, 2**-25, {"least_chunk": 1024, "block_elements": 1}),
-        (64, 2**-25, {"least_chunk": 64, "block_elements": 64}),
-        (600, 2**-30, {"least_chunk": 32, "block_elements": 1}),
+        (600, 2**-25, {"least_chunk": 1024, "block_elements": 1, **SORTED[0]}),
+        (64, 2**-25, {"least_chunk": 64, "block_elements": 64, **SORTED[0]}),
+        (600, 2**-30, {"least_chunk": 32, "block_elements": 1, **SORTED[0]}),
+        (600, 2**-30, {"block_elements": 1}),
+        (64, 2**-25, {"block_elements": 64}),
     ],
 )
 def test_what_is_rounded_away_is_kept(n: int, small: float, tiles: dict) -> None:
@@ -166,8 +180,9 @@ def test_an_overflow_is_infinite_and_stays_where_it_is(backend: Backend, d: int)
 
 
 @pytest.mark.needs_kernels
+@pytest.mark.parametrize("limits", [{}, *SORTED])
 @pytest.mark.parametrize("config", [{}, {"least_chunk": 4, "block_elements": 32, "block_d": 4}])
-def test_heads_and_chunks_of_the_kernels(config: dict) -> None:
+def test_heads_and_chunks_of_the_kernels(config: dict, limits: dict) -> None:
     from vqtriton.kernels.code_sums import CodeSumsConfig
     from vqtriton.kernels.code_sums import code_sums as kernel
 
@@ -176,9 +191,8 @@ def test_heads_and_chunks_of_the_kernels(config: dict) -> None:
     x = torch.randn(7, 50, 3).permute(2, 1, 0)
     x[1, 17, 6] = torch.nan
     indices = torch.stack([skewed(skew, 50, 5) for skew in ("uniform", "one code", "zipf")])
-    sums, counts = kernel(
-        x.to(device), indices.to(device), 5, config=CodeSumsConfig(**config) if config else None
-    )
+    config = CodeSumsConfig(**config, **limits)
+    sums, counts = kernel(x.to(device), indices.to(device), 5, config=config)
     for head in range(3):
         want_sums, want_counts = oracle.code_sums(x[head], indices[head], 5)
         assert torch.equal(counts[head].cpu(), want_counts)
@@ -238,15 +252,39 @@ def test_rows_are_sorted_by_code(heads, n, k, most_counted, skew, seed) -> None:
 
 
 @pytest.mark.needs_kernels
+@pytest.mark.parametrize("skew", data.SKEWS)
+def test_lists_of_codes_do_not_meet(skew: str, monkeypatch) -> None:
+    """Programs write them side by side; the interpreter, with one at a time, shows no clash."""
+    from vqtriton.kernels import code_sums as module
+
+    lists, launch = [], module.launch
+
+    def note(kernel, grid, *args, **options):
+        lists.append(args[4])
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(module, "launch", note)
+    indices = torch.stack([data.SKEWS[skew](90, 7), torch.randint(-1, 8, (90,))])
+    config = module.CodeSumsConfig(block_n=16, most_programs=3)
+    module.code_sums(torch.randn(2, 90, 3).to(DEVICE), indices.to(DEVICE), 7, config=config)
+    for of_head, listed in zip(indices, lists[0].cpu().view(2, 90).long(), strict=True):
+        rows = listed[: int(((of_head >= 0) & (of_head < 7)).sum())]
+        assert len(rows.unique()) == len(rows)
+        # codes in their order
+        assert (of_head[rows].diff() >= 0).all()
+
+
+@pytest.mark.needs_kernels
 @given(
     n=st.sampled_from([1, 2, 63, 64, 65, 200]),
     k=st.sampled_from([1, 2, 5, 60]),
     chunk=st.sampled_from([1, 2, 8, 64]),
     block=st.sampled_from([1, 4, 64]),
+    limits=st.sampled_from([{"block_n": 4}, {"block_n": 64, "most_programs": 2}, *SORTED]),
     skew=st.sampled_from(list(data.SKEWS)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_codes_may_end_anywhere(n, k, chunk, block, skew, seed) -> None:
+def test_codes_may_end_anywhere(n, k, chunk, block, limits, skew, seed) -> None:
     """At a border of chunks or of tiles, within one, or after many."""
     from vqtriton.kernels.code_sums import CodeSumsConfig
     from vqtriton.kernels.code_sums import code_sums as kernel
@@ -254,7 +292,7 @@ def test_codes_may_end_anywhere(n, k, chunk, block, skew, seed) -> None:
     torch.manual_seed(seed)
     # whole numbers: every sum is exact
     x, indices = torch.randint(-9, 9, (1, n, 2)).float(), data.SKEWS[skew](n, k)[None]
-    config = CodeSumsConfig(least_chunk=chunk, block_elements=2 * block, block_d=2)
+    config = CodeSumsConfig(least_chunk=chunk, block_elements=2 * block, block_d=2, **limits)
     sums, counts = kernel(x.to(DEVICE), indices.to(DEVICE), k, config=config)
     want_sums, want_counts = oracle.code_sums(x[0], indices[0], k)
     assert torch.equal(sums[0].cpu(), want_sums.float())
@@ -262,8 +300,16 @@ def test_codes_may_end_anywhere(n, k, chunk, block, skew, seed) -> None:
 
 
 @pytest.mark.needs_kernels
-@pytest.mark.parametrize(("most_counted", "others"), [(40, []), (39, ["aten.sort.stable"])])
-def test_launches_of_a_sum(most_counted: int, others: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("limits", "launches", "others"),
+    [
+        ({"most_elements": 120, "most_pairs": 280}, 1, []),
+        ({"most_elements": 119}, 3, []),
+        ({"most_pairs": 279, "most_counted": 40}, 3, []),
+        ({"most_pairs": 0, "most_counted": 39}, 3, ["aten.sort.stable"]),
+    ],
+)
+def test_launches_of_a_sum(limits: dict, launches: int, others: list[str]) -> None:
     """For small batches it is launches that take the time."""
     x, indices = torch.randn(1, 40, 3), torch.randint(7, (1, 40))
     arguments = x.to(DEVICE), indices.to(DEVICE), 7
@@ -283,8 +329,8 @@ def test_launches_of_a_sum(most_counted: int, others: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch, Noted():
         for name in names:
             patch.setattr(module, name, Silent())
-        module.code_sums(*arguments, config=module.CodeSumsConfig(most_counted=most_counted))
-    assert len(launched) == 3
+        module.code_sums(*arguments, config=module.CodeSumsConfig(**limits))
+    assert len(launched) == launches
     no_launch = ("aten.empty", "aten.view", "aten.slice", "aten.fill_")
     assert [name for name in noted if not name.startswith(no_launch)] == others
 

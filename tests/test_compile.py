@@ -32,7 +32,13 @@ Record = Callable[[torch.Tensor, str], list[compiling.Launch]]
 
 def record_double_sums(x: torch.Tensor, target: str) -> list[compiling.Launch]:
     no_code = torch.zeros(1, len(x), dtype=torch.int64)
-    return launches_of(code_sums, code_sums.code_sums, x[None], no_code, 3, double=True)
+    return [
+        launch
+        for config in (None, sass_kernels.SORTED[0])
+        for launch in launches_of(
+            code_sums, code_sums.code_sums, x[None], no_code, 3, double=True, config=config
+        )
+    ]
 
 
 def record_planes(codebook: torch.Tensor, target: str) -> list[compiling.Launch]:
@@ -84,7 +90,7 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
             sass_kernels.record_normalize_rows,
         ),
         (
-            *("place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
+            *("sum_codes", "place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
             *("atomic_sums", "grad_x", "ema_update", "draw_keys", "count_rows", "reduce_losses"),
             "normalize_rows",
         ),
@@ -120,7 +126,8 @@ def all_launches(target: str) -> dict[str, compiling.Launch]:
                 found.add(launch.name)
                 flag = "".join(f"-{name}" for name in FLAGS if launch.values.get(name))
                 sums = launch.values.get("sums_ptr")
-                if launch.name in ("chunk_sums", "combine_chunks") and sums.dtype == torch.float64:
+                of_sums = ("sum_codes", "chunk_sums", "combine_chunks")
+                if launch.name in of_sums and sums.dtype == torch.float64:
                     flag += "-double"
                 if launch.name in ("screen_codes", "finish_parts"):
                     flag += f"-{launch.values['BLOCK_N']}-rows"

@@ -199,7 +199,7 @@ def test_chunks_are_as_counted(skew: str, monkeypatch) -> None:
     monkeypatch.setattr(module, "launch", note)
     indices = SKEWS[skew](n, k)
     x, indices_there = torch.randn(1, n, 3, device=DEVICE), indices[None].to(DEVICE)
-    config = module.CodeSumsConfig(least_chunk=4)
+    config = module.CodeSumsConfig(least_chunk=4, most_elements=0)
     module.code_sums(x, indices_there, k, config=config)
     # no more than 256
     assert config.chunk(n) == 4

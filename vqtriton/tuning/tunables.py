@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -203,9 +203,10 @@ def sums_are_right(inputs: Inputs, results: tuple[Tensor, ...]) -> bool:
 
 
 def sums_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
-    """Sums, and the codebook's gradient."""
+    """Sums, and the codebook's gradient, of few rows and of many."""
     x, codebook, indices, _ = of_few_rows(problem)
     grad_loss = torch.ones(1, len(x), dtype=torch.float32)
+    many = replace(config, most_elements=0)
     pull = Pull(grad_loss, x[None], codebook[None], indices[None], 1.0)
     modules = (code_sums, vector_quantize_grad)
     launchers = (code_sums.code_sums, vector_quantize_grad.grad_codebook)
@@ -213,7 +214,8 @@ def sums_launches(problem: Problem, target: str, config: Any) -> list[Launch]:
     return [
         launch
         for launcher, given in zip(launchers, arguments, strict=True)
-        for launch in launches_of(modules, launcher, *given, config=config)
+        for tiles in (config, many)
+        for launch in launches_of(modules, launcher, *given, config=tiles)
     ]
 
 
