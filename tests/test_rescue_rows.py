@@ -179,6 +179,35 @@ def test_rescue_overrules_a_wrong_screen(programs: int) -> None:
     torch.testing.assert_close(out.losses[0].cpu(), losses)
 
 
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("case", ["near_ties", "ulp_ties_across_groups", "ulp_ties_in_a_group"])
+def test_rows_between_kept_groups_are_not_searched_again(case, splits, metric) -> None:
+    x, codebook = data.HARD[case](60, 300, 12)
+    out = search(x[None], codebook[None], is_dot=metric == "dot", splits=splits, gather=True)
+    want = oracle.nearest_code(x, codebook, metric=metric)
+    assert torch.equal(out.indices[0].cpu(), want)
+    assert torch.equal(out.quantized[0].cpu(), codebook[want])
+    if metric == "l2":
+        # a tile has no more than four rows with a list
+        known = out.num_doubtful.item() - out.num_searched.item()
+        assert 5 <= known <= 16
+
+
+def test_rows_that_no_list_has_room_for_are_searched_again() -> None:
+    # all groups are rivals; with one class for each lane most are not kept
+    x, codebook = data.HARD["duplicates"](40, 300, 12)
+    for classes in (1, 4):
+        config = NearestCodeConfig(dataclasses.replace(SCREEN, classes=classes), rescue=RESCUE)
+        out = search(x[None], codebook[None], config=config)
+        assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
+        # four rows of each tile of 16 have a list
+        known = out.num_doubtful.item() - out.num_searched.item()
+        assert known <= 12
+    # every row is nearest to two codes, in groups of different classes
+    assert known == 12
+
+
 def test_heads_have_codebooks_and_doubts_of_their_own() -> None:
     # another magnitude for each head: a mean or scale of another head would show
     scales = torch.tensor([1.0, 1e3, 1e-3])[:, None, None]

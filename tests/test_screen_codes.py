@@ -160,6 +160,16 @@ def test_error_of_each_score_is_within_the_bound(dim: int, is_dot: bool) -> None
         assert not is_dot or (want >= 0).all()
 
 
+@pytest.mark.parametrize("dim", [12, 64, 128])
+def test_few_rows_in_doubt_are_searched_again(dim: int) -> None:
+    x, codebook = data.gaussian(3000, 1024, dim)
+    doubtful, searched, wrong = emulation.finished(x, codebook, 64, 8)
+    assert wrong <= doubtful < 0.06
+    assert searched < doubtful / 3
+    # more classes leave fewer rows that have to be searched again
+    assert emulation.finished(x, codebook, 64, 32)[1] < searched < 0.01
+
+
 @pytest.mark.parametrize("metric", ["l2", "dot"])
 @pytest.mark.parametrize("dim", [4, 12, 64])
 def test_most_gaussian_rows_are_certified(dim: int, metric: str) -> None:
@@ -303,6 +313,39 @@ def test_nothing_changes_a_certified_row(
     check_agree(result, screen(x, codebook, SMALL, 1, group=group))
     assert (result.groups >= 0).all()
     assert (result.groups < -(-k // PAD_CODES) * PAD_CODES // group).all()
+
+
+@pytest.mark.kernel
+@pytest.mark.needs_kernels
+@pytest.mark.parametrize("case", ["gaussian", "near_ties", "outside_the_hull", "duplicates"])
+@pytest.mark.parametrize(
+    ("block_k", "classes", "order", "splits"),
+    [
+        *((64, 1, (4, 2), 1), (64, 2, (4, 2), 3), (128, 4, (4, 2), 1), (256, 2, (4, 2), 2)),
+        *((64, 4, (8, 2), 1), (128, 4, (1, 2), 1), (128, 2, (2, 4), 2)),
+    ],
+)
+def test_no_group_is_above_what_is_kept(case, block_k, classes, order, splits) -> None:
+    """Scores of kept groups are those of the codes; all others are below the one that is left."""
+    x, codebook = data.HARD[case](30, 500, 12)
+    lanes, vec = order
+    planes = prepare_planes(codebook[None].to(DEVICE), lanes=lanes, vec=vec)
+    config = ScreenCodesConfig(block_n=16, block_k=block_k, num_stages=1, classes=classes)
+    bound = screen_bound(planes, block_k)
+    of_rows = screens.screen_classes(x[None].to(DEVICE), planes, bound, config, splits)
+    groups, scores, others, error, _ = (t[0].cpu() for t in of_rows)
+    assert groups.shape[1] == splits * lanes * min(classes, block_k // (8 * lanes))
+    on_cpu = prepare_planes(codebook[None], lanes=lanes, vec=vec)
+    want = emulation.screen(x, on_cpu, bound).by_group
+    is_finite = (error < torch.inf)[:, None]
+    # negative scores are in no order, and never matter
+    is_right = (scores - want.gather(1, groups.long())).abs() <= error[:, None]
+    assert (is_right | (scores <= 0) | ~is_finite).all()
+    left = want.scatter(1, groups.long(), 0)
+    assert ((left.amax(1) <= others + error) | ~is_finite[:, 0]).all()
+    # no group is kept twice, where there are enough of them
+    is_kept = scores > 0
+    assert all(g[k].unique().numel() == k.sum() for g, k in zip(groups, is_kept, strict=True))
 
 
 @pytest.mark.kernel
