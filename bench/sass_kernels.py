@@ -145,9 +145,10 @@ def launches_of_search(
     **options: Any,
 ) -> list[Launch]:
     """Of a search with the default tiles of a target."""
-    is_aligned = screen_tiles.row_unit(x[None]) > 1
     inner = planes.codes.shape[2]
-    config = nearest_code.nearest_code_config(target, inner, is_aligned, is_few=is_few)
+    config = nearest_code.nearest_code_config(
+        target, inner, screen_tiles.row_unit(x[None]), is_few=is_few
+    )
     return launches_of(
         (screen_codes, nearest_code),
         nearest_code.nearest_code,

@@ -115,7 +115,7 @@ def _not_finite(x_rows_ptr, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _costs(
     x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Of the codes from ``first`` on: the smallest is the best, inf what is not finite.
 
@@ -129,20 +129,23 @@ def _costs(
         offs_code = tl.minimum(members, num_codes - 1) * D
     codes_ptr = (codebook_ptr + first.to(tl.int64) * D)[None, :, None] + offs_code[:, None, None]
     terms = tl.zeros((GROUP, first.shape[0], BLOCK_D), tl.float32)
-    for start_d in range(0, end_d, BLOCK_D):
-        offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
-        x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
-        x = _load_dims(x_ptrs, offs_d[None, :], D, D % BLOCK_D == 0)
-        # exact, as the scale is a power of two
-        x = (x * row_scale[:, None])[None, :, :]
-        offs_d = offs_d[None, None, :]
-        codes = _load_dims(codes_ptr + offs_d, offs_d, D, D % BLOCK_D == 0)
-        if IS_DOT:
-            terms -= x * (codes * scale)
-        else:
-            # rounded once; centred, it would be rounded three times
-            difference = tl.fma(codes, -row_scale[None, :, None], x)
-            terms += difference * difference
+    # as many tiles of dimensions are on their way at a time
+    TILES: tl.constexpr = AHEAD if D % (AHEAD * BLOCK_D) == 0 else 1
+    for start_tiles in range(0, end_d, TILES * BLOCK_D):
+        for i in tl.static_range(TILES):
+            offs_d = (start_tiles + i * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+            x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
+            x = _load_dims(x_ptrs, offs_d[None, :], D, D % BLOCK_D == 0)
+            # exact, as the scale is a power of two
+            x = (x * row_scale[:, None])[None, :, :]
+            offs_d = offs_d[None, None, :]
+            codes = _load_dims(codes_ptr + offs_d, offs_d, D, D % BLOCK_D == 0)
+            if IS_DOT:
+                terms -= x * (codes * scale)
+            else:
+                # rounded once; centred, it would be rounded three times
+                difference = tl.fma(codes, -row_scale[None, :, None], x)
+                terms += difference * difference
     cost = tl.sum(terms, 2)
     is_finite = cost < float("inf")
     if IS_DOT:
@@ -159,7 +162,7 @@ def finish_rows(
     rows_ptr, weight, num_codes, head, N, stride_xn, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
     HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr, IS_SMALL: tl.constexpr,
-    FINISH_N: tl.constexpr, FINISH_D: tl.constexpr,
+    FINISH_N: tl.constexpr, FINISH_D: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Chooses and writes the nearest code in the group of each row, [BLOCK_N] int32.
 
@@ -188,7 +191,7 @@ def finish_rows(
         first = tl.maximum(tl.minimum(first, num_codes - GROUP), 0)
         cost = _costs(
             x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
-            D, IS_DOT, GROUP, IS_SMALL, FINISH_D,
+            D, IS_DOT, GROUP, IS_SMALL, FINISH_D, AHEAD,
         )  # fmt: skip
         members = tl.arange(0, GROUP)[:, None]
         least = tl.min(cost, 0)
@@ -357,7 +360,7 @@ def finish_parts_kernel(
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
     EXACT: tl.constexpr, HAS_MASK: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_SMALL: tl.constexpr, LISTED: tl.constexpr, FINISH_N: tl.constexpr, FINISH_D: tl.constexpr,
-    X_UNIT: tl.constexpr,
+    AHEAD: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
     # what the compiler cannot see, unless it is 16
     stride_xh = stride_xh // X_UNIT * X_UNIT
@@ -405,6 +408,7 @@ def finish_parts_kernel(
         codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr,
         gaps_ptr, rows_ptr, weight, num_codes, head, N, stride_xn, stride_xd,
         D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, IS_SMALL, FINISH_N, FINISH_D,
+        AHEAD,
     )  # fmt: skip
     doubt, threshold = certify(
         second, scale, norms_ptr, num_norms, error_ptr, row_scale_ptr, norm_ptr,

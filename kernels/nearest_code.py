@@ -36,6 +36,7 @@ from vqtriton.kernels.screen_codes import (
 from vqtriton.kernels.screen_tiles import (
     ScreenCodesConfig,
     architecture,
+    needs_addresses,
     num_processors,
     row_unit,
     screen_codes_config,
@@ -131,21 +132,20 @@ class Rescue(NamedTuple):
 def config_for(x: Tensor, inner: int) -> NearestCodeConfig:
     """The default tiles for x [H, N, D] and planes of ``inner`` columns."""
     is_few = x.shape[0] * cdiv(x.shape[1], 128) < 2 * num_processors(x.device)
-    return nearest_code_config(architecture(x.device), inner, row_unit(x) > 1, is_few=is_few)
+    return nearest_code_config(architecture(x.device), inner, row_unit(x), is_few=is_few)
 
 
 def nearest_code_config(
-    target: str, inner: int, is_aligned: bool = True, *, is_few: bool = False
+    target: str, inner: int, unit: int = 8, *, is_few: bool = False
 ) -> NearestCodeConfig:
     """Tiles that neither spill nor overflow shared memory: see `screen_codes_config`."""
-    is_wide = inner > 64 and not is_aligned
-    return NearestCodeConfig(
-        screen_codes_config(target, inner, is_aligned, is_few=is_few),
-        RescueRowsConfig(
-            block_d=16 if is_wide else 64,
-            hold_rows=inner <= 128 and not is_wide,
-        ),
+    narrow = needs_addresses(target, inner, unit)
+    rescue = RescueRowsConfig(
+        block_d=16 if narrow else 64,
+        hold_rows=inner <= 128 and not narrow,
+        num_stages=1 if narrow else 2,
     )
+    return NearestCodeConfig(screen_codes_config(target, inner, unit, is_few=is_few), rescue)
 
 
 def nearest_code(
@@ -362,7 +362,7 @@ def _rescue_rows(
         GATHER=finish.quantized is not None,
         GATHER_D=min(next_power_of_2(dim), tiles.gather_d),
         REDUCES=loss is not None,
-        X_UNIT=row_unit(x),
+        X_UNIT=max(1, row_unit(x)),
         IS_MEAN=reduction == "mean",
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -100,7 +100,7 @@ def screen_codes_kernel(
     TAIL: tl.constexpr, LOAD_D: tl.constexpr, CLASSES: tl.constexpr, LOG_MERGED: tl.constexpr,
     FINISH: tl.constexpr, EXACT: tl.constexpr, HAS_MASK: tl.constexpr, GATHER: tl.constexpr,
     IS_SMALL: tl.constexpr, LISTED: tl.constexpr, FINISH_N: tl.constexpr,
-    FINISH_D: tl.constexpr, X_UNIT: tl.constexpr,
+    FINISH_D: tl.constexpr, AHEAD: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
     # int64 before they multiply a stride
     head = tl.program_id(2).to(tl.int64)
@@ -194,6 +194,7 @@ def screen_codes_kernel(
             codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr,
             gaps_ptr, rows_ptr, weight, num_codes, head, N, stride_xn, stride_xd,
             D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, IS_SMALL, FINISH_N, FINISH_D,
+            AHEAD,
         )  # fmt: skip
         doubt, threshold = certify(
             second, scale, norms_ptr, num_norms, error_ptr, row_scale_ptr, norm_ptr,
@@ -320,7 +321,7 @@ def screen_codes(
         LOG_MERGED=(groups // classes).bit_length() - 1,
         FINISH=finish is not None,
         **finish_constants(finish, exact, planes, config),
-        X_UNIT=row_unit(x),
+        X_UNIT=max(1, row_unit(x)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         # harmless: the scale is a power of two, so that y is exact before it is rounded
@@ -358,7 +359,7 @@ def finish_parts(
         IS_DOT=planes.is_dot,
         GROUP=planes.group,
         **finish_constants(finish, exact, planes, config),
-        X_UNIT=row_unit(x),
+        X_UNIT=max(1, row_unit(x)),
         num_warps=config.num_warps,
         enable_fp_fusion=True,
         # without a limit ptxas spills a little to reach the next step of occupancy
@@ -394,4 +395,5 @@ def finish_constants(
         "LISTED": num_listed(config),
         "FINISH_N": min(config.block_n, elements * 32 * config.num_warps // block_d),
         "FINISH_D": block_d,
+        "AHEAD": config.finish_ahead,
     }

@@ -28,6 +28,8 @@ class ScreenCodesConfig:
     # classes of groups for each lane; a row whose rivals are the best of their classes needs no
     # second search
     classes: int = 4
+    # tiles of dimensions that the finish has on their way at a time
+    finish_ahead: int = 1
 
 
 # threads that share a row of an accumulator, and columns that follow one another in a thread
@@ -49,7 +51,7 @@ def architecture(device: torch.device) -> str:
 
 
 def screen_codes_config(
-    target: str, inner: int, is_aligned: bool = True, *, is_few: bool = False
+    target: str, inner: int, unit: int = 8, *, is_few: bool = False
 ) -> ScreenCodesConfig:
     """Tiles that neither spill nor overflow shared memory; sm_80's fit 99 KiB, for sm_86 and up.
 
@@ -58,21 +60,30 @@ def screen_codes_config(
     Args:
         target: a key of `ACCUMULATOR_ORDER`.
         inner: columns of the planes.
-        is_aligned: at least four elements of a row can be loaded at a time; else each element has
-            an address of its own, and those of wide rows do not fit into the registers.
+        unit: of `row_unit`.
         is_few: so few rows that smaller tiles are to fill the processors.
     """
-    config = _config_of_many(target, inner, is_aligned)
+    config = _config_of_many(target, inner, unit)
     if is_few and config.hold_rows and config.block_n == 128:
-        # as many elements a thread
-        registers = 168 if target == "sm_90" and inner <= 64 and is_aligned else 255
-        return replace(config, block_n=64, block_k=128, num_warps=4, max_registers=registers)
+        # as many elements a thread; a finish that waits less needs more registers
+        ahead = 4 if target == "sm_90" and unit >= 4 else 1
+        stages = config.num_stages if inner <= 128 else 2
+        config = replace(config, block_n=64, block_k=128, num_warps=4, num_stages=stages)
+        return replace(config, max_registers=255, finish_ahead=ahead)
     return config
 
 
-def _config_of_many(target: str, inner: int, is_aligned: bool) -> ScreenCodesConfig:
-    if inner > 64 and not is_aligned:
-        # narrow, so that the addresses fit; sm_100 spills with 16
+def needs_addresses(target: str, inner: int, unit: int) -> bool:
+    """Whether wide rows have an address for each element, and cannot be held for lack of registers.
+
+    Then tiles are narrow, and rows are read again for each tile of codes.
+    """
+    return inner > 64 and (unit == 0 or (unit == 1 and target == "sm_80"))
+
+
+def _config_of_many(target: str, inner: int, unit: int) -> ScreenCodesConfig:
+    if needs_addresses(target, inner, unit):
+        # sm_100 spills with 16
         block_d = 32 if target == "sm_100" else 16
         return ScreenCodesConfig(block_d=block_d, hold_rows=False, num_warps=8, num_stages=2)
     if inner > HELD_INNER[target]:
@@ -86,22 +97,30 @@ def _config_of_many(target: str, inner: int, is_aligned: bool) -> ScreenCodesCon
             num_stages=3 if target in ("sm_90", "sm_100") else 2,
         )
     if inner > 128 and target == "sm_90":
-        return ScreenCodesConfig(num_warps=8)
-    if inner > 64 or (inner > 32 and not is_aligned):
+        return ScreenCodesConfig(num_warps=8, finish_ahead=2)
+    if inner > 64 or (inner > 32 and unit < 4):
         # half as many elements a thread; on sm_90 there is room for two CTAs
-        registers = 128 if target == "sm_90" else None
+        registers = 128 if target == "sm_90" and unit >= 4 else None
         return ScreenCodesConfig(block_k=128, num_warps=8, num_stages=2, max_registers=registers)
     if inner <= 32 and target == "sm_90":
         return ScreenCodesConfig(block_k=128, max_registers=255)
     # room for three CTAs of a multiprocessor; in other cases ptxas would spill a little for that
-    return ScreenCodesConfig(max_registers=168 if is_aligned and target != "sm_100" else 255)
+    return ScreenCodesConfig(max_registers=168 if unit >= 4 and target != "sm_100" else 255)
 
 
 def row_unit(x: Tensor) -> int:
-    """Elements of x [H, N, D] that can be loaded at a time wherever a row begins: 8, 4 or 1."""
-    if x.stride(-1) != 1 or x.data_ptr() % 16:
-        return 1
-    unit = math.gcd(8, *strides_of(x)[:-1])
+    """Elements of x [H, N, D] that can be loaded at a time wherever a row begins: 8, 4 or 1.
+
+    0: elements that follow one another in a row do not do so in memory.
+    """
+    if x.stride(-1) != 1:
+        return 0
+    return 1 if x.data_ptr() % 16 else unit_of(*strides_of(x)[:-1])
+
+
+def unit_of(*strides: int) -> int:
+    """`row_unit` of rows that are so many elements apart."""
+    unit = math.gcd(8, *strides)
     return unit if unit >= 4 else 1
 
 

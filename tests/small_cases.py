@@ -59,7 +59,7 @@ def search(device: torch.device | str) -> None:
 
     x, codebook, _ = make_data(device)
     prepared = triton_backend._prepare_planes(codebook)
-    config = nearest_code_config(architecture(x.device), prepared.codes.shape[2], False)
+    config = nearest_code_config(architecture(x.device), prepared.codes.shape[2], 0)
     mask = torch.arange(ROWS, device=device) % 5 > 0
     want = torch_backend.nearest_code(x.cpu(), codebook.cpu(), "exact")
     for splits, exact in ((1, True), (2, True), (1, False)):

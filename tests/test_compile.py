@@ -150,8 +150,8 @@ def is_compiled_for(case: str, target: str) -> bool:
     if case not in all_launches(target):
         # few rows have no tiles of their own there
         return False
-    if case.startswith("screen_codes-64-rows"):
-        # without its finish it needs less than with it
+    if re.match(r"screen_codes(-IS_DOT)?-\d+-rows-\d{1,3}-|finish_parts.*-64-rows", case):
+        # without its finish a screen needs less than with it; few rows need less than many
         return target == "sm_90"
     has_dots = case.startswith(("screen_codes", *FINISHING))
     return has_dots or target in ("sm_90", "gfx942") or "-1024-" in case or "-4094-" in case

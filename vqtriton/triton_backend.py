@@ -29,7 +29,7 @@ from vqtriton.kernels.nearest_code import (
 )
 from vqtriton.kernels.normalize_rows import normalize_rows as normalize_rows_kernel
 from vqtriton.kernels.replay import replayed
-from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture, row_unit
+from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture, row_unit, unit_of
 from vqtriton.planes import (
     TENSOR_CORES,
     WORST_TENSOR_CORE,
@@ -41,7 +41,6 @@ from vqtriton.planes import (
 )
 from vqtriton.screening import error_bound
 from vqtriton.tiles import tables
-from vqtriton.tiles.candidates import ALIGNMENT
 
 # codes, loss, indices, what the sum of the losses was multiplied by
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -175,10 +174,9 @@ def run_kernels(
     """`vqtriton.kernels.nearest_code` for one head; N >= 1."""
     planes = _prepare_planes(codebook, prepared, is_dot=is_dot)
     unit = tensor_core(x.device)
-    is_aligned = row_unit(x[None]) > 1
     config = config_for(x[None], planes.codes.shape[2])
     # tables are of contiguous rows, whose addresses are as well aligned as D allows
-    is_as_tuned = is_aligned or x.shape[1] % ALIGNMENT != 0
+    is_as_tuned = row_unit(x[None]) == unit_of(x.shape[1])
     screen = _tiles("nearest_code", x, codebook.shape[0]) if is_as_tuned else None
 
     def search(config: NearestCodeConfig) -> NearestCode:

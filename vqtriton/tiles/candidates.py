@@ -10,9 +10,6 @@ from vqtriton.kernels import code_sums, ema_update, screen_tiles, vector_quantiz
 from vqtriton.planes import inner_size
 from vqtriton.tiles.problems import Problem
 
-# elements of a row that are loaded at a time, at least, where rows are aligned
-ALIGNMENT = 4
-
 
 class Tiles(NamedTuple):
     """Of an op."""
@@ -53,7 +50,7 @@ def screen_candidates(dim: int) -> list[Any]:
 
 
 def screen_default(target: str, dim: int) -> Any:
-    return screen_tiles.screen_codes_config(target, inner_size(dim)[0], dim % ALIGNMENT == 0)
+    return screen_tiles.screen_codes_config(target, inner_size(dim)[0], screen_tiles.unit_of(dim))
 
 
 def sums_candidates(dim: int) -> list[Any]:
