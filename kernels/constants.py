@@ -4,8 +4,11 @@ from __future__ import annotations
 
 # a vector shorter than this is divided by it, and not by its length, when it is normalized
 LEAST_NORM = 1e-12
-# codes in a group, whose scores are reduced together
+# codes in a group, whose scores are reduced together; and those of more than so many dimensions,
+# where the dot product takes longer than comparisons, so that a finish may read fewer codes
 GROUP = 8
+WIDE_GROUP = 4
+MAX_NARROW_DIM = 128
 # codes are padded to a multiple of this many, which every tile divides
 PAD_CODES = 256
 # max |e_kd| is in [2⁹, 2¹⁰): the low planes stay above fp16's subnormals, and rows may be 64 times

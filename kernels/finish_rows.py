@@ -123,10 +123,10 @@ def _costs(
     product. A thread has all these codes for its dimensions of a row, so it loads x once.
     """
     members = tl.arange(0, GROUP)
-    offs_code = members * D
+    offs_code = members.to(tl.int64) * D
     if IS_SMALL:
         # no memory beyond the codebook
-        offs_code = tl.minimum(members, num_codes - 1) * D
+        offs_code = tl.minimum(members, num_codes - 1).to(tl.int64) * D
     codes_ptr = (codebook_ptr + first.to(tl.int64) * D)[None, :, None] + offs_code[:, None, None]
     terms = tl.zeros((GROUP, first.shape[0], BLOCK_D), tl.float32)
     # as many tiles of dimensions are on their way at a time

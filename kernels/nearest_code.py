@@ -140,9 +140,11 @@ def nearest_code_config(
 ) -> NearestCodeConfig:
     """Tiles that neither spill nor overflow shared memory: see `screen_codes_config`."""
     narrow = needs_addresses(target, inner, unit)
+    hold_rows = inner <= 128 and not narrow
     rescue = RescueRowsConfig(
+        block_n=64 if hold_rows else 32,
         block_d=16 if narrow else 64,
-        hold_rows=inner <= 128 and not narrow,
+        hold_rows=hold_rows,
         num_stages=1 if narrow else 2,
     )
     return NearestCodeConfig(screen_codes_config(target, inner, unit, is_few=is_few), rescue)

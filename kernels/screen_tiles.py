@@ -95,6 +95,7 @@ def _config_of_many(target: str, inner: int, unit: int) -> ScreenCodesConfig:
             hold_rows=False,
             num_warps=8,
             num_stages=3 if target in ("sm_90", "sm_100") else 2,
+            classes=2 if is_small else 4,
         )
     if inner > 128 and target == "sm_90":
         return ScreenCodesConfig(num_warps=8, finish_ahead=2)
@@ -105,7 +106,8 @@ def _config_of_many(target: str, inner: int, unit: int) -> ScreenCodesConfig:
     if inner <= 32 and target == "sm_90":
         return ScreenCodesConfig(block_k=128, max_registers=255)
     # room for three CTAs of a multiprocessor; in other cases ptxas would spill a little for that
-    return ScreenCodesConfig(max_registers=168 if unit >= 4 and target != "sm_100" else 255)
+    has_room = unit >= 4 and target != "sm_100" and (inner <= 32 or target != "sm_80")
+    return ScreenCodesConfig(max_registers=168 if has_room else 255)
 
 
 def row_unit(x: Tensor) -> int:

@@ -154,7 +154,7 @@ def rates(x: Tensor, codebook: Tensor, group: int, metric: str = "l2") -> tuple[
 def finished(
     x: Tensor, codebook: Tensor, block_k: int, classes: int, unit: TensorCore = WORST_TENSOR_CORE
 ) -> tuple[float, float, float]:
-    """What the finish leaves of finite rows, for groups of 8 in tiles of block_k codes.
+    """What the finish leaves of finite rows, in tiles of block_k codes.
 
     Args:
         classes: of groups; see docs/exactness.md.

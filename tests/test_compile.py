@@ -202,7 +202,8 @@ def test_canonical_distance_is_not_fused(case: str) -> None:
 
 def test_batch_size_is_not_part_of_the_program() -> None:
     names = {"N", "K", "padded_K", "tiles", "codes_per_split", "splits", "codes_per_part"}
-    names |= {"num_rows", "num_chunks", "chunk_rows", "num_spans", "num_sums", "num_norms"}
+    names |= {"num_rows", "num_chunks", "chunk_rows", "num_sums", "num_norms", "known_spans"}
+    names |= {"known_tiles", "codes_per_program"}
     found = set()
     for launch in all_launches("sm_90").values():
         for param in launch.kernel.params:

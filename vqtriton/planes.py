@@ -19,12 +19,14 @@ from vqtriton.kernels.constants import (
     BIAS_WEIGHTS,
     EXPONENT,
     GROUP,
+    MAX_NARROW_DIM,
     MIN_NORMAL,
     NORM_BITS,
     PAD_CODES,
     PAD_OFFSET,
     SAMPLE,
     SLACK,
+    WIDE_GROUP,
 )
 from vqtriton.screening import U64
 from vqtriton.tensors import finite_rows
@@ -91,6 +93,11 @@ def inner_size(dim: int) -> tuple[int, bool, bool]:
     return padded(dim), False, padded(dim + 3) == padded(dim)
 
 
+def group_size(dim: int) -> int:
+    """Codes in a group."""
+    return GROUP if dim <= MAX_NARROW_DIM else WIDE_GROUP
+
+
 def column_order(size: int, group: int, lanes: int, vec: int) -> Tensor:
     """[size] the code that each column holds; size is a multiple of group·lanes.
 
@@ -119,17 +126,18 @@ def _rounded_up(values: Tensor) -> Tensor:
 
 
 def prepare_planes(
-    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2, is_dot: bool = False
+    codebook: Tensor, *, group: int = 0, lanes: int = 4, vec: int = 2, is_dot: bool = False
 ) -> CodePlanes:
     """Centre, scale, split into planes, order for the screen: what the kernels are held to.
 
     Args:
         codebook: [H, K, D] float32 / float16 / bfloat16.
-        group: codes whose scores are reduced together.
+        group: codes whose scores are reduced together; 0 for `group_size`.
         lanes, vec: of the accumulator: `vqtriton.kernels.screen_tiles.ACCUMULATOR_ORDER`.
         is_dot: for scores that are dot products.
     """
     size, dim = codebook.shape[1:]
+    group = group or group_size(dim)
     inner, is_split, has_bias_columns = inner_size(dim)
     padding = -size % PAD_CODES
     codes = codebook.double()
@@ -203,13 +211,13 @@ def prepare_planes(
 
 
 def prepare_planes_with_kernels(
-    codebook: Tensor, *, group: int = GROUP, lanes: int = 4, vec: int = 2, is_dot: bool = False
+    codebook: Tensor, *, group: int = 0, lanes: int = 4, vec: int = 2, is_dot: bool = False
 ) -> CodePlanes:
     """`prepare_planes` in one launch, or two. Only the order of sums is another."""
     from vqtriton.kernels import prepare_planes as kernel
 
     inner, is_split, has_bias_columns = inner_size(codebook.shape[2])
-    order = {"group": group, "lanes": lanes, "vec": vec}
+    order = {"group": group or group_size(codebook.shape[2]), "lanes": lanes, "vec": vec}
     tensors = kernel.prepare_planes(
         codebook, inner, is_split, has_bias_columns, **order, is_dot=is_dot
     )
@@ -220,7 +228,7 @@ def planes_of(
     tensors: Sequence[Tensor],
     dim: int,
     *,
-    group: int = GROUP,
+    group: int = 0,
     lanes: int = 4,
     vec: int = 2,
     is_dot: bool = False,
@@ -228,6 +236,7 @@ def planes_of(
     """`CodePlanes` of D dimensions, from its tensors."""
     codes, offset, mean, scale, norms = tensors
     _, is_split, has_bias_columns = inner_size(dim)
+    group = group or group_size(dim)
     return CodePlanes(
         *(codes, offset, mean, scale, norms, group, lanes, vec),
         *(is_split, has_bias_columns, is_dot),

@@ -17,7 +17,6 @@ from vqtriton import dispatch, torch_backend
 from vqtriton.kernels import atomic_sums, ema_update, vector_quantize_grad
 from vqtriton.kernels import code_sums as sums_kernels
 from vqtriton.kernels.arguments import Pull, Update
-from vqtriton.kernels.constants import GROUP
 from vqtriton.kernels.draw_rows import MOST_COMPARED, draw_rows
 from vqtriton.kernels.nearest_code import (
     NearestCode,
@@ -220,7 +219,7 @@ def _prepare_planes(
 ) -> CodePlanes:
     """Of one head, for the device that the codebook is on."""
     lanes, vec = ACCUMULATOR_ORDER[architecture(codebook.device)]
-    kind: dict[str, Any] = {"group": GROUP, "lanes": lanes, "vec": vec, "is_dot": is_dot}
+    kind: dict[str, Any] = {"lanes": lanes, "vec": vec, "is_dot": is_dot}
     if prepared:
         return planes_of(prepared, codebook.shape[1], **kind)
     return prepare_planes_with_kernels(codebook[None], **kind)
