@@ -101,10 +101,10 @@ def take_codes(
 
 
 @triton.jit
-def _not_finite(x_rows_ptr, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _not_finite(x_rows_ptr, end_d, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Whether a row has a NaN or an infinity."""
     found = tl.zeros(x_rows_ptr.shape, tl.int32)
-    for start_d in range(0, D, BLOCK_D):
+    for start_d in range(0, end_d, BLOCK_D):
         offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
         x = _load_dims(x_rows_ptr[:, None] + offs_d * stride_xd, offs_d, D, D % BLOCK_D == 0)
         found = tl.maximum(found, tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1))
@@ -200,7 +200,7 @@ def finish_rows(
         # no distance of a row that is not finite is finite
         is_bad = least == float("inf")
         if tl.max(is_bad.to(tl.int32), 0) > 0:
-            is_bad = is_bad & _not_finite(x_rows_ptr, stride_xd, D, FINISH_D)
+            is_bad = is_bad & _not_finite(x_rows_ptr, end_d, stride_xd, D, FINISH_D)
         index = tl.where(is_bad, 0, first + member)
         is_valid = row_mask
         if HAS_MASK:

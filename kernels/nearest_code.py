@@ -20,6 +20,7 @@ from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.rescue_rows import (
     MOST_TILES,
+    PAIR,
     RescueRowsConfig,
     reduce_losses_kernel,
     rescue_rows_kernel,
@@ -142,7 +143,7 @@ def nearest_code_config(
     narrow = needs_addresses(target, inner, unit)
     hold_rows = inner <= 128 and not narrow
     rescue = RescueRowsConfig(
-        block_n=64 if hold_rows else 32,
+        block_n=64 if hold_rows else 16,
         block_d=16 if narrow else 64,
         hold_rows=hold_rows,
         num_stages=1 if narrow else 2,
@@ -314,6 +315,9 @@ def _rescue_rows(
 ) -> None:
     heads, num_rows, dim = x.shape
     tiles = config.rescue
+    # a code for each thread
+    threads = 32 * tiles.num_warps
+    known_n = threads // (PAIR * planes.group)
     launch(
         rescue_rows_kernel,
         (rescue.searches + rescue.known_spans, heads),
@@ -360,9 +364,11 @@ def _rescue_rows(
         SPAN=rescue.span,
         CLASSES=planes.lanes * classes_of(planes, config.screen)[1],
         LISTED=num_listed(config.screen),
-        KNOWN_N=tiles.known_n,
+        KNOWN_N=known_n,
+        TOGETHER=max(1, threads // (planes.group * tiles.block_n)),
         GATHER=finish.quantized is not None,
-        GATHER_D=min(next_power_of_2(dim), tiles.gather_d),
+        GATHER_D=min(next_power_of_2(dim), tiles.gather_elements // known_n),
+        SEARCH_D=min(next_power_of_2(dim), tiles.gather_elements // tiles.block_n),
         REDUCES=loss is not None,
         X_UNIT=max(1, row_unit(x)),
         IS_MEAN=reduction == "mean",

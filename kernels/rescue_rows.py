@@ -43,13 +43,13 @@ class RescueRowsConfig:
     programs_per_processor: int = 2
     # rows of a span that is searched again
     span_rows: int = 2048
-    # rows with known rivals that are dealt with together, and dimensions that are written at a time
-    known_n: int = 16
-    gather_d: int = 128
+    # elements of a tile of rows that are written
+    gather_elements: int = 2048
 
 
-# groups of a row that are compared together: most rows in doubt have two
-PAIR = tl.constexpr(2)
+# groups of a row that are compared together, where they are known: most rows in doubt have two
+PAIR = 2
+_PAIR = tl.constexpr(PAIR)
 # parts that are merged at a time
 PARTS = tl.constexpr(8)
 # most tiles of a span of rows with known rivals
@@ -69,7 +69,7 @@ def _add_in_order(distances, terms):
 @triton.jit
 def _nearest_of_groups(
     x_rows_ptr, codebook_ptr, groups, is_listed, least, index,
-    K, stride_xd,
+    K, end_d, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, MOST_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """least, index [R], or what the groups [R, G] of a row have that is nearer."""
@@ -87,8 +87,7 @@ def _nearest_of_groups(
     # of `vqtriton.reference.squared_distances`; if IS_DOT, of `dot_products` there, and then the
     # distance is the opposite of the dot product
     CHUNKS: tl.constexpr = MOST_CHUNKS if D % (4 * MOST_CHUNKS) == 0 else 1
-    # up to D: unrolled, it would need too many registers
-    for start_d in range(0, tl.minimum(K, 1) * D, 4 * CHUNKS):
+    for start_d in range(0, end_d, 4 * CHUNKS):
         for i in tl.static_range(CHUNKS):
             offs_d = (start_d + 4 * i + tl.arange(0, 4)).to(tl.int64)
             x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
@@ -139,7 +138,7 @@ def _place_in_tile(place, doubts, ends):
 @triton.jit
 def _write_found(
     index, row, is_row, x_ptr, codebook_ptr, indices_ptr, quantized_ptr, losses_ptr, weight, offs_h,
-    stride_xn, stride_xd, D: tl.constexpr, GATHER: tl.constexpr, GATHER_D: tl.constexpr,
+    end_d, stride_xn, stride_xd, D: tl.constexpr, GATHER: tl.constexpr, GATHER_D: tl.constexpr,
 ):  # fmt: skip
     """Indices of rows, codes and losses, whose sum is returned, fp64."""
     index = index.to(tl.int64)
@@ -148,7 +147,7 @@ def _write_found(
     if GATHER:
         _score, sq_error = take_codes(
             x_ptr + row * stride_xn, codebook_ptr + index * D, quantized_ptr + (offs_h + row) * D,
-            None, None, None, None, is_row, is_row, D, stride_xd,
+            None, None, None, None, is_row, is_row, end_d, stride_xd,
             D, False, False, True, False, GATHER_D,
         )  # fmt: skip
         losses = weight * sq_error
@@ -194,7 +193,7 @@ def reduce_losses(
 def _settle_known(
     x_ptr, codebook_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr, rivals_ptr,
     rival_counts_ptr, known_ptr, weight, head, span, span_tiles, tiles, offs_h,
-    K, stride_xn, stride_xd,
+    K, end_d, stride_xn, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, CLASSES: tl.constexpr,
     LISTED: tl.constexpr, TILE_N: tl.constexpr, KNOWN_N: tl.constexpr, MOST_TILES: tl.constexpr,
     GATHER: tl.constexpr, GATHER_D: tl.constexpr,
@@ -217,18 +216,18 @@ def _settle_known(
         least = tl.full((KNOWN_N,), float("inf"), tl.float64)
         # of a row without a finite distance
         index = tl.zeros((KNOWN_N,), tl.int32)
-        for i in range(0, tl.max(count, 0), PAIR):
-            offs_rival = i + tl.arange(0, PAIR)[None, :]
+        for i in range(0, tl.max(count, 0), _PAIR):
+            offs_rival = i + tl.arange(0, _PAIR)[None, :]
             is_listed = offs_rival < count[:, None]
             groups_ptrs = rivals_ptr + (offs_list[:, None] * CLASSES + offs_rival)
             groups = tl.load(groups_ptrs, mask=is_listed, other=0)
             least, index = _nearest_of_groups(
                 x_rows_ptr, codebook_ptr, groups, is_listed, least, index,
-                K, stride_xd, D, IS_DOT, GROUP, 4,
+                K, end_d, stride_xd, D, IS_DOT, GROUP, 4,
             )  # fmt: skip
         total += _write_found(
             index, row, is_row, x_ptr, codebook_ptr, indices_ptr, quantized_ptr, losses_ptr,
-            weight, offs_h, stride_xn, stride_xd, D, GATHER, GATHER_D,
+            weight, offs_h, end_d, stride_xn, stride_xd, D, GATHER, GATHER_D,
         )  # fmt: skip
     return total
 
@@ -273,7 +272,8 @@ def rescue_rows_kernel(
     HOLD_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     TAIL: tl.constexpr, LOAD_D: tl.constexpr, CHUNK_TILES: tl.constexpr, TILE_N: tl.constexpr,
     SPAN: tl.constexpr, CLASSES: tl.constexpr, LISTED: tl.constexpr, KNOWN_N: tl.constexpr,
-    GATHER: tl.constexpr, GATHER_D: tl.constexpr, REDUCES: tl.constexpr, IS_MEAN: tl.constexpr,
+    GATHER: tl.constexpr, GATHER_D: tl.constexpr, SEARCH_D: tl.constexpr, TOGETHER: tl.constexpr,
+    REDUCES: tl.constexpr, IS_MEAN: tl.constexpr,
     X_UNIT: tl.constexpr,
 ):  # fmt: skip
     # what the compiler cannot see, unless it is 16
@@ -285,6 +285,8 @@ def rescue_rows_kernel(
     offs_h = head * N
     x_ptr += head * stride_xh
     codebook_ptr += head * K * D
+    # it is D: unrolled, loops over the dimensions would need too many registers
+    end_d = tl.minimum(K, 1) * D
     # the programs that search come first, since they take longest
     programs = tl.num_programs(0) - known_spans
     program = tl.program_id(0)
@@ -293,14 +295,12 @@ def rescue_rows_kernel(
         total = _settle_known(
             x_ptr, codebook_ptr, indices_ptr, quantized_ptr, losses_ptr, rows_ptr, rivals_ptr,
             rival_counts_ptr, known_ptr, weight, head, known_span, known_tiles, tiles, offs_h,
-            K, stride_xn, stride_xd, D, IS_DOT, GROUP, CLASSES, LISTED, TILE_N, KNOWN_N,
+            K, end_d, stride_xn, stride_xd, D, IS_DOT, GROUP, CLASSES, LISTED, TILE_N, KNOWN_N,
             _MOST_TILES, GATHER, GATHER_D,
         )  # fmt: skip
         if REDUCES:
             tl.store(sums_ptr + (head * num_sums + tiles + known_span), total)
     else:
-        # as many elements as for the known rows
-        SEARCH_D: tl.constexpr = max(16, GATHER_D * KNOWN_N // BLOCK_N)
         spans = programs // splits
         span = (program % spans).to(tl.int64)
         split = (program // spans).to(tl.int64)
@@ -374,13 +374,14 @@ def rescue_rows_kernel(
                 tl.debug_barrier()
                 count = tl.load(counts_ptrs, volatile=True)
                 if (tl.max(count, 0) > LIST // 2) | (chunk_last == last):
-                    for i in range(tl.max(count, 0)):
-                        is_listed = i < count
-                        list_ptrs = list_rows_ptr + tl.cast(i, tl.int64)
-                        group = tl.load(list_ptrs, mask=is_listed, other=0)
+                    for i in range(0, tl.max(count, 0), TOGETHER):
+                        offs_list = i + tl.arange(0, TOGETHER)[None, :]
+                        is_listed = offs_list < count[:, None]
+                        list_ptrs = list_rows_ptr[:, None] + offs_list.to(tl.int64)
+                        listed = tl.load(list_ptrs, mask=is_listed, other=0)
                         least, index = _nearest_of_groups(
-                            x_rows_ptr, codebook_ptr, group[:, None], is_listed[:, None],
-                            least, index, K, stride_xd, D, IS_DOT, GROUP, 2,
+                            x_rows_ptr, codebook_ptr, listed, is_listed,
+                            least, index, K, end_d, stride_xd, D, IS_DOT, GROUP, 2,
                         )  # fmt: skip
                     tl.debug_barrier()
                     tl.store(counts_ptrs, tl.zeros((BLOCK_N,), tl.int32))
@@ -388,7 +389,7 @@ def rescue_rows_kernel(
             if splits == 1:
                 total += _write_found(
                     index, row, is_row, x_ptr, codebook_ptr, indices_ptr, quantized_ptr, losses_ptr,
-                    weight, offs_h, stride_xn, stride_xd, D, GATHER, SEARCH_D,
+                    weight, offs_h, end_d, stride_xn, stride_xd, D, GATHER, SEARCH_D,
                 )  # fmt: skip
             else:
                 tl.store(least_ptr + (offs_found + place), least, mask=is_row)
@@ -425,7 +426,8 @@ def rescue_rows_kernel(
                     row = tl.load(rows_ptr + slot).to(tl.int64)
                     total += _write_found(
                         index, row, is_row, x_ptr, codebook_ptr, indices_ptr, quantized_ptr,
-                        losses_ptr, weight, offs_h, stride_xn, stride_xd, D, GATHER, SEARCH_D,
+                        losses_ptr, weight, offs_h, end_d, stride_xn, stride_xd,
+                        D, GATHER, SEARCH_D,
                     )  # fmt: skip
         if REDUCES and is_last:
             tl.store(sums_ptr + (head * num_sums + tiles + known_spans + span), total)
