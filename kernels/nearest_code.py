@@ -318,6 +318,7 @@ def _rescue_rows(
     # a code for each thread
     threads = 32 * tiles.num_warps
     known_n = threads // (PAIR * planes.group)
+    codes_of_group = tiles.block_n * planes.group
     launch(
         rescue_rows_kernel,
         (rescue.searches + rescue.known_spans, heads),
@@ -365,7 +366,9 @@ def _rescue_rows(
         CLASSES=planes.lanes * classes_of(planes, config.screen)[1],
         LISTED=num_listed(config.screen),
         KNOWN_N=known_n,
-        TOGETHER=max(1, threads // (planes.group * tiles.block_n)),
+        TOGETHER=max(1, threads // codes_of_group),
+        # with more codes for a thread, there are fewer registers: on sm_90 just enough
+        SEARCH_CHUNKS=4 if codes_of_group <= threads or planes.lanes == 4 else 2,
         GATHER=finish.quantized is not None,
         GATHER_D=min(next_power_of_2(dim), tiles.gather_elements // known_n),
         SEARCH_D=min(next_power_of_2(dim), tiles.gather_elements // tiles.block_n),

@@ -90,17 +90,19 @@ def _nearest_of_groups(
     for start_d in range(0, end_d, 4 * CHUNKS):
         for i in tl.static_range(CHUNKS):
             offs_d = (start_d + 4 * i + tl.arange(0, 4)).to(tl.int64)
-            x_ptrs = x_rows_ptr[:, None] + offs_d[None, :] * stride_xd
             codes_ptrs = codes_ptr[:, :, None] + offs_d[None, None, :]
+            x_ptrs = x_rows_ptr[:, None, None] + offs_d[None, None, :] * stride_xd
+            # each thread loads its own: to pass them on, threads would have to wait
+            x_ptrs = tl.broadcast_to(x_ptrs, codes_ptrs.shape)
             if D % (4 * CHUNKS) == 0:
                 x = tl.load(x_ptrs)
                 c = tl.load(codes_ptrs)
             else:
                 # zeros add nothing
-                is_dim = offs_d < D
-                x = tl.load(x_ptrs, mask=is_dim[None, :], other=0.0)
-                c = tl.load(codes_ptrs, mask=is_dim[None, None, :], other=0.0)
-            x = x.to(tl.float64)[:, None, :]
+                is_dim = tl.broadcast_to((offs_d < D)[None, None, :], codes_ptrs.shape)
+                x = tl.load(x_ptrs, mask=is_dim, other=0.0)
+                c = tl.load(codes_ptrs, mask=is_dim, other=0.0)
+            x = x.to(tl.float64)
             c = c.to(tl.float64)
             if IS_DOT:
                 distances = _add_in_order(distances, -(x * c))
@@ -273,7 +275,7 @@ def rescue_rows_kernel(
     TAIL: tl.constexpr, LOAD_D: tl.constexpr, CHUNK_TILES: tl.constexpr, TILE_N: tl.constexpr,
     SPAN: tl.constexpr, CLASSES: tl.constexpr, LISTED: tl.constexpr, KNOWN_N: tl.constexpr,
     GATHER: tl.constexpr, GATHER_D: tl.constexpr, SEARCH_D: tl.constexpr, TOGETHER: tl.constexpr,
-    REDUCES: tl.constexpr, IS_MEAN: tl.constexpr,
+    SEARCH_CHUNKS: tl.constexpr, REDUCES: tl.constexpr, IS_MEAN: tl.constexpr,
     X_UNIT: tl.constexpr,
 ):  # fmt: skip
     # what the compiler cannot see, unless it is 16
@@ -381,7 +383,7 @@ def rescue_rows_kernel(
                         listed = tl.load(list_ptrs, mask=is_listed, other=0)
                         least, index = _nearest_of_groups(
                             x_rows_ptr, codebook_ptr, listed, is_listed,
-                            least, index, K, end_d, stride_xd, D, IS_DOT, GROUP, 2,
+                            least, index, K, end_d, stride_xd, D, IS_DOT, GROUP, SEARCH_CHUNKS,
                         )  # fmt: skip
                     tl.debug_barrier()
                     tl.store(counts_ptrs, tl.zeros((BLOCK_N,), tl.int32))

@@ -266,7 +266,7 @@ def parts_of(
     if splits is None:
         programs = heads * cdiv(num_rows, config.block_n)
         processors = num_processors(planes.codes.device)
-        splits = choose_splits(programs, tiles, 2 * inner * config.block_k, processors)
+        splits = choose_splits(programs, tiles, 2 * inner * config.block_k, processors, inner)
     if max(heads, splits) > 65535:
         raise ValueError(f"{heads} heads, {splits} splits; a grid takes no more than 65535")
     tiles_per_split = cdiv(tiles, min(splits, tiles))

@@ -35,7 +35,7 @@ class ScreenCodesConfig:
 # threads that share a row of an accumulator, and columns that follow one another in a thread
 ACCUMULATOR_ORDER = {"sm_80": (8, 2), "sm_90": (4, 2), "sm_100": (1, 2), "gfx942": (2, 4)}
 # a part of the codes has at least so many bytes, unless it has many tiles
-LEAST_PART_BYTES = 1 << 20
+LEAST_PART_BYTES = 1 << 18
 # inner columns up to which the rows are held
 HELD_INNER = {"sm_80": 128, "sm_90": 256, "sm_100": 256, "gfx942": 128}
 
@@ -132,11 +132,13 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose_splits(programs: int, tiles: int, tile_bytes: int, processors: int) -> int:
-    """Parts of the codes, so that each processor gets two programs if the rows do not suffice.
+def choose_splits(programs: int, tiles: int, tile_bytes: int, processors: int, inner: int) -> int:
+    """Parts of the codes, so that all programs that fit have work if the rows do not suffice.
 
     Parts cost a launch, so they are worth it only where a program would go through many tiles, or
     through so many bytes of codes that to fetch them takes longer.
     """
     least_tiles = min(64, max(4, LEAST_PART_BYTES // tile_bytes))
-    return max(1, min(2 * processors // programs, tiles // least_tiles))
+    # wide rows fill the shared memory of a processor
+    resident = processors if inner > 128 else 2 * processors
+    return max(1, min(resident // programs, tiles // least_tiles))

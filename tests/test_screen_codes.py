@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import data
 import emulation
 import oracle
@@ -249,13 +251,13 @@ def test_padding_and_codes_that_are_not_finite_never_win() -> None:
 
 @given(programs=st.integers(1, 10**6), tiles=st.integers(1, 10**5), processors=st.integers(1, 200))
 def test_splits_fill_the_processors_and_no_more(programs, tiles, processors) -> None:
-    for tile_bytes in (1024, 1 << 16, 1 << 20):
-        splits = choose_splits(programs, tiles, tile_bytes, processors)
+    for tile_bytes, inner in product((1024, 1 << 16, 1 << 20), (64, 256)):
+        splits = choose_splits(programs, tiles, tile_bytes, processors, inner)
         assert 1 <= splits <= max(1, tiles // 4)
-        assert splits == 1 or splits * programs <= 2 * processors
+        assert splits == 1 or splits * programs <= (2 if inner == 64 else 1) * processors
         # codes are not parted where a part would take less time than a launch
         of_part = tiles // splits
-        assert splits == 1 or of_part >= 64 or of_part * tile_bytes >= 1 << 20
+        assert splits == 1 or of_part >= 64 or of_part * tile_bytes >= 1 << 18
 
 
 # --- the kernel, in the interpreter or on a GPU ---

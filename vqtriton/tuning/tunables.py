@@ -159,8 +159,8 @@ def screen_unevenness(problem: Problem, config: Any, processors: int) -> float:
     """Of few rows: whole tiles are counted, and programs that do not go round."""
     rows = -(-problem.num_rows // config.block_n)
     tiles = -(-problem.codebook_size // config.block_k)
-    tile_bytes = 2 * inner_size(problem.dim)[0] * config.block_k
-    splits = screen_tiles.choose_splits(rows, tiles, tile_bytes, processors)
+    inner = inner_size(problem.dim)[0]
+    splits = screen_tiles.choose_splits(rows, tiles, 2 * inner * config.block_k, processors, inner)
     tiles_per_split = -(-tiles // min(splits, tiles))
     programs = rows * -(-tiles // tiles_per_split)
     of_program = config.block_n * config.block_k * tiles_per_split
