@@ -145,7 +145,7 @@ def _store_run(
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sum of a segment's rows in a chunk, from start to stop; nothing of those left out."""
-    # what is rare is not to need more registers than the rest
+    # the rare path must not need more registers than the common one
     FEWER: tl.constexpr = (BLOCK_ROWS + 1) // 2
     if segment < num_segments:
         chunk = tl.program_id(0).to(tl.int64)
@@ -376,7 +376,9 @@ def segment_sums(
     codes, grads = codes.reshape(num_segments, dim), grads.reshape(-1)
     strides = *strides_of(x), *codes.stride(), grads.stride(-1)
     flags = {"IS_GRAD": pull is not None, "IS_WHOLE": is_whole}
-    if total * dim <= config.most_elements and total * codebook_size <= config.most_pairs:
+    is_few = total * dim <= config.most_elements and total * codebook_size <= config.most_pairs
+    # a grid takes no more heads
+    if is_few and heads <= 65535:
         codes_per_program = cdiv(codebook_size, config.most_programs)
         lists = empty(total, dtype=torch.int32)
         tensors = x, codes, grads, indices.contiguous(), lists, sums, counts

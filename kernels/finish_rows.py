@@ -129,7 +129,7 @@ def _costs(
         offs_code = tl.minimum(members, num_codes - 1).to(tl.int64) * D
     codes_ptr = (codebook_ptr + first.to(tl.int64) * D)[None, :, None] + offs_code[:, None, None]
     terms = tl.zeros((GROUP, first.shape[0], BLOCK_D), tl.float32)
-    # as many tiles of dimensions are on their way at a time
+    # this many tiles of dimensions are loaded at a time
     TILES: tl.constexpr = AHEAD if D % (AHEAD * BLOCK_D) == 0 else 1
     for start_tiles in range(0, end_d, TILES * BLOCK_D):
         for i in tl.static_range(TILES):
@@ -173,7 +173,7 @@ def finish_rows(
     first_place = (head * tl.num_programs(0) + tile) * BLOCK_N
     codebook_ptr += head * num_codes * D
     first_n = tile * BLOCK_N
-    # it is D: unrolled, loops over the dimensions would need too many registers
+    # it is D, but the compiler does not know: unrolled, loops need too many registers
     end_d = tl.minimum(num_codes, 1) * D
     tl.store(chosen_ptr + (first_place + tl.arange(0, BLOCK_N)), group)
     tl.debug_barrier()
@@ -249,7 +249,7 @@ def certify(
     tl.debug_barrier()
     tile = tl.program_id(0).to(tl.int64)
     places = (head * tl.num_programs(0) + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # even the numbers of the rows: what was computed from them before would be kept in registers
+    # also the numbers of the rows: else what was computed from them would stay in registers
     offs_n = tl.load(rows_ptr + places).to(tl.int64)
     row_mask = offs_n < N
     offs_row = head * N + tl.minimum(offs_n, N - 1)
@@ -362,7 +362,7 @@ def finish_parts_kernel(
     IS_SMALL: tl.constexpr, LISTED: tl.constexpr, FINISH_N: tl.constexpr, FINISH_D: tl.constexpr,
     AHEAD: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
-    # what the compiler cannot see, unless it is 16
+    # tells the compiler that strides are multiples of X_UNIT; by itself it finds out only for 16
     stride_xh = stride_xh // X_UNIT * X_UNIT
     stride_xn = stride_xn // X_UNIT * X_UNIT
     # int64 before they multiply a stride

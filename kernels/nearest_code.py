@@ -182,7 +182,14 @@ def nearest_code(
         weight: of the losses.
         splits: see `parts_of`.
         config: tiles.
+
+    Raises:
+        ValueError: a reduction without gather, or as `parts_of` does.
     """
+    if reduction != "none" and not gather:
+        raise ValueError(
+            f"reduction is {reduction!r} without gather: there are no losses to add up"
+        )
     heads, num_rows, dim = x.shape
     config = config or config_for(x, planes.codes.shape[2])
     parts = parts_of(heads, num_rows, planes, config.screen, splits)

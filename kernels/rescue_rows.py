@@ -216,7 +216,7 @@ def _settle_known(
         count = tl.load(rival_counts_ptr + offs_list)
         x_rows_ptr = x_ptr + row * stride_xn
         least = tl.full((KNOWN_N,), float("inf"), tl.float64)
-        # of a row without a finite distance
+        # index 0 for a row that has no finite distance
         index = tl.zeros((KNOWN_N,), tl.int32)
         for i in range(0, tl.max(count, 0), _PAIR):
             offs_rival = i + tl.arange(0, _PAIR)[None, :]
@@ -278,7 +278,7 @@ def rescue_rows_kernel(
     SEARCH_CHUNKS: tl.constexpr, REDUCES: tl.constexpr, IS_MEAN: tl.constexpr,
     X_UNIT: tl.constexpr,
 ):  # fmt: skip
-    # what the compiler cannot see, unless it is 16
+    # tells the compiler that strides are multiples of X_UNIT; by itself it finds out only for 16
     stride_xh = stride_xh // X_UNIT * X_UNIT
     stride_xn = stride_xn // X_UNIT * X_UNIT
     # int64 before they multiply a stride
@@ -287,7 +287,7 @@ def rescue_rows_kernel(
     offs_h = head * N
     x_ptr += head * stride_xh
     codebook_ptr += head * K * D
-    # it is D: unrolled, loops over the dimensions would need too many registers
+    # it is D, but the compiler does not know: unrolled, loops need too many registers
     end_d = tl.minimum(K, 1) * D
     # the programs that search come first, since they take longest
     programs = tl.num_programs(0) - known_spans
@@ -346,7 +346,7 @@ def rescue_rows_kernel(
                 D, IS_DOT, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL, LOAD_D,
             )  # fmt: skip
             least = tl.full((BLOCK_N,), float("inf"), tl.float64)
-            # of a row without a finite distance
+            # index 0 for a row that has no finite distance
             index = tl.zeros((BLOCK_N,), tl.int32)
             tl.store(counts_ptrs, tl.zeros((BLOCK_N,), tl.int32))
             tl.debug_barrier()
@@ -433,7 +433,7 @@ def rescue_rows_kernel(
                     )  # fmt: skip
         if REDUCES and is_last:
             tl.store(sums_ptr + (head * num_sums + tiles + known_spans + span), total)
-    # one after the other: Triton has no `and` of a constant and what the device knows
+    # two nested ifs: Triton cannot `and` a constant with a value of the device
     if REDUCES:  # noqa: SIM102
         if _arrive(arrivals_ptr + (head * (tiles + 1) + tiles)) == tl.num_programs(0) - 1:
             reduce_losses(

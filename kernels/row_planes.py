@@ -291,8 +291,8 @@ def plane_constants(planes: CodePlanes, block_d: int, hold_rows: bool) -> dict[s
         "HOLD_ROWS": hold_rows,
         "BLOCK_D": block_d,
         "TAIL": inner % block_d,
-        # elsewhere the compiler would read the codes from shared memory in another, slower way
-        "LOAD_D": 16 if planes.lanes in (1, 4) else 64,
+        # on other targets the compiler would read the codes from shared memory in a slower way
+        "LOAD_D": 16 if hold_rows and planes.lanes in (1, 4) else 64,
     }
 
 

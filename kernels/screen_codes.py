@@ -47,7 +47,7 @@ from vqtriton.kernels.screen_tiles import (
 NO_FINISH = (None,) * 17 + (0.0,) * 4 + (0,) * 2
 
 
-# rows in doubt of a tile whose rivals can be listed: this part of all rows
+# one row in this many of a tile can have its rivals listed
 LISTED_SHARE = 4
 # dimensions of a tile of the finish: a sector of 32 bytes, where they are float32
 FINISH_D = 8
@@ -105,7 +105,7 @@ def screen_codes_kernel(
     # int64 before they multiply a stride
     head = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
-    # what the compiler cannot see, unless it is 16
+    # tells the compiler that strides are multiples of X_UNIT; by itself it finds out only for 16
     stride_xh = stride_xh // X_UNIT * X_UNIT
     stride_xn = stride_xn // X_UNIT * X_UNIT
     first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -130,13 +130,13 @@ def screen_codes_kernel(
         high, low, rest, ratio, norms_ptr, head, num_norms,
         bound_products, bound_bias, bound_distances, bound_tiny,
     )  # fmt: skip
-    # before the loop, and read again behind it: the registers are needed there
+    # stored before the loop and loaded again after it, to free registers inside of it
     if split == 0:
         tl.store(error_ptr + head * N + offs_n, error, mask=row_mask)
         tl.store(row_scale_ptr + head * N + offs_n, row_scale, mask=row_mask)
         tl.store(norm_ptr + head * N + offs_n, norm, mask=row_mask)
 
-    # groups per lane of a tile, and those of them that are of one class
+    # groups that a lane has in a tile, and how many of these share a class
     NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
     MERGED: tl.constexpr = NUM * LANES // CLASSES
     # the first of equal scores is the largest

@@ -65,11 +65,12 @@ def screen_codes_config(
     """
     config = _config_of_many(target, inner, unit)
     if is_few and config.hold_rows and config.block_n == 128:
-        # as many elements a thread; a finish that waits less needs more registers
+        # each thread holds as many elements as before; with more loads on their way at a time, the
+        # finish needs more registers
         ahead = 4 if target == "sm_90" and unit >= 4 else 1
         stages = config.num_stages if inner <= 128 else 2
-        config = replace(config, block_n=64, block_k=128, num_warps=4, num_stages=stages)
-        return replace(config, max_registers=255, finish_ahead=ahead)
+        config = replace(config, block_n=64, block_k=128, block_d=64, num_stages=stages)
+        return replace(config, num_warps=4, max_registers=255, finish_ahead=ahead)
     return config
 
 
@@ -95,7 +96,7 @@ def _config_of_many(target: str, inner: int, unit: int) -> ScreenCodesConfig:
             hold_rows=False,
             num_warps=8,
             num_stages=3 if target in ("sm_90", "sm_100") else 2,
-            classes=2 if is_small else 4,
+            classes={"sm_90": 4, "sm_80": 2}.get(target, 1),
         )
     if inner > 128 and target == "sm_90":
         return ScreenCodesConfig(num_warps=8, finish_ahead=2)
@@ -105,9 +106,10 @@ def _config_of_many(target: str, inner: int, unit: int) -> ScreenCodesConfig:
         return ScreenCodesConfig(block_k=128, num_warps=8, num_stages=2, max_registers=registers)
     if inner <= 32 and target == "sm_90":
         return ScreenCodesConfig(block_k=128, max_registers=255)
-    # room for three CTAs of a multiprocessor; in other cases ptxas would spill a little for that
-    has_room = unit >= 4 and target != "sm_100" and (inner <= 32 or target != "sm_80")
-    return ScreenCodesConfig(max_registers=168 if has_room else 255)
+    if target == "sm_90" and unit >= 4:
+        # room for three CTAs of a multiprocessor: with all of the rows in flight, ptxas would spill
+        return ScreenCodesConfig(block_d=32, max_registers=168)
+    return ScreenCodesConfig(max_registers=255)
 
 
 def row_unit(x: Tensor) -> int:

@@ -85,12 +85,13 @@ def sum_codes_kernel(
     indices_ptr += head * N
     lists_ptr += head * N
     grad_loss_ptr += head * N * stride_gn
-    # what is rare is not to need more registers than the rest
+    # the rare path must not need more registers than the common one
     FEWER: tl.constexpr = (BLOCK_ROWS + 1) // 2
     first = tl.program_id(0) * codes_per_program
     for k in range(first, tl.minimum(first + codes_per_program, K)):
         code = tl.cast(k, tl.uint32)
-        # each of BLOCK_N columns lists its own rows, so that only columns are to be put in order
+        # each of BLOCK_N columns lists its own rows; a prefix sum over the columns then gives each
+        # its place
         num_before = tl.zeros((BLOCK_N,), tl.int32)
         num_own = tl.zeros((BLOCK_N,), tl.int32)
         for start in range(0, N, BLOCK_N):

@@ -208,6 +208,83 @@ def test_rows_that_no_list_has_room_for_are_searched_again() -> None:
     assert known == 12
 
 
+def searched_parts(change, x: Tensor, codebook: Tensor) -> tuple[NearestCode, dict]:
+    """A search in two parts, whose screen is changed; and what the rescue was launched with."""
+    screen_codes, launches = module.screen_codes, []
+
+    def changed(x, planes, bound, screened, *args, **kwargs) -> None:
+        screen_codes(x, planes, bound, screened, *args, **kwargs)
+        change(screened, planes)
+
+    class Noting(compiling.Recorder):
+        def __getitem__(self, grid):
+            note = super().__getitem__(grid)
+
+            def run(*args, **kwargs):
+                note(*args, **kwargs)
+                kernel[grid](*args, **kwargs)
+
+            return run
+
+    kernel = module.rescue_rows_kernel
+    with (
+        mock.patch.object(module, "screen_codes", changed),
+        mock.patch.object(module, "rescue_rows_kernel", Noting(kernel, launches)),
+    ):
+        out = search(x[None], codebook[None], splits=2)
+    return out, launches[0].values
+
+
+def test_parts_with_an_unknown_rival_are_searched_again() -> None:
+    x, codebook = data.gaussian(40, 300, 12)
+    out, _ = searched_parts(lambda screened, _: screened.others.fill_(torch.inf), x, codebook)
+    assert out.num_searched.tolist() == [40]
+    assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
+
+
+def test_rows_with_more_rivals_than_a_list_holds_are_searched_again() -> None:
+    x, codebook = data.unit_norm(40, 300, 12)
+
+    def all_are_rivals(screened, planes) -> None:
+        # what is not kept is below any threshold, and the kept groups of both parts are above
+        screened.others.zero_()
+        screened.error.fill_(0.9 * planes.norms[0, :, 3].max().item())
+
+    out, _ = searched_parts(all_are_rivals, x, codebook)
+    # 16 kept groups, and room for 8
+    assert out.num_searched.item() > 30
+    assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook))
+
+
+@pytest.mark.parametrize("dim", [3, 12, 40])
+def test_thresholds_hold_the_error_of_the_finish_itself(dim: int) -> None:
+    """Of the screen's errors nothing is left; beside them half of its own would not show."""
+    x, codebook = data.gaussian(60, 300, dim)
+
+    def no_error(screened, _) -> None:
+        screened.others.fill_(torch.inf)
+        screened.error.zero_()
+
+    _, values = searched_parts(no_error, x, codebook)
+    planes = prepare_planes(codebook[None].to(DEVICE))
+    bound = screen_bound(planes, SCREEN.block_k)
+    _, threshold, error = expected(x, codebook, planes)
+    of_screen = screens.screen(x[None].to(DEVICE), planes, bound, SCREEN)[3]
+    own = error - of_screen[0].cpu().double()
+    # the whole threshold without the screen's error
+    want = threshold + (error - own)
+    tiles = -(-len(x) // SCREEN.block_n)
+    rows = values["rows_ptr"].cpu()[: tiles * SCREEN.block_n].view(tiles, -1).long()
+    got = values["thresholds_ptr"].cpu()[: tiles * SCREEN.block_n].view(tiles, -1).double()
+    unknown = values["unknown_ptr"].cpu()[:tiles, None]
+    is_searched = SCREEN.block_n - 1 - torch.arange(SCREEN.block_n) < unknown
+    rows, got = rows[is_searched], got[is_searched]
+    assert len(rows) == len(x)
+    # the last term of a threshold, for its own rounding
+    want = want - 2.0**-22 * (want + own).abs()
+    assert ((got - want[rows]).abs() <= 0.35 * own[rows]).all()
+
+
 def test_heads_have_codebooks_and_doubts_of_their_own() -> None:
     # another magnitude for each head: a mean or scale of another head would show
     scales = torch.tensor([1.0, 1e3, 1e-3])[:, None, None]

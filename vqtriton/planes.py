@@ -40,7 +40,7 @@ TINY = 2.0**-20
 
 
 class TensorCore(NamedTuple):
-    """How a unit adds products of two fp16 numbers up in float32.
+    """How a unit adds up products of two fp16 numbers in float32.
 
     All products of a step and the sum so far are aligned to the largest of them, cut, added, and
     the new sum is cut to float32.
