@@ -15,6 +15,7 @@ from torch import Tensor
 from vqtriton.planes import (
     CodePlanes,
     column_order,
+    group_size,
     inner_size,
     prepare_planes,
 )
@@ -32,10 +33,10 @@ LARGE = dataclasses.replace(SMALL, most_elements=0)
 
 def prepare(codebook: Tensor, config: PreparePlanesConfig | None = None, **order: int):
     inner, is_split, has_bias_columns = inner_size(codebook.shape[2])
+    order = {"group": group_size(codebook.shape[2]), "lanes": 4, "vec": 2} | order
     tensors = kernels.prepare_planes(
         codebook.to(DEVICE), inner, is_split, has_bias_columns, config=config, **order
     )
-    order = {"group": 8, "lanes": 4, "vec": 2} | order
     return CodePlanes(*(t.cpu() for t in tensors), **order, **flags(is_split, has_bias_columns))
 
 
