@@ -85,7 +85,7 @@ def check_agree(a: Screened, b: Screened) -> None:
 def test_worst_tensor_core_certifies_nothing_wrong(case: str, dim: int) -> None:
     x, codebook = data.HARD[case](400, 100, dim)
     for metric in ("l2", "dot"):
-        planes = prepare_planes(codebook[None], is_dot=metric == "dot")
+        planes = prepare_planes(codebook[None], group=8, is_dot=metric == "dot")
         nearest = oracle.nearest_code(x, codebook, metric=metric)
         result = emulation.screen(x, planes, screen_bound(planes, 64))
         check_certified(result, x, codebook, metric=metric)
@@ -119,7 +119,7 @@ def test_half_of_the_bound_would_not_do(unit: TensorCore, dim: int) -> None:
     codes[0, 1] = codes[8, 0] = -1
     # around the origin, so that the mean rounds nothing
     codebook = torch.cat([codes, -codes])
-    planes = prepare_planes(codebook[None])
+    planes = prepare_planes(codebook[None], group=8)
     nearest = oracle.nearest_code(x, codebook)
     assert nearest.item() == 0
     bound = screen_bound(planes, 64, unit)

@@ -189,7 +189,7 @@ def test_a_search_is_certified_by_the_bound_of_its_gpu(monkeypatch) -> None:
         triton_backend, "nearest_code_kernels", lambda *args, **_: bounds.append(args[3])
     )
     codebook = torch.randn(40, 64)
-    planes = prepare_planes(codebook[None])
+    planes = prepare_planes(codebook[None], group=8)
     triton_backend.run_kernels(torch.randn(8, 64), codebook, planes.tensors, exact=True)
     block_k = triton_backend.config_for(torch.empty(1, 8, 64), 64).screen.block_k
     assert bounds == [screen_bound(planes, block_k, unit)]
@@ -217,7 +217,7 @@ def test_half_of_the_accumulation_would_certify_a_wrong_code(unit: TensorCore, d
     # in different groups, around the origin so that the mean rounds nothing
     codes = torch.stack([code] + [torch.zeros(dim)] * 8 + [other])
     codebook = torch.cat([codes, -codes])
-    planes = prepare_planes(codebook[None])
+    planes = prepare_planes(codebook[None], group=8)
     assert planes.scale.item() == 1
     assert not planes.mean.any()
     assert oracle.nearest_code(x, codebook).item() == 0
