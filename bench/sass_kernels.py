@@ -244,10 +244,9 @@ def block_of_pairs(values: Values) -> int:
     return values["BLOCK_N"] * values["BLOCK_K"]
 
 
-# with 4 warps these let three CTAs reside, so that the dot of one overlaps the rest of another
-THREE_CTAS = {"registers": 168}
-# what a screen on tensor cores is held to: its epilogue then stays below the dot of D=64
-TENSOR_CORE_SCREEN = {"alu_per_pair": 2.0, "total_per_pair": 3.6, **THREE_CTAS}
+# what a screen on tensor cores is held to: its epilogue then stays below the dot of D=64; how many
+# of them a multiprocessor has room for is held by tests/test_search_model.py
+TENSOR_CORE_SCREEN = {"alu_per_pair": 2.0, "total_per_pair": 3.6}
 
 KERNELS = (
     Kernel(

@@ -79,3 +79,11 @@ def test_loops_of_finish_and_rescue_are_lean(name: str) -> None:
         for loop in of_dimensions:
             widths = [re.search(r"\.(\d+)", i.modifiers) for i in loop if i.name == "LDG"]
             assert all(found and int(found[1]) >= width for found in widths)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("1M×1024×64", 3), ("llamagen", 3), ("vit-vqgan", 2), ("1M×16384×128", 2)]
+)
+def test_screens_share_a_multiprocessor(name: str, most: int) -> None:
+    """So that one can multiply while another compares."""
+    assert model.resident(model.launches(CASES[name])["screen_codes"]) == most
