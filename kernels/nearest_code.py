@@ -326,6 +326,7 @@ def _rescue_rows(
     threads = 32 * tiles.num_warps
     known_n = threads // (PAIR * planes.group)
     codes_of_group = tiles.block_n * planes.group
+    is_lean = planes.lanes == 4 and row_unit(x) >= 4
     launch(
         rescue_rows_kernel,
         (rescue.searches + rescue.known_spans, heads),
@@ -374,8 +375,9 @@ def _rescue_rows(
         LISTED=num_listed(config.screen),
         KNOWN_N=known_n,
         TOGETHER=max(1, threads // codes_of_group),
-        # with more codes for a thread, there are fewer registers: on sm_90 just enough
-        SEARCH_CHUNKS=4 if codes_of_group <= threads or planes.lanes == 4 else 2,
+        # with more codes for a thread, there are fewer registers: on sm_90 just enough, unless each
+        # element of a row has an address
+        SEARCH_CHUNKS=4 if codes_of_group <= threads or is_lean else 2,
         GATHER=finish.quantized is not None,
         GATHER_D=min(next_power_of_2(dim), tiles.gather_elements // known_n),
         SEARCH_D=min(next_power_of_2(dim), tiles.gather_elements // tiles.block_n),
