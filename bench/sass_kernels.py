@@ -244,8 +244,8 @@ def block_of_pairs(values: Values) -> int:
     return values["BLOCK_N"] * values["BLOCK_K"]
 
 
-# what a screen on tensor cores is held to: its epilogue then stays below the dot of D=64; how many
-# of them a multiprocessor has room for is held by tests/test_search_model.py
+# limits of the screen's loop: with these it takes less time than the dot product of D=64.
+# tests/test_search_model.py checks how many programs fit into a multiprocessor
 TENSOR_CORE_SCREEN = {"alu_per_pair": 2.0, "total_per_pair": 3.6}
 
 KERNELS = (

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench import cases
 from bench.sass_kernels import codebook_of
 from vqtriton.kernels import nearest_code, screen_codes, screen_tiles
 from vqtriton.kernels.grids import cdiv
@@ -57,15 +58,21 @@ class Case:
     goal: float
 
 
+def of_model(name: str, before: float, goal: float) -> Case:
+    """A shape of `bench.cases`, in float32."""
+    case = cases.CASES[name]
+    return Case(name, case.num_rows, case.codebook_size, case.dim, torch.float32, before, goal)
+
+
 F32, F16 = torch.float32, torch.float16
 CASES = (
-    Case("encodec", 4800, 1024, 128, F32, 87, 30),
-    Case("taming", 3072, 1024, 256, F32, 130, 40),
-    Case("mimi", 2400, 2048, 256, F32, 127, 40),
-    Case("titok", 4096, 4096, 12, F32, 43, 28),
-    Case("llamagen", 32768, 16384, 8, F32, 147, 95),
-    Case("rotation-f8", 16384, 16384, 4, F32, 88, 50),
-    Case("vit-vqgan", 32768, 8192, 32, F32, 132, 85),
+    of_model("encodec", 87, 30),
+    of_model("taming", 130, 40),
+    of_model("mimi", 127, 40),
+    of_model("titok", 43, 28),
+    of_model("llamagen", 147, 95),
+    of_model("rotation-f8", 88, 50),
+    of_model("vit-vqgan", 132, 85),
     Case("1M×1024×64", 2**20, 1024, 64, F16, 2850, 700),
     Case("1M×16384×128", 2**20, 16384, 128, F16, 11700, 9000),
     Case("64K×65536×256", 2**16, 65536, 256, F16, 7500, 5300),

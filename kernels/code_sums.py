@@ -45,8 +45,8 @@ class CodeSumsConfig:
     block_elements: int = 2048
     block_d: int = 1024
     num_warps: int = 4
-    # of the loop over the rows of a code: rows for two iterations are on their way meanwhile, and
-    # the list of those for the next two
+    # pipeline stages of the loop over the rows of a code: while a tile is added up, the rows of the
+    # next two tiles are loaded, and the list of rows for the two after these
     stages: int = 5
     # without a limit ptxas spills a few for the next step of occupancy
     max_registers: int = 168
@@ -391,7 +391,7 @@ def segment_sums(
                 *(*tensors, weight, *sizes, *strides),
                 **flags,
                 BLOCK_N=config.block_n,
-                # elements one by one would wait in registers, of which there are too few
+                # single elements are loaded into registers, and there are not enough of these
                 STAGES=config.stages if row_unit(x) > 1 else 1,
                 **options,
             )

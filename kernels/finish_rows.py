@@ -49,7 +49,7 @@ class Finish(NamedTuple):
     bound_tiny: float
     weight: float
     num_codes: int
-    num_sums: int  # S, of which the first T are of tiles
+    num_sums: int  # S; the first T sums belong to the tiles
 
 
 @triton.jit

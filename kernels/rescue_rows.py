@@ -83,9 +83,9 @@ def _nearest_of_groups(
     code = tl.where(is_code, code, 0)
     codes_ptr = codebook_ptr + code.to(tl.int64) * D
     distances = tl.zeros((R, CODES), tl.float64)
-    # four elements at a time, and several of these in flight, but each term is added in the order
-    # of `vqtriton.reference.squared_distances`; if IS_DOT, of `dot_products` there, and then the
-    # distance is the opposite of the dot product
+    # loads are four elements wide, and several run at once; but the terms are added in the order
+    # that `squared_distances` of vqtriton.reference defines, or `dot_products` if IS_DOT. Then the
+    # distance is the negative dot product
     CHUNKS: tl.constexpr = MOST_CHUNKS if D % (4 * MOST_CHUNKS) == 0 else 1
     for start_d in range(0, end_d, 4 * CHUNKS):
         for i in tl.static_range(CHUNKS):

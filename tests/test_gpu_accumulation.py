@@ -109,7 +109,7 @@ def test_accumulation_is_within_its_bound(inner: int, name: str) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.gpu
-@pytest.mark.skipif(UNIT not in TENSOR_CORES.values(), reason="no GPU that a published model is of")
+@pytest.mark.skipif(UNIT not in TENSOR_CORES.values(), reason="needs a GPU with a published model")
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("inner", INNERS)
 def test_sums_are_those_of_the_published_model(inner: int, name: str) -> None:
