@@ -45,8 +45,6 @@ from vqtriton.kernels.screen_tiles import (
 
 # what a kernel that does not finish gets in its place
 NO_FINISH = (None,) * 17 + (0.0,) * 4 + (0,) * 2
-
-
 # one row in this many of a tile can have its rivals listed
 LISTED_SHARE = 4
 # dimensions of a tile of the finish: a sector of 32 bytes, where they are float32

@@ -13,7 +13,7 @@ from vqtriton.kernels.row_planes import strides_of
 
 @dataclass(frozen=True)
 class ScreenCodesConfig:
-    """Tiles of the screen. The defaults are those for D <= 64."""
+    """Tiles of the screen."""
 
     block_n: int = 128
     block_k: int = 64
