@@ -20,6 +20,7 @@ from vqtriton.kernels import (
     ema_update,
     nearest_code,
     normalize_rows,
+    rotate_grad,
     screen_codes,
     screen_tiles,
     vector_quantize_grad,
@@ -228,6 +229,10 @@ def record_normalize_rows(x: torch.Tensor, target: str) -> list[Launch]:
     return launches_of((normalize_rows,), normalize_rows.normalize_rows, x)
 
 
+def record_rotate_grad(x: torch.Tensor, target: str) -> list[Launch]:
+    return launches_of((rotate_grad,), rotate_grad.rotate_grad, x, x, x, False)
+
+
 def record_draw_rows(x: torch.Tensor, target: str) -> list[Launch]:
     indices = torch.zeros(len(x), dtype=torch.int64)
     return launches_of(
@@ -267,6 +272,11 @@ KERNELS = (
         for name in ("finish_parts", "rescue_rows")
     ),
     Kernel("normalize_rows", record_normalize_rows, ((64, torch.float32),)),
+    Kernel(
+        "rotate_grad",
+        record_rotate_grad,
+        ((8, torch.float32), (64, torch.float32), (512, torch.float16)),
+    ),
     *(
         Kernel(name, record_sums, ((64, torch.float32),))
         for name in (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # a vector shorter than this is divided by it, and not by its length, when it is normalized
 LEAST_NORM = 1e-12
+# the same for the gradient of a rotation, as its authors have it
+LEAST_LENGTH = 1e-6
 # codes in a group, whose scores are reduced together; and those of more than so many dimensions,
 # where the dot product takes longer than comparisons, so that a finish may read fewer codes
 GROUP = 8

@@ -85,6 +85,15 @@ def search(device: torch.device | str) -> None:
     expect(triton_backend.nearest_code(x, codebook, "exact", "dot"), of_dots)
 
 
+def rotated(device: torch.device | str) -> None:
+    x, quantized, grad = torch.randn(3, 70, 20, device=device).unbind(0)
+    for is_forward in (False, True):
+        arguments = grad, x, quantized
+        found = triton_backend.rotate_grad(*arguments, is_forward)
+        expected = torch_backend.rotate_grad(*(t.cpu() for t in arguments), is_forward)
+        torch.testing.assert_close(found.cpu(), expected)
+
+
 def normalized(device: torch.device | str) -> None:
     x, _, _ = make_data(device)
     expect(triton_backend.normalize_rows(x), torch_backend.normalize_rows(x.cpu()))
@@ -160,6 +169,7 @@ CASES: dict[str, Case] = {
     ),
     "atomic_sums": atomic_sums,
     "normalize_rows": normalized,
+    "rotate_grad": rotated,
     "grad_x": gradient,
     "ema_update": update,
 }

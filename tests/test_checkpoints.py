@@ -762,11 +762,14 @@ def test_their_state_that_waits_for_kmeans():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (their_state(heads=2), r"_codebook.embed has 2 heads; .*load_codebooks"),
+        (
+            their_state(heads=2),
+            r"_codebook.embed has .*it has 2 heads, see separate_codebook_per_head",
+        ),
         (their_state(size=K + 1), rf"embed has shape \(1, 8, 3\); it must be \(1, {K}, {D}\)"),
         (
             their_state(dim=2) | {"project_in.weight": torch.zeros(2, D)},
-            r"embed has shape \(1, 7, 2\); .*project_in is before it",
+            r"embed has shape \(1, 7, 2\); .*project_in is before it, see codebook_dim",
         ),
         (their_state() | {"_codebook.batch_mean": torch.zeros(1, 1, D)}, "batch_mean has no count"),
     ],

@@ -88,11 +88,12 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
             *(sass_kernels.record_sums, sass_kernels.record_ema_update, record_double_sums),
             *(sass_kernels.record_draw_rows, sass_kernels.record_fast_search),
             sass_kernels.record_normalize_rows,
+            sass_kernels.record_rotate_grad,
         ),
         (
             *("sum_codes", "place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
             *("atomic_sums", "grad_x", "ema_update", "draw_keys", "count_rows", "reduce_losses"),
-            "normalize_rows",
+            *("normalize_rows", "rotate_grad"),
         ),
         (
             *((1, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (100, FLOAT32, "strided")),

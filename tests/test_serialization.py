@@ -32,6 +32,13 @@ OPTIONS = {
     "threshold_ema_dead_code": 0.125,
     "channel_last": False,
     "accept_image_fmap": True,
+    "accept_3d_fmap": True,
+    "codebook_dim": 4,
+    "heads": 2,
+    "separate_codebook_per_head": True,
+    "use_cosine_sim": True,
+    "layernorm_after_project_in": True,
+    "rotation_trick": True,
     "sync_codebook": False,
     "precision": "fast",
     "backend": "torch",
@@ -130,7 +137,7 @@ def test_every_option_is_tried():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_survives(name, tmp_path):
     vq = VectorQuantize(DIM, SIZE, **{name: OPTIONS[name]})
-    vq.set_codebook(torch.randn(SIZE, DIM))
+    vq.set_codebook(torch.randn(vq.codebook.shape))
     vqtriton.save(vq, tmp_path / "vq")
     loaded = vqtriton.load(tmp_path / "vq")
     assert getattr(loaded, name) == OPTIONS[name]
@@ -333,7 +340,7 @@ def test_configuration_is_no_set_of_arguments(config, file):
 
 def test_configuration_has_other_arguments(file):
     config = trained().config
-    for name in ("heads", "self", "return", ""):
+    for name in ("groups", "self", "return", ""):
         configure(file, config | {name: 1})
         refused(file, "has a configuration that builds no module", name)
     for name in ("dim", "codebook_size"):
@@ -359,7 +366,13 @@ WRONG_VALUES = {
     "kmeans_iters": [*WRONG, 2.5, True, -1, float("inf")],
     "threshold_ema_dead_code": [*WRONG, True, -1, float("inf")],
     "channel_last": [*WRONG, "no", 0],
-    "accept_image_fmap": [*WRONG, "no", 0],
+    "accept_3d_fmap": [*WRONG, "no", 0],
+    "use_cosine_sim": [*WRONG, "no", 0],
+    "rotation_trick": [*WRONG, "no", 0],
+    "separate_codebook_per_head": [*WRONG, "no", 0],
+    "layernorm_after_project_in": [*WRONG, "no", 0],
+    "codebook_dim": [*WRONG[1:], 6.0, True, 0, -6],
+    "heads": [*WRONG, 6.0, True, 0, -6],
     "sync_codebook": [*WRONG, "no", 0],
     "precision": [None, ["exact"], 1, "exactly"],
     "backend": [None, ["auto"], 1, "cuda"],

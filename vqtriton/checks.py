@@ -15,6 +15,7 @@ INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
 )
 REDUCTIONS = ("mean", "sum", "none")
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 def _kind(value: object) -> str:
@@ -32,7 +33,7 @@ def check_arguments(
     check_x(x)
     check_codebook(codebook, x)
     check_options(precision, backend, x, codebook)
-    _check_mask(mask, x)
+    check_mask(mask, x)
 
 
 def check_x(x: Tensor, name: str = "x") -> None:
@@ -76,7 +77,7 @@ def check_metric(metric: str) -> None:
         raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(dispatch.METRICS)}")
 
 
-def _check_mask(mask: Tensor | None, x: Tensor) -> None:
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -129,3 +130,16 @@ def check_number(
     if not least <= value <= (torch.finfo(torch.float32).max if most is None else most):
         wanted = f"finite and at least {least}" if most is None else f"in [{least}, {most}]"
         raise ValueError(f"{name} is {value!r:.80}; it must be {wanted}")
+
+
+def check_weight(name: str, weight: Any) -> None:
+    """
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not finite in float32.
+    """
+    # tuples of types, as torch 2.8 compiles no `int | float`
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"{name} is {weight!r:.80}; it must be a number")
+    if not abs(weight) <= LARGEST_WEIGHT:
+        raise ValueError(f"{name} is {weight!r:.80}; it must be finite in float32")

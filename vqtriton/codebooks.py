@@ -8,7 +8,7 @@ way, finds them in the next step as they were written. docs/codebook.md is this 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -31,7 +31,8 @@ SHARDED = (
 class Codebook(nn.Module):
     """The codes and their cluster sizes: set, reset, loaded, copied, prepared for inference.
 
-    Arguments and attributes are those of `vqtriton.VectorQuantize`.
+    Arguments and attributes are those of `vqtriton.VectorQuantize`, whose D is ``codebook_dim``
+    here. With ``num_codebooks`` it holds that many, [H, K, D]; 0 is one, [K, D].
     """
 
     codebook: Tensor
@@ -39,16 +40,18 @@ class Codebook(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        codebook_dim: int,
         codebook_size: int,
         *,
+        num_codebooks: int,
         codebook_update: str,
         kmeans_init: bool,
         backend: str,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.codebook_dim = codebook_dim
         self.codebook_size = codebook_size
+        self.num_codebooks = num_codebooks
         self.codebook_update = codebook_update
         self.kmeans_init = kmeans_init
         self.backend = backend
@@ -58,15 +61,29 @@ class Codebook(nn.Module):
         self._seen: tuple[Tensor] | None = None
         self._has_warned = self._is_sharded = False
         # what it was prepared of: its marks, and the tensor
-        self._prepared: tuple[tuple[Any, ...], Tensor, PreparedCodebook] | None = None
+        self._prepared: dict[int, tuple[tuple[Any, ...], Tensor, PreparedCodebook]] = {}
 
-        codebook = torch.empty(codebook_size, dim, dtype=torch.float32)
+        codebook = torch.empty(self._shape_of("codebook"), dtype=torch.float32)
         if codebook_update == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-        self.register_buffer("cluster_size", torch.empty(codebook_size, dtype=torch.float32))
+        cluster_size = torch.empty(self._shape_of("cluster_size"), dtype=torch.float32)
+        self.register_buffer("cluster_size", cluster_size)
         self.reset_parameters()
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        heads = (self.num_codebooks,) if self.num_codebooks else ()
+        size = *heads, self.codebook_size
+        return (*size, self.codebook_dim) if name == "codebook" else size
+
+    def _by_codebook(self, tensor: Tensor, dim: int = 0) -> Sequence[Tensor]:
+        """What belongs to each codebook."""
+        return tensor.unbind(dim) if self.num_codebooks else (tensor,)
+
+    def _joined(self, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """What `_by_codebook` took apart."""
+        return torch.stack(list(tensors), dim) if self.num_codebooks else tensors[0]
 
     @property
     def is_initialized(self) -> Tensor:
@@ -111,9 +128,9 @@ class Codebook(nn.Module):
         """Replaces all codes, in place: optimizers and graphs keep their tensor.
 
         Args:
-            codes: [K, D], finite, on any device.
-            cluster_size: how many rows per step each code stands for, [K] or one number. The larger
-                it is, the slower the code moves in the next steps ("ema").
+            codes: [K, D], or [H, K, D] for H codebooks; finite, on any device.
+            cluster_size: how many rows per step each code stands for, [K] ([H, K]) or one number.
+                The larger it is, the slower the code moves in the next steps ("ema").
 
         Raises:
             TypeError, ValueError: an argument does not fit, or the codebook cannot be written to.
@@ -124,7 +141,7 @@ class Codebook(nn.Module):
             >>> quantized, indices, loss = vq(x)
         """
         check_x(codes, name="codes")
-        shape = self.codebook_size, self.dim
+        shape = self._shape_of("codebook")
         if tuple(codes.shape) != shape:
             raise ValueError(f"codes has shape {tuple(codes.shape)}; it must be {shape}")
         # of float64 some that are finite overflow in float32
@@ -135,12 +152,13 @@ class Codebook(nn.Module):
             kind = type(cluster_size).__name__
             raise TypeError(f"cluster_size is a {kind}; it must be a tensor or a number")
         size = torch.as_tensor(cluster_size, dtype=torch.float32)
-        if size.shape not in ((), (self.codebook_size,)) or not (
+        shape = self._shape_of("cluster_size")
+        if tuple(size.shape) not in ((), shape) or not (
             (size >= 0).all() and size.isfinite().all()
         ):
             raise ValueError(
                 f"cluster_size is {cluster_size!r:.80}; it must be finite and at least 0, one "
-                f"number or {self.codebook_size} of them"
+                f"number or a tensor of shape {shape}"
             )
         self._write(codes)
         self.cluster_size.copy_(size)
@@ -211,7 +229,7 @@ class Codebook(nn.Module):
         else:
             self.codebook = codes
 
-    def _kept(self, codebook: Tensor) -> Tensor | PreparedCodebook:
+    def _kept(self, codebook: Tensor, head: int = 0) -> Tensor | PreparedCodebook:
         """A frozen codebook as it was prepared for an earlier inference with the kernels.
 
         Others are not kept: a write through ``.data`` or by a graph leaves no trace. The torch
@@ -222,20 +240,20 @@ class Codebook(nn.Module):
         if resolve_backend(self.backend, codebook.device) == "torch":
             return codebook
         mark = self.backend, codebook.device, codebook.data_ptr(), codebook._version
-        if self._prepared is not None:
-            of, _, prepared = self._prepared
+        if head in self._prepared:
+            of, _, prepared = self._prepared[head]
             if of == mark:
                 return prepared
         # a later inference may want gradients, for which this one's tensors could not be saved
         with torch.inference_mode(False), torch.no_grad():
             prepared = prepare_codebook(codebook, backend=self.backend)
         # with the tensor, so that no other can come to have its address
-        self._prepared = mark, codebook, prepared
+        self._prepared[head] = mark, codebook, prepared
         return prepared
 
     def _forget(self) -> None:
         """What is known of codes that are no more."""
-        self._seen = self._prepared = None
+        self._seen, self._prepared = None, {}
         self._has_warned = False
 
     def _renew(self) -> None:
@@ -255,7 +273,7 @@ class Codebook(nn.Module):
         if self._is_sharded:
             # FSDP sets a shard, and in forward a copy that it gathered, as it likes
             return value
-        shape = (self.codebook_size, self.dim)[: 2 if name == "codebook" else 1]
+        shape = self._shape_of(name)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
         fitting = value
@@ -276,7 +294,10 @@ class Codebook(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        super()._apply(keep_dtype, recurse)
+        for name, child in self.named_children() if recurse else ():
+            # what a codebook is made of keeps its dtype as well; projections do not
+            child._apply(keep_dtype if name == "parametrizations" else fn)
+        super()._apply(keep_dtype, recurse=False)
         return self
 
     def _load_from_state_dict(
@@ -317,24 +338,22 @@ class Codebook(nn.Module):
         embed, sizes = theirs.pop(f"{place}embed"), theirs.pop(f"{place}cluster_size", None)
         was_started = theirs.pop(f"{place}initted", None)
         theirs.pop(f"{place}embed_avg", None)
-        shape, found = (self.codebook_size, self.dim), tuple(embed.shape)
+        shape, found = self._shape_of("codebook"), tuple(embed.shape)
         if theirs:
             return None, f"{min(theirs)} has no counterpart in a VectorQuantize of vqtriton"
-        if embed.ndim == 3 and len(embed) > 1:
-            return None, (
-                f"{place}embed has {len(embed)} heads; a VectorQuantize of vqtriton has one: make "
-                "one for each head, and set the codes that vqtriton.load_codebooks reads"
-            )
-        if found != (1, *shape):
-            fault = f"{place}embed has shape {found}; it must be {(1, *shape)}"
-            if f"{prefix}project_in.weight" in state_dict:
-                fault += "; project_in is before it, so dim is its codebook_dim"
+        wanted = shape if self.num_codebooks else (1, *shape)
+        if found != wanted:
+            fault = f"{place}embed has shape {found}; it must be {wanted}"
+            if embed.ndim == 3 and len(embed) != max(self.num_codebooks, 1):
+                fault += f"; it has {len(embed)} heads, see separate_codebook_per_head"
+            elif f"{prefix}project_in.weight" in state_dict:
+                fault += "; project_in is before it, see codebook_dim"
             return None, fault
         if was_started is not None and not was_started and not self.kmeans_init:
             return None, f"{place}initted is false: it waits for k-means, as with kmeans_init=True"
         state_dict[f"{prefix}codebook"] = embed.detach().reshape(shape)
         if sizes is not None:
-            state_dict[f"{prefix}cluster_size"] = sizes.detach().reshape(-1)
+            state_dict[f"{prefix}cluster_size"] = sizes.detach().reshape(shape[:-1])
         return was_started, ""
 
     def train(self, mode: bool = True) -> Codebook:
@@ -346,7 +365,7 @@ class Codebook(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # what can be made again is not copied or pickled
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": {}}
 
 
 class Answer(Tensor):
@@ -376,7 +395,7 @@ def warn_of_zeros() -> None:
         "VectorQuantize(kmeans_init=True) has no codes yet, only zeros: train a step, load a state "
         "or call set_codebook first",
         # who called the module
-        stacklevel=6,
+        stacklevel=7,
     )
 
 

@@ -59,9 +59,7 @@ def sample_rows(
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of ``num_samples`` random rows, ready to be summed over the ranks.
 
-    Rank r fills the places r, r + world size, …, as many as any other; with too few rows it leaves
-    places empty. So they meet in one collective with whatever else is to be summed. No shape
-    depends on the data, so nothing waits for the device.
+    No shape depends on the data, so nothing waits for the device.
 
     Args:
         x: [N, D].
@@ -69,19 +67,40 @@ def sample_rows(
         keep: [N] bool, the rows that may be drawn. Drawn without replacement.
 
     Returns:
+        See `share_samples`.
+    """
+    row, is_kept = draw_places(num_samples, keep=keep, sync=sync)
+    return share_samples(x[row], is_kept, num_samples, sync=sync)
+
+
+def draw_places(num_samples: int, *, keep: Tensor, sync: bool = True) -> tuple[Tensor, Tensor]:
+    """Which rows are this rank's share of ``num_samples``: [n] int64, and [n] bool, those kept."""
+    rank, world = place_among(sync)
+    share = min(len(range(rank, num_samples, world)), keep.shape[0])
+    # of halves many keys would be equal, and of those the first rows would be drawn
+    keys = torch.rand(keep.shape, dtype=torch.float32, device=keep.device).masked_fill_(~keep, -1)
+    key, row = keys.topk(share)
+    return row, key >= 0
+
+
+def share_samples(
+    rows: Tensor, is_kept: Tensor, num_samples: int, *, sync: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Places this rank's samples [n, D] among those of all ranks.
+
+    Rank r fills the places r, r + world size, …, as many as any other; with too few rows it leaves
+    places empty. So they meet in one collective with whatever else is to be summed.
+
+    Returns:
         samples, [num_samples, D] float32, zeros where not filled by this rank; is_filled,
         [num_samples] float32, 1 where filled.
     """
     rank, world = place_among(sync)
-    share = min(len(range(rank, num_samples, world)), x.shape[0])
-    # of halves many keys would be equal, and of those the first rows would be drawn
-    keys = torch.rand(x.shape[0], dtype=torch.float32, device=x.device).masked_fill_(~keep, -1)
-    key, row = keys.topk(share)
-    samples = torch.zeros(num_samples, x.shape[1], dtype=torch.float32, device=x.device)
-    is_filled = torch.zeros(num_samples, dtype=torch.float32, device=x.device)
-    places = slice(rank, rank + share * world, world)
-    samples[places] = x[row].float().masked_fill((key < 0)[:, None], 0)
-    is_filled[places] = (key >= 0).float()
+    samples = torch.zeros(num_samples, rows.shape[1], dtype=torch.float32, device=rows.device)
+    is_filled = torch.zeros(num_samples, dtype=torch.float32, device=rows.device)
+    places = slice(rank, rank + len(rows) * world, world)
+    samples[places] = rows.float().masked_fill(~is_kept[:, None], 0)
+    is_filled[places] = is_kept.float()
     return samples, is_filled
 
 

@@ -17,13 +17,14 @@ from vqtriton.checks import (
     check_metric,
     check_options,
     check_sums,
+    check_weight,
 )
+from vqtriton.kernels.constants import LEAST_NORM
 from vqtriton.reference import Quantized
 from vqtriton.tensors import finite_rows, gather, is_traced, screen_dtype
 
 # what the ops do for each metric, after rows and codes are normalized for "cosine"
 OP_METRICS = {"l2": "l2", "cosine": "l2", "dot": "dot"}
-LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 class PreparedCodebook(NamedTuple):
@@ -241,18 +242,11 @@ def vector_quantize(
         raise ValueError(f"codebook was prepared for {codebook.metric!r}; it must be for 'l2'")
     codes, prepared, backend = _parts(codebook, backend)
     check_arguments(x, codes, mask, precision=precision, backend=backend)
-    for name, weight in (
-        ("commitment_weight", commitment_weight),
-        ("codebook_weight", codebook_weight),
-    ):
-        # tuples of types, as torch 2.8 compiles no `int | float`
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"{name} is {weight!r:.80}; it must be a number")
-        if not abs(weight) <= LARGEST_WEIGHT:
-            raise ValueError(f"{name} is {weight!r:.80}; it must be finite in float32")
+    check_weight("commitment_weight", commitment_weight)
+    check_weight("codebook_weight", codebook_weight)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
-    quantized, loss, indices, _ = _apply(
+    quantized, loss, indices, _ = apply(
         _VectorQuantize,
         _flat(x),
         codes,
@@ -287,7 +281,7 @@ def vector_quantize_update_(
     One op, for one process: ranks have to meet between the two. See `vqtriton.ops.ema_update_`.
     """
     check_arguments(x, codebook, mask, precision=precision, backend=backend)
-    quantized, loss, indices, *_ = _apply(
+    quantized, loss, indices, *_ = apply(
         _VectorQuantizeUpdate,
         _flat(x),
         codebook,
@@ -356,7 +350,23 @@ def code_sums(
     check_sums(x, indices, codebook_size, deterministic, backend)
     rows = _flat(x)
     arguments = codebook_size, backend, deterministic, False
-    return _apply(_CodeSums, rows, indices.reshape(-1), *arguments)
+    return apply(_CodeSums, rows, indices.reshape(-1), *arguments)
+
+
+def normalize(x: Tensor, backend: str = "auto") -> Tensor:
+    """`vqtriton.reference.normalized`, with its gradient. x is [..., D]."""
+    return apply(_Normalize, _flat(x), backend).reshape(x.shape)
+
+
+def rotate(x: Tensor, quantized: Tensor, backend: str = "auto") -> Tensor:
+    """``quantized`` [..., D] with the gradient of the rotation trick for x.
+
+    It is that of R·x, where R, taken for a constant, rotates x to the direction of ``quantized``
+    and scales it to its length. ``quantized`` itself gets none.
+
+    Reference: Fifty et al. 2024, arXiv:2410.06424, section 4.2.
+    """
+    return apply(_Rotate, _flat(x), _flat(quantized.detach()), backend).reshape(quantized.shape)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
@@ -365,10 +375,10 @@ def snapshot(tensor: Tensor) -> Tensor:
     As `torch.clone`, which `torch.compile` may put off until backward, after the change: the
     gradient is then silently wrong (pytorch/pytorch#197039). It does not put off an op of ours.
     """
-    return _apply(_Snapshot, tensor)
+    return apply(_Snapshot, tensor)
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
     """One that `torch.func` takes as well, and `eager`, which does the same in less time."""
 
     generate_vmap_rule = True
@@ -389,7 +399,7 @@ class _Function(torch.autograd.Function):
         cls.eager = type(f"{cls.__name__}Eager", (torch.autograd.Function,), methods)
 
 
-def _apply(function: type[_Function], *args: Any) -> Any:
+def apply(function: type[Function], *args: Any) -> Any:
     if is_traced():
         return function.apply(*args)
     if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
@@ -398,7 +408,7 @@ def _apply(function: type[_Function], *args: Any) -> Any:
         return function.forward(*args)
 
 
-class _ValuesOf(_Function):
+class _ValuesOf(Function):
     """The values of one tensor, with the gradient going to another."""
 
     @staticmethod
@@ -414,7 +424,7 @@ class _ValuesOf(_Function):
         return None, grad
 
 
-class _Snapshot(_Function):
+class _Snapshot(Function):
     @staticmethod
     def forward(tensor: Tensor) -> Tensor:
         return ops.snapshot(tensor)
@@ -428,7 +438,72 @@ class _Snapshot(_Function):
         return grad
 
 
-class _CodeSums(_Function):
+class _Normalize(Function):
+    @staticmethod
+    def forward(x: Tensor, backend: str) -> Tensor:
+        return ops.normalize_rows(x, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (x,) = ctx.saved_tensors
+        wide = x.to(grad.dtype)
+        # of large or small numbers the squares would leave the range
+        scale = wide.detach().abs().amax(1, keepdim=True).clamp(min=LEAST_NORM)
+        wide = wide / scale
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp(min=LEAST_NORM)
+        unit = wide / length
+        length = length * scale
+        # a short row is divided by a constant
+        across = grad - unit * (grad * unit).sum(1, keepdim=True)
+        grad = torch.where(length < LEAST_NORM, grad / LEAST_NORM, across / length)
+        return grad.to(x.dtype), None
+
+
+class _Rotate(Function):
+    """(x, quantized) -> quantized, which is λRx."""
+
+    @staticmethod
+    def forward(x: Tensor, quantized: Tensor, backend: str) -> Tensor:
+        return quantized.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, quantized, ctx.backend = inputs
+        ctx.save_for_backward(x, quantized)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, quantized = ctx.saved_tensors
+        return apply(_RotateGrad, grad, x, quantized, False, ctx.backend), None, None
+
+
+class _RotateGrad(Function):
+    """λRᵀ·grad, or λR·grad if it is not transposed."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, quantized: Tensor, is_forward: bool, backend: str
+    ) -> Tensor:
+        return ops.rotate_grad(grad, x, quantized, is_forward, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, x, quantized, ctx.is_forward, ctx.backend = inputs
+        ctx.save_for_backward(x, quantized)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, quantized = ctx.saved_tensors
+        # R is a constant
+        turned = apply(_RotateGrad, grad, x, quantized, not ctx.is_forward, ctx.backend)
+        return turned, None, None, None, None
+
+
+class _CodeSums(Function):
     @staticmethod
     def forward(
         x: Tensor,
@@ -454,7 +529,7 @@ class _CodeSums(_Function):
         return grad_x, None, None, None, None, None
 
 
-class _VectorQuantize(_Function):
+class _VectorQuantize(Function):
     """(x, codebook, mask) -> (quantized, loss, indices, what the loss was multiplied by).
 
     Backward can be differentiated again, with the stop-gradients of the paper where they belong.
@@ -497,7 +572,7 @@ class _VectorQuantize(_Function):
             grad_x = _grad_x(ctx, grad_quantized, of_rows, x, codebook, indices)
         if ctx.needs_input_grad[1]:
             weight = 2 * ctx.codebook_weight * ctx.share
-            grad_codebook = _apply(
+            grad_codebook = apply(
                 _GradCodebook, of_rows, x.detach(), codebook, indices, weight, ctx.backend
             )
             if grad_codebook.dtype != codebook.dtype:
@@ -569,7 +644,7 @@ def _of_rows(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     """x, codebook, indices, and the gradient of each row's part of the loss, [N]."""
     x, codebook, indices, *counted = ctx.saved_tensors
     if ctx.learned is not None and torch.is_grad_enabled():
-        codebook = _apply(_ValuesOf, codebook, ctx.learned)
+        codebook = apply(_ValuesOf, codebook, ctx.learned)
     if grad_loss is None:
         grad_loss = torch.zeros((), dtype=screen_dtype(x, codebook), device=x.device)
     for share in counted:
@@ -588,12 +663,12 @@ def _grad_x(
     if grad_quantized is None:
         grad_quantized = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
     weight = 2 * ctx.commitment_weight * ctx.share
-    return _apply(
+    return apply(
         _GradX, grad_quantized, of_rows, x, codebook.detach(), indices, weight, ctx.backend
     )
 
 
-class _GradX(_Function):
+class _GradX(Function):
     """grad_quantized + weight·grad_loss·(x - codes), zero for masked rows."""
 
     @staticmethod
@@ -622,7 +697,7 @@ class _GradX(_Function):
         return grad, (grad * pull).sum(1), of_x, None, None, None, None
 
 
-class _GradCodebook(_Function):
+class _GradCodebook(Function):
     """Sum of weight·grad_loss·(code - x) over the finite rows of each code, in the loss's dtype."""
 
     @staticmethod
@@ -644,7 +719,7 @@ class _GradCodebook(_Function):
         of_loss = (gather(grad, indices) * pull).sum(1).masked_fill(is_left_out, 0)
         rows = grad_loss.masked_fill(is_left_out, 0)[:, None]
         num_codes = codebook.shape[0]
-        total, _ = _apply(_CodeSums, rows, indices, num_codes, ctx.backend, True, False)
+        total, _ = apply(_CodeSums, rows, indices, num_codes, ctx.backend, True, False)
         return of_loss, None, (ctx.weight * grad * total).to(codebook.dtype), None, None, None
 
 

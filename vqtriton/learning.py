@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ class LearnedCodebook(Codebook):
 
     def __init__(
         self,
-        dim: int,
+        codebook_dim: int,
         codebook_size: int,
         *,
+        num_codebooks: int,
         codebook_update: str,
         decay: float,
         kmeans_init: bool,
@@ -43,8 +44,9 @@ class LearnedCodebook(Codebook):
         backend: str,
     ) -> None:
         super().__init__(
-            dim,
+            codebook_dim,
             codebook_size,
+            num_codebooks=num_codebooks,
             codebook_update=codebook_update,
             kmeans_init=kmeans_init,
             backend=backend,
@@ -88,34 +90,45 @@ class LearnedCodebook(Codebook):
 
     @torch.no_grad()
     def _restart(self, which: Tensor, x: Tensor | None) -> None:
-        """See `vqtriton.VectorQuantize.reset_codes`; x is [..., D]."""
+        """See `vqtriton.VectorQuantize.reset_codes`; x is [..., D], or [..., H, D]."""
         which = self._mask_of_codes(which)
         if not self._has_codes():
             raise ValueError("codebook has no codes yet: it waits for its k-means start")
-        codes, stay = self.codebook.detach(), ~which
+        codes = self.codebook.detach()
+        parts = [self._by_codebook(tensor) for tensor in (codes, which, self.cluster_size)]
+        rows: Sequence[Tensor | None] = [None] * len(parts[0])
+        if x is not None:
+            check_arguments(x, parts[0][0], precision="exact", backend=self.backend)
+            rows = self._by_codebook(self._flat(x.detach()), 1)
+        fresh = [
+            self._fresh(head, of_head, size, row)
+            for head, of_head, size, row in zip(*parts, rows, strict=True)
+        ]
+        sizes = self.cluster_size.where(~which, self.cluster_size.mean(-1, keepdim=True))
+        self._write(self._joined(fresh).where(which[..., None], codes))
+        self.cluster_size.copy_(sizes)
+        self._renew()
+
+    def _fresh(self, codes: Tensor, which: Tensor, size: Tensor, x: Tensor | None) -> Tensor:
+        """[K, D], new values for some codes of one codebook."""
+        stay = ~which
         if x is None:
             if not stay.any():
                 raise ValueError("which is every code; give the rows x to draw from as well")
             # all sizes may be zero
-            weights = self.cluster_size.where(stay, 0) + 1e-20 * stay
+            weights = size.where(stay, 0) + 1e-20 * stay
             drawn = torch.multinomial(weights, self.codebook_size, replacement=True)
             spread = JITTER * codes[stay].std(0, correction=0)
-            fresh = codes[drawn] + spread * torch.randn_like(codes)
-        else:
-            check_arguments(x, codes, precision="exact", backend=self.backend)
-            rows = x.detach().reshape(-1, self.dim)
-            rows = rows[finite_rows(rows.float())]
-            if len(rows) == 0:
-                raise ValueError(f"x has shape {tuple(x.shape)} and no finite row to draw from")
-            order = torch.randperm(len(rows), dtype=torch.int64, device=rows.device)
-            # with fewer rows than codes some are used again
-            order = order.repeat(-(-self.codebook_size // len(order)))
-            fresh = torch.empty_like(codes)
-            fresh[which] = rows[order[: int(which.sum())]].float()
-        mean = self.cluster_size.mean()
-        self._write(fresh.where(which[:, None], codes))
-        self.cluster_size.copy_(mean.where(which, self.cluster_size))
-        self._renew()
+            return codes[drawn] + spread * torch.randn_like(codes)
+        rows = x[finite_rows(x.float())]
+        if len(rows) == 0:
+            raise ValueError(f"x has {len(x)} rows and no finite row to draw from")
+        order = torch.randperm(len(rows), dtype=torch.int64, device=rows.device)
+        # with fewer rows than codes some are used again
+        order = order.repeat(-(-self.codebook_size // len(order)))
+        fresh = torch.empty_like(codes)
+        fresh[which] = rows[order[: int(which.sum())]].float()
+        return fresh
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -157,14 +170,15 @@ class LearnedCodebook(Codebook):
 
     def _start_once(self, vectors: Tensor, mask: Tensor | None) -> None:
         if self._revives and not torch.compiler.is_compiling():
-            self._check_threshold(vectors.numel() // self.dim)
+            self._check_threshold(vectors.numel() // self.codebook_dim // (self.num_codebooks or 1))
         must_broadcast = (
             self.sync_codebook and not self._is_broadcast and distributed.world_size() > 1
         )
         if not must_broadcast and self._has_codes():
             return
         # before anything changes or other ranks are waited for
-        check_arguments(vectors, self.codebook, mask, precision="exact", backend=self.backend)
+        codebook = self._by_codebook(self.codebook)[0]
+        check_arguments(vectors, codebook, mask, precision="exact", backend=self.backend)
         if must_broadcast:
             with torch.no_grad():
                 # not state_dict(): FSDP2 has hooks on it that put the shards back. Nor parameters
@@ -195,26 +209,47 @@ class LearnedCodebook(Codebook):
                 f"replaced again and again. Choose 0.1 to 0.4 of the rows per code, which is "
                 f"{0.1 * share:.2g} to {0.4 * share:.2g}",
                 # who called the module
-                stacklevel=7,
+                stacklevel=8,
             )
 
     @torch.no_grad()
     def _update(self, rows: Tensor, indices: Tensor) -> None:
         """One step of the statistics, and of what follows from them."""
         # not the public function: it checks its arguments, and can be differentiated
-        sums, counts = ops.code_sums(rows, indices, self.codebook_size, self.backend)
+        size, parts = self.codebook_size, [self._by_codebook(t, 1) for t in (rows, indices)]
+        found = [ops.code_sums(*part, size, self.backend) for part in zip(*parts, strict=True)]
+
+        def draw() -> list[Tensor]:
+            drawn = [
+                distributed.sample_rows(
+                    x, size, keep=(chosen >= 0) & finite_rows(x), sync=self.sync_codebook
+                )
+                for x, chosen in zip(*parts, strict=True)
+            ]
+            return [self._joined(tensors) for tensors in zip(*drawn, strict=True)]
+
+        sums, counts = (self._joined(tensors) for tensors in zip(*found, strict=True))
+        local = self._collect(sums, counts, draw)
+        if local:
+            self._step(distributed.all_reduce(local, sync=self.sync_codebook))
+
+    def _collect(
+        self, sums: Tensor, counts: Tensor, draw: Callable[[], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """What the ranks are to sum for a step; nothing if another batch is to come first.
+
+        ``draw`` gives rows for dead codes, as `vqtriton.distributed.sample_rows` does.
+        """
         local = [counts, sums] if self.codebook_update == "ema" else [counts]
         if self._pending is not None:
             local = [now + before for now, before in zip(local, self._pending, strict=True)]
         self._pending = local if self._accumulates else None
         if self._accumulates:
-            return
-        if self._revives:
-            keep = (indices >= 0) & finite_rows(rows)
-            local += distributed.sample_rows(
-                rows, self.codebook_size, keep=keep, sync=self.sync_codebook
-            )
-        totals = distributed.all_reduce(local, sync=self.sync_codebook)
+            return []
+        return [*local, *draw()] if self._revives else local
+
+    def _step(self, totals: list[Tensor]) -> None:
+        """The step, with what `_collect` gave, summed."""
         # one by one, as `counts, *others = totals` gives a compiled step of torch 2.8 a tuple
         counts = totals.pop(0)
         averaged = totals.pop(0) if self.codebook_update == "ema" else None
@@ -222,7 +257,12 @@ class LearnedCodebook(Codebook):
         codebook = self.codebook if is_own else self.codebook.detach().clone()
         samples, is_filled = totals or (None, None)
         state, rates = (self.cluster_size, codebook), self._rates_here()
-        ops.ema_update_(*Update(*state, counts, averaged, samples, is_filled, rates), self.backend)
+        parts = [
+            [None] * (self.num_codebooks or 1) if tensor is None else self._by_codebook(tensor)
+            for tensor in (*state, counts, averaged, samples, is_filled)
+        ]
+        for part in zip(*parts, strict=True):
+            ops.ema_update_(*Update(*part, rates), self.backend)
         if not is_own:
             self._write(codebook)
 
@@ -230,36 +270,47 @@ class LearnedCodebook(Codebook):
     def _start_from_data(self, vectors: Tensor, mask: Tensor | None) -> None:
         # before k-means takes its time
         self._check_writable()
-        rows = vectors.reshape(-1, self.dim) if mask is None else vectors[mask]
-        codebook, counts, has_rows = clustering.lloyd(
-            clustering.Rows(rows),
-            self.codebook_size,
-            self.kmeans_iters,
-            sync=self.sync_codebook,
-            backend=self.backend,
-        )
+        heads = self._by_codebook(self._flat(vectors), 1)
+        masks = None if mask is None else self._by_codebook(self._flat(mask, 0), 1)
+        found = [
+            clustering.lloyd(
+                clustering.Rows(rows if masks is None else rows[masks[head]]),
+                self.codebook_size,
+                self.kmeans_iters,
+                sync=self.sync_codebook,
+                backend=self.backend,
+            )
+            for head, rows in enumerate(heads)
+        ]
+        codebooks, counts, has_rows = zip(*found, strict=True)
         # without a row on any rank: the next batch may have some
-        if has_rows:
-            self._write(codebook)
-            self.cluster_size.copy_(counts.clamp(min=1))
+        if all(has_rows):
+            self._write(self._joined(codebooks))
+            self.cluster_size.copy_(self._joined(counts).clamp(min=1))
+
+    def _flat(self, tensor: Tensor, num_dims: int = 1) -> Tensor:
+        """[N, …], with the last dims kept, and before them that of the codebooks."""
+        num_dims += bool(self.num_codebooks)
+        return tensor.reshape(-1, *tensor.shape[tensor.ndim - num_dims :])
 
     def _mask_of_codes(self, which: Tensor) -> Tensor:
         """[K] bool of what `reset_codes` takes."""
         if not isinstance(which, Tensor):
             raise TypeError(f"which is a {type(which).__name__}; it must be a tensor")
         which = which.to(self.codebook.device)
+        shape = self._shape_of("cluster_size")
         is_mask = which.dtype == torch.bool
-        if is_mask and which.shape != (self.codebook_size,):
-            raise ValueError(
-                f"which has shape {tuple(which.shape)}; a mask must be ({self.codebook_size},)"
-            )
+        if is_mask and tuple(which.shape) != shape:
+            raise ValueError(f"which has shape {tuple(which.shape)}; a mask must be {shape}")
         if is_mask:
             return which
+        if self.num_codebooks:
+            raise TypeError(f"which is a {which.dtype} tensor; it must be a mask {shape} of bool")
         if which.is_floating_point() or which.is_complex():
             raise TypeError(f"which is a {which.dtype} tensor; it must be bool or integers")
         if ((which < 0) | (which >= self.codebook_size)).any():
             raise ValueError(f"which has indices outside [0, {self.codebook_size})")
-        mask = torch.zeros(self.codebook_size, dtype=torch.bool, device=which.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=which.device)
         mask[which.long()] = True
         return mask
 
@@ -271,6 +322,7 @@ class LearnedCodebook(Codebook):
             and not self._accumulates
             and self._pending is None
             and self._owns_codebook()
+            and not self.num_codebooks
             and not (self.sync_codebook and distributed.world_size() > 1)
         )
 

@@ -12,6 +12,7 @@ Without the backend, an op's arguments are those of the function of the same nam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,6 +57,9 @@ _library.define(
 _library.define(
     "grad_x(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices, "
     "float weight, str backend) -> Tensor"
+)
+_library.define(
+    "rotate_grad(Tensor grad, Tensor x, Tensor quantized, bool is_forward, str backend) -> Tensor"
 )
 _library.define(
     "grad_codebook(Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices, float weight, "
@@ -177,6 +181,10 @@ def _grad_x_fake(grad_quantized: Tensor, grad_loss: Tensor, x: Tensor, *_: Any) 
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _rotate_grad_fake(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _grad_codebook_fake(grad_loss: Tensor, x: Tensor, codebook: Tensor, *_: Any) -> Tensor:
     return torch.empty(codebook.shape, dtype=grad_loss.dtype, device=x.device)
 
@@ -185,7 +193,9 @@ def _ema_update_fake(*_: Any) -> None:
     pass
 
 
-def _implementation(name: str) -> Callable[..., Any]:
+def _implementation(
+    name: str, module_for: Callable[[str, torch.device], ModuleType]
+) -> Callable[..., Any]:
     """An op, by the function of its name in the backend that it is asked for."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.vqtriton, packet), overload or "default")
@@ -206,7 +216,7 @@ def _implementation(name: str) -> Callable[..., Any]:
         if packet == "vector_quantize_update_":
             _refuse_backward()
         with torch._C._AutoDispatchBelowAutograd():
-            results = getattr(backend_for(args[place], device), packet)(*others)
+            results = getattr(module_for(args[place], device), packet)(*others)
         if changed:
             # whoever saved one of them for backward is to be told that it has changed
             tensors = [args[i] for i in changed if not args[i].is_inference()]
@@ -242,6 +252,25 @@ def _on_cpu(run: Callable[..., Any], changed: Sequence[int], args: Sequence[Any]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def _implement(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    IMPLEMENTATIONS[name] = run
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vqtriton::{name}", fake, lib=_library)
+
+
+def register(
+    schema: str,
+    fake: Callable[..., Any],
+    module_for: Callable[[str, torch.device], ModuleType],
+) -> None:
+    """Defines an op that the functions of its name in other modules compute."""
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    _implement(name, _implementation(name, module_for), fake)
+
+
 for _name, _fake in (
     ("nearest_code", _nearest_code_fake),
     ("nearest_code.prepared", _nearest_code_fake),
@@ -252,13 +281,13 @@ for _name, _fake in (
     ("vector_quantize_update_", _vector_quantize_update_fake),
     ("code_sums", _code_sums_fake),
     ("grad_x", _grad_x_fake),
+    ("rotate_grad", _rotate_grad_fake),
     ("grad_codebook", _grad_codebook_fake),
     ("ema_update_", _ema_update_fake),
     ("snapshot", _snapshot_fake),
 ):
-    IMPLEMENTATIONS[_name] = _snapshot if _name == "snapshot" else _implementation(_name)
-    _library.impl(_name, IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vqtriton::{_name}", _fake, lib=_library)
+    _run = _snapshot if _name == "snapshot" else _implementation(_name, backend_for)
+    _implement(_name, _run, _fake)
 
 
 def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
@@ -280,6 +309,7 @@ vector_quantize_update_ = torch.ops.vqtriton.vector_quantize_update_.default
 vector_quantize_prepared = torch.ops.vqtriton.vector_quantize.prepared
 code_sums = torch.ops.vqtriton.code_sums.default
 grad_x = torch.ops.vqtriton.grad_x.default
+rotate_grad = torch.ops.vqtriton.rotate_grad.default
 grad_codebook = torch.ops.vqtriton.grad_codebook.default
 ema_update_ = torch.ops.vqtriton.ema_update_.default
 snapshot = torch.ops.vqtriton.snapshot.default

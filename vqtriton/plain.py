@@ -56,6 +56,7 @@ class PlainQuantizer(nn.Module):
 
     Raises:
         TypeError: ``vq`` is not a `VectorQuantize`.
+        ValueError: ``vq`` has several heads, projections or cosine similarity.
 
     Warns:
         UserWarning: ``vq`` has no codes yet, as it waits for its k-means start.
@@ -76,12 +77,18 @@ class PlainQuantizer(nn.Module):
         super().__init__()
         if not isinstance(vq, VectorQuantize):
             raise TypeError(f"vq is a {type(vq).__name__}; it must be a VectorQuantize")
+        changed = ("use_cosine_sim", "project_in")
+        refused = [name for name in changed if getattr(vq, name)]
+        if vq.heads > 1 or refused:
+            what = "heads" if vq.heads > 1 else refused[0]
+            raise ValueError(f"vq has {what}, which a PlainQuantizer does not know")
         if not vq.is_initialized:
             warnings.warn("vq has no codes yet: it waits for its k-means start", stacklevel=2)
         self.dim = vq.dim
         self.codebook_size = vq.codebook_size
         self.channel_last = vq.channel_last
         self.accept_image_fmap = vq.accept_image_fmap
+        self.accept_3d_fmap = vq.accept_3d_fmap
         codebook = vq.codebook.detach().clone(memory_format=torch.contiguous_format)
         prepared = centred_codebook(codebook, torch.float32)
         self.register_buffer("codebook", codebook)
@@ -180,6 +187,10 @@ class PlainQuantizer(nn.Module):
             layout = "[B, D, H, W]"
             if x.ndim == 4 and x.shape[1] == self.dim:
                 return x.movedim(1, -1)
+        elif self.accept_3d_fmap:
+            layout = "[B, D, T, H, W]"
+            if x.ndim == 5 and x.shape[1] == self.dim:
+                return x.movedim(1, -1)
         elif not self.channel_last:
             layout = "[B, D, ...]"
             if x.ndim >= 2 and x.shape[1] == self.dim:
@@ -189,7 +200,7 @@ class PlainQuantizer(nn.Module):
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be {layout} with D = {self.dim}")
 
     def _channels_back(self, x: Tensor) -> Tensor:
-        if self.accept_image_fmap or not self.channel_last:
+        if self.accept_image_fmap or self.accept_3d_fmap or not self.channel_last:
             return x.movedim(-1, 1)
         return x
 

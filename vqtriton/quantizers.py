@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from vqtriton import dispatch
-from vqtriton.checks import INTEGERS, REDUCTIONS, check_number
-from vqtriton.functional import snapshot, vector_quantize, vector_quantize_update_
+from vqtriton.checks import INTEGERS, REDUCTIONS, check_mask, check_number
+from vqtriton.functional import (
+    PreparedCodebook,
+    normalize,
+    rotate,
+    snapshot,
+    vector_quantize,
+    vector_quantize_update_,
+)
+from vqtriton.layouts import Layout, mask_of_lengths, projections
 from vqtriton.learning import LearnedCodebook
 from vqtriton.reference import Quantized
 from vqtriton.tensors import gather
 
 CODEBOOK_UPDATES = ("ema", "gradient")
+AT_LEAST_1 = ("dim", "codebook_size", "codebook_dim", "heads")
 # arguments of earlier versions that are no more
 RETIRED = ("eps",)
 # where torch keeps the tensors of a module
@@ -34,8 +43,12 @@ def check_config(config: dict[str, Any]) -> None:
         if name == "return":
             continue
         value = config[name]
+        if kind == int | None:
+            if value is None:
+                continue
+            kind = int
         if kind in (int, float):
-            least = 1 if name in ("dim", "codebook_size") else 0
+            least = 1 if name in AT_LEAST_1 else 0
             check_number(name, value, kind, least, 1 if name == "decay" else None)
         elif not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r:.80}; it must be of type {kind.__name__}")
@@ -51,7 +64,7 @@ def check_config(config: dict[str, Any]) -> None:
             )
 
 
-class VectorQuantize(LearnedCodebook):
+class VectorQuantize(LearnedCodebook, Layout):
     """Replaces vectors by the nearest of K learned codes.
 
     In training mode, each call also moves the codes ("ema"); in eval mode nothing changes. The
@@ -81,6 +94,18 @@ class VectorQuantize(LearnedCodebook):
             (unless it is compiled). docs/codebook.md has the measurements.
         channel_last: vectors along the last dim, [..., D]; else along the second, [B, D, ...].
         accept_image_fmap: ``x`` is [B, D, H, W], the indices [B, H, W].
+        accept_3d_fmap: ``x`` is [B, D, T, H, W], the indices [B, T, H, W].
+        codebook_dim: the size of a code, if it is not D. A linear layer ``project_in`` then comes
+            before the codebook, and another, ``project_out``, after it.
+        heads: quantize each vector in so many parts, each of ``codebook_dim`` (D divided by the
+            heads, without projections). The indices are then [..., heads].
+        separate_codebook_per_head: a codebook for each head, [heads, K, D], instead of one for all.
+        use_cosine_sim: look for the code of the same direction: vectors are divided by their
+            lengths, and so is each code when it is used. ``quantized`` then has length 1. What is
+            stored in ``codebook`` may have any length: with "ema" it is the mean of unit vectors.
+        layernorm_after_project_in: a LayerNorm after ``project_in``.
+        rotation_trick: give ``x`` the gradient that is rotated and scaled as the code is from
+            ``x`` (True), and not the one at the code as it is. docs/codebook.md compares them.
         sync_codebook: add up the statistics of all ranks when `torch.distributed` is in use.
         precision: see `vqtriton.nearest_code`.
         backend: see `vqtriton.nearest_code`.
@@ -128,15 +153,27 @@ class VectorQuantize(LearnedCodebook):
         threshold_ema_dead_code: float = 0,
         channel_last: bool = True,
         accept_image_fmap: bool = False,
+        accept_3d_fmap: bool = False,
+        codebook_dim: int | None = None,
+        heads: int = 1,
+        separate_codebook_per_head: bool = False,
+        use_cosine_sim: bool = False,
+        layernorm_after_project_in: bool = False,
+        rotation_trick: bool = False,
         sync_codebook: bool = True,
         precision: str = "exact",
         backend: str = "auto",
     ) -> None:
         arguments = locals()
         check_config({name: arguments[name] for name in PARAMETERS})
+        if codebook_dim is None:
+            if dim % heads:
+                raise ValueError(f"dim is {dim}; without codebook_dim, heads ({heads}) divide it")
+            codebook_dim = dim // heads
         super().__init__(
-            dim,
+            codebook_dim,
             codebook_size,
+            num_codebooks=heads if separate_codebook_per_head else 0,
             codebook_update=codebook_update,
             decay=decay,
             kmeans_init=kmeans_init,
@@ -145,12 +182,22 @@ class VectorQuantize(LearnedCodebook):
             sync_codebook=sync_codebook,
             backend=backend,
         )
+        self.dim = dim
+        self.heads = heads
+        self.separate_codebook_per_head = separate_codebook_per_head
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
         self.reduction = reduction
         self.channel_last = channel_last
         self.accept_image_fmap = accept_image_fmap
+        self.accept_3d_fmap = accept_3d_fmap
+        self.use_cosine_sim = use_cosine_sim
+        self.layernorm_after_project_in = layernorm_after_project_in
+        self.rotation_trick = rotation_trick
         self.precision = precision
+        self.project_in, self.project_out = projections(
+            dim, heads * codebook_dim, layernorm_after_project_in
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VectorQuantize:
@@ -173,17 +220,27 @@ class VectorQuantize(LearnedCodebook):
         return cls(**{name: value for name, value in config.items() if name not in RETIRED})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_rates" not in state:
+        if "codebook_dim" not in state:
             state = _of_an_earlier_version(state)
         super().__setstate__(state)
 
     @property
     def config(self) -> dict[str, Any]:
         """The keyword arguments that build this module."""
-        return {name: getattr(self, name) for name in PARAMETERS}
+        config = {name: getattr(self, name) for name in PARAMETERS}
+        if self.project_in is None:
+            # as it follows from the others
+            config["codebook_dim"] = None
+        return config
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        told = [self.dim, self.codebook_size]
+        changed = [
+            f"{name}={value!r}"
+            for name, value in self.config.items()
+            if name in DEFAULTS and value != DEFAULTS[name]
+        ]
+        return ", ".join([*map(str, told), *changed])
 
     def forward(
         self,
@@ -230,8 +287,34 @@ class VectorQuantize(LearnedCodebook):
         vectors = self._channels_last(x)
         if lens is not None:
             mask = mask_of_lengths(lens, vectors, mask)
+        rows = self._project_in(vectors)
+        of_rows = mask
+        if mask is not None and self.heads > 1:
+            check_mask(mask, vectors)
+            of_rows = mask[..., None].expand(rows.shape[:-1])
+        quantized, indices, loss = self._quantize(rows, of_rows, freeze_codebook or self.frozen)
+        if self.rotation_trick:
+            quantized = rotate(rows, quantized)
+        quantized = self._project_out(quantized)
+        if mask is not None and self.project_out is not None:
+            quantized = quantized.where(mask[..., None], 0)
+        return Quantized(self._channels_back(quantized), indices, loss)
+
+    def _project_in(self, vectors: Tensor) -> Tensor:
+        """[..., D] -> what the codebook quantizes, [..., D] or [..., H, D]."""
+        rows = vectors if self.project_in is None else self.project_in(vectors)
+        if self.heads > 1:
+            rows = rows.unflatten(-1, (self.heads, self.codebook_dim))
+        return normalize(rows, self.backend) if self.use_cosine_sim else rows
+
+    def _project_out(self, codes: Tensor) -> Tensor:
+        if self.heads > 1:
+            codes = codes.flatten(-2)
+        return codes if self.project_out is None else self.project_out(codes)
+
+    def _quantize(self, vectors: Tensor, mask: Tensor | None, is_held: bool) -> Quantized:
+        """`forward`, from what ``project_in`` gives to what ``project_out`` takes."""
         is_gradient = self.codebook_update == "gradient"
-        is_held = freeze_codebook or self.frozen
         learns = self.training and not is_held and self._is_trainable()
         changes = learns and (self._revives or not is_gradient)
         if changes:
@@ -240,46 +323,71 @@ class VectorQuantize(LearnedCodebook):
             self._start(vectors, mask)
         else:
             self._look()
+        options: dict[str, Any] = {
+            "commitment_weight": self.commitment_weight,
+            "codebook_weight": self.codebook_weight if is_gradient and not is_held else 0.0,
+            "reduction": self.reduction,
+            "precision": self.precision,
+            "backend": self.backend,
+        }
         if changes and self._steps_at_once():
-            quantized, indices, loss = vector_quantize_update_(
+            return vector_quantize_update_(
                 vectors,
                 self.codebook,
                 mask,
                 self.cluster_size,
                 self._rates_here(),
-                commitment_weight=self.commitment_weight,
-                codebook_weight=self.codebook_weight if is_gradient else 0.0,
-                reduction=self.reduction,
                 averages=not is_gradient,
                 revives=self._revives,
-                precision=self.precision,
-                backend=self.backend,
+                **options,
             )
-            return Quantized(self._channels_back(quantized), indices, loss)
         codebook = self.codebook.detach() if is_held else self.codebook
+        if self.use_cosine_sim:
+            codebook = normalize(codebook, self.backend)
         if changes:
             # backward needs the codes that were chosen from, not what the update makes of them
             codebook = snapshot(codebook)
-        needs_grad = codebook.requires_grad and torch.is_grad_enabled()
-        quantized, indices, loss = vector_quantize(
-            vectors,
-            codebook if learns or needs_grad else self._kept(codebook),
-            commitment_weight=self.commitment_weight,
-            codebook_weight=self.codebook_weight if is_gradient and not is_held else 0.0,
-            reduction=self.reduction,
-            mask=mask,
-            precision=self.precision,
-            backend=self.backend,
-        )
+        is_kept = not (learns or (codebook.requires_grad and torch.is_grad_enabled()))
+        found = self._by_head(vectors, codebook, mask, is_kept, options)
         if changes:
-            self._update(vectors.detach().reshape(-1, self.dim), indices.reshape(-1))
-        return Quantized(self._channels_back(quantized), indices, loss)
+            self._update(self._flat(vectors.detach()), self._flat(found.indices, 0))
+        return found
+
+    def _by_head(
+        self,
+        vectors: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        is_kept: bool,
+        options: dict[str, Any],
+    ) -> Quantized:
+        """`vector_quantize` with the codebook of each head."""
+        heads = self._by_codebook(codebook)
+        codebooks: Sequence[Tensor | PreparedCodebook] = heads
+        if is_kept and not self.use_cosine_sim:
+            codebooks = [self._kept(codes, head) for head, codes in enumerate(heads)]
+        if not self.num_codebooks:
+            return vector_quantize(vectors, codebooks[0], mask=mask, **options)
+        masks = [None] * self.heads if mask is None else mask.unbind(-1)
+        found = [
+            vector_quantize(rows, codes, mask=counts, **options)
+            for rows, codes, counts in zip(vectors.unbind(-2), codebooks, masks, strict=True)
+        ]
+        loss = torch.stack([head.loss for head in found], -1)
+        if self.reduction == "mean":
+            # the heads have as many elements each
+            loss = loss.mean(-1)
+        elif self.reduction == "sum":
+            loss = loss.sum(-1)
+        quantized = torch.stack([head.quantized for head in found], -2)
+        return Quantized(quantized, torch.stack([head.indices for head in found], -1), loss)
 
     def reset_codes(self, which: Tensor, x: Tensor | None = None) -> None:
         """Gives some codes new values, such as those that nobody chooses.
 
         Args:
-            which: [K] bool, or the indices of the codes, int.
+            which: [K] bool, or the indices of the codes, int. [heads, K] bool with a codebook for
+                each head.
             x: as `forward` takes it: the codes become random rows of it. Without ``x`` each is put
                 beside one of the codes that stay, drawn in proportion to the cluster sizes.
 
@@ -292,16 +400,19 @@ class VectorQuantize(LearnedCodebook):
             >>> counts = vqtriton.metrics.counts(vq(x).indices, 128)
             >>> vq.reset_codes(counts == 0, x)
         """
-        self._restart(which, None if x is None else self._channels_last(x))
+        with torch.no_grad():
+            rows = None if x is None else self._project_in(self._channels_last(x))
+        self._restart(which, rows)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of some indices, vectors last.
 
         Args:
-            indices: [...], of any integer dtype, in [-1, K).
+            indices: [...], of any integer dtype, in [-1, K); [..., heads] with several heads.
 
         Returns:
-            [..., D] float32; zeros where the index is -1.
+            [..., D] float32, D being ``codebook_dim`` times the heads; zeros where the index is -1.
+            They come before ``project_out``. With ``use_cosine_sim`` they have length 1.
 
         Raises:
             TypeError: ``indices`` is not an integer tensor.
@@ -325,7 +436,18 @@ class VectorQuantize(LearnedCodebook):
                     f"indices has values from {low} to {high}; they must be in "
                     f"[0, {self.codebook_size}), or -1 for a masked vector"
                 )
-        return gather(self.codebook, indices)
+        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
+            raise ValueError(
+                f"indices has shape {tuple(indices.shape)}; it must be [..., {self.heads}]"
+            )
+        codebook = self.codebook
+        if self.use_cosine_sim:
+            codebook = normalize(codebook, self.backend)
+        if not self.num_codebooks:
+            codes = gather(codebook, indices)
+            return codes.flatten(-2) if self.heads > 1 else codes
+        chosen = zip(codebook.unbind(0), indices.unbind(-1), strict=True)
+        return torch.cat([gather(*head) for head in chosen], -1)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of some indices in the layout of the module's output, for a decoder.
@@ -334,8 +456,8 @@ class VectorQuantize(LearnedCodebook):
             indices: what `forward` returned as indices, or other indices of that shape.
 
         Returns:
-            [..., D], or [B, D, ...], or [B, D, H, W], float32; zeros where the index is -1. In eval
-            mode it equals ``quantized`` of `forward` for float32 ``x``.
+            [..., D], or [B, D, ...], or [B, D, H, W], float32; zeros where the index is -1 (of all
+            heads). In eval mode it equals ``quantized`` of `forward` for float32 ``x``.
 
         Raises:
             TypeError, IndexError: see `get_codes_from_indices`.
@@ -346,31 +468,16 @@ class VectorQuantize(LearnedCodebook):
             >>> torch.equal(vq.get_output_from_indices(indices), quantized)
             True
         """
-        return self._channels_back(self.get_codes_from_indices(indices))
-
-    def _channels_last(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x is a {type(x).__name__}; it must be a tensor")
-        layout = "[..., D]"
-        if self.accept_image_fmap:
-            layout = "[B, D, H, W]"
-            if x.ndim == 4 and x.shape[1] == self.dim:
-                return rearrange(x, "b d h w -> b h w d")
-        elif not self.channel_last:
-            layout = "[B, D, ...]"
-            if x.ndim >= 2 and x.shape[1] == self.dim:
-                return rearrange(x, "b d ... -> b ... d")
-        elif x.ndim >= 1 and x.shape[-1] == self.dim:
-            return x
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be {layout} with D = {self.dim}")
-
-    def _channels_back(self, x: Tensor) -> Tensor:
-        if self.accept_image_fmap or not self.channel_last:
-            return rearrange(x, "b ... d -> b d ...")
-        return x
+        codes = self.get_codes_from_indices(indices)
+        if self.project_out is not None:
+            is_masked = indices < 0
+            is_masked = is_masked.all(-1) if self.heads > 1 else is_masked
+            codes = self.project_out(codes).masked_fill(is_masked[..., None], 0)
+        return self._channels_back(codes)
 
 
-PARAMETERS = tuple(inspect.signature(VectorQuantize).parameters)
+PARAMETERS = inspect.signature(VectorQuantize).parameters
+DEFAULTS = {n: p.default for n, p in PARAMETERS.items() if p.default is not p.empty}
 
 
 def _of_an_earlier_version(state: dict[str, Any]) -> dict[str, Any]:
@@ -387,26 +494,3 @@ def _of_an_earlier_version(state: dict[str, Any]) -> dict[str, Any]:
     retired = {"decay", "threshold_ema_dead_code", "eps", "_known_initialized"}
     kept = {name: value for name, value in state.items() if name not in retired}
     return kept | {n: v for n, v in vars(vq).items() if n not in kept or n in TENSORS}
-
-
-def mask_of_lengths(lens: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, N] bool, True for the first lens[b] of the vectors [B, N, D] of each sequence."""
-    if mask is not None:
-        raise ValueError("mask and lens are both given; give one of them")
-    if not isinstance(lens, Tensor) or lens.dtype not in INTEGERS:
-        kind = lens.dtype if isinstance(lens, Tensor) else type(lens).__name__
-        raise TypeError(f"lens is {kind}; it must be a tensor of integers")
-    if vectors.ndim != 3 or lens.shape != vectors.shape[:1]:
-        raise ValueError(
-            f"lens has shape {tuple(lens.shape)} and the vectors {tuple(vectors.shape)}; they "
-            "must be [B] and [B, N, D]"
-        )
-    lens = lens.to(vectors.device, torch.int64)
-    if lens.device.type == "cpu" and not torch.compiler.is_compiling() and lens.numel() > 0:
-        low, high = lens.aminmax()
-        if low < 0 or high > vectors.shape[1]:
-            raise ValueError(
-                f"lens has values from {low} to {high}; they must be in [0, {vectors.shape[1]}]"
-            )
-    places = torch.arange(vectors.shape[1], dtype=torch.int64, device=vectors.device)
-    return places < lens[:, None]

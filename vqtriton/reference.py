@@ -7,6 +7,7 @@ hold the fast code to these functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -212,3 +213,62 @@ def vector_quantize(
         loss = loss / (valid.sum() * x.shape[-1]).clamp(min=1)
     loss = loss.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     return Quantized(quantized.to(x.dtype), indices.where(valid, -1), loss)
+
+
+def residual_quantize(
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    *,
+    commitment_weight: float = 0.25,
+    codebook_weight: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    depths: Tensor | None = None,
+    quant_grad_frac: float = 0.0,
+    precision: str = "exact",
+    backend: str = "auto",
+) -> Quantized:
+    """What `vqtriton.residual_quantize` must return, with the same arguments.
+
+    Indices exactly, the others up to rounding. The residuals *define* the tokens: they are float32
+    (float64 if an argument is), with one subtraction for each level, in the order of the levels.
+
+    Example:
+        >>> x, codebooks = torch.randn(100, 16), torch.randn(4, 128, 16)
+        >>> quantized, indices, loss = vqtriton.reference.residual_quantize(x, codebooks)
+        >>> indices.shape, loss.shape
+        (torch.Size([100, 4]), torch.Size([4]))
+    """
+    is_double = any(t.dtype == torch.float64 for t in (x, *codebooks))
+    dtype = torch.float64 if is_double else torch.float32
+    is_row = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+    levels = [is_row if depths is None else is_row & (depths > q) for q in range(len(codebooks))]
+    is_finite = x.isfinite().all(-1)
+    x64 = x.double().where(is_row[..., None], 0)
+    x_finite = x64.where(is_finite[..., None], 0)
+    residual = x.detach().to(dtype).where(is_row[..., None], 0)
+    total = torch.zeros_like(residual)
+    indices, losses = [], []
+    for level, (codebook, is_counted) in enumerate(zip(codebooks, levels, strict=True)):
+        found = nearest_code(residual, codebook)
+        # the residual is a value for the codes of later levels, and x is what gets the gradient
+        before = residual.double()
+        codes = codebook[found].double().where(is_counted[..., None], 0)
+        chosen = codes.detach().to(dtype)
+        residual, total = residual - chosen, total + chosen
+        share = (1 - quant_grad_frac) ** level
+        moved = residual.double().where(is_finite[..., None], 0)
+        moved = moved + share * (x_finite - x_finite.detach())
+        codebook_term = (before.where(is_finite[..., None], codes.detach()) - codes).square()
+        loss = commitment_weight * moved.square().sum(-1) + codebook_weight * codebook_term.sum(-1)
+        losses.append(loss.where(is_finite, torch.nan).where(is_counted, 0))
+        indices.append(found.where(is_counted, -1))
+    loss = torch.stack(losses, -1)
+    if reduction != "none":
+        loss = loss.reshape(-1, len(codebooks)).sum(0)
+    if reduction == "mean":
+        counts = torch.stack([is_counted.sum() for is_counted in levels])
+        loss = loss / (counts * x.shape[-1]).clamp(min=1)
+    quantized = total.double() + (x_finite - x_finite.detach())
+    quantized = quantized.where(levels[0][..., None], 0)
+    return Quantized(quantized.to(x.dtype), torch.stack(indices, -1), loss.to(dtype))

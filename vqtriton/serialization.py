@@ -49,7 +49,8 @@ def save(vq: VectorQuantize, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"vq is a {type(vq).__name__}; it must be a VectorQuantize")
     if vq._is_sharded:
         raise ValueError("vq.codebook is sharded; save a module that has gathered it")
-    tensors = {name: t.detach().cpu().contiguous() for name, t in vq.state_dict().items()}
+    # projections may have been cast
+    tensors = {name: t.detach().float().cpu().contiguous() for name, t in vq.state_dict().items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"vq.{name} holds NaN or infinity; the file would be of no use")

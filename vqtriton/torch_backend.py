@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
-from vqtriton.kernels.constants import LEAST_NORM, SLACK
+from vqtriton.kernels.constants import LEAST_LENGTH, LEAST_NORM, SLACK
 from vqtriton.screening import (
     U64,
     CentredCodebook,
@@ -600,6 +600,28 @@ def grad_x(
         pull = _differences(x[block], codebook, indices[block], grad_loss[block], -weight)
         out[block] = pull.add_(grad_quantized[block])
     return out if is_masked is None else out.masked_fill_(is_masked[:, None], 0)
+
+
+def rotate_grad(grad: Tensor, x: Tensor, quantized: Tensor, is_forward: bool) -> Tensor:
+    """λRᵀ·grad for each row, or λR·grad with ``is_forward``; all are [N, D].
+
+    R rotates x to the direction of ``quantized``, and λ is the ratio of their lengths.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dtype = screen_dtype(x, quantized)
+    for block in _blocks(x):
+        of, to, turned = (t[block].to(dtype) for t in (x, quantized, grad))
+        length, target = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (of, to))
+        of = of / length.clamp(min=LEAST_LENGTH)
+        scaled = to / target.clamp(min=LEAST_LENGTH)
+        middle = of + scaled
+        norm = torch.linalg.vector_norm(middle, dim=1, keepdim=True)
+        middle = middle / norm.clamp(min=LEAST_LENGTH)
+        ends = (of, scaled) if is_forward else (scaled, of)
+        across = (turned * ends[0]).sum(1, keepdim=True)
+        turned = turned - 2 * middle * (turned * middle).sum(1, keepdim=True)
+        out[block] = (turned + 2 * ends[1] * across) * (target / length.clamp(min=LEAST_LENGTH))
+    return out
 
 
 def grad_codebook(

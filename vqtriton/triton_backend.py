@@ -28,6 +28,7 @@ from vqtriton.kernels.nearest_code import (
 )
 from vqtriton.kernels.normalize_rows import normalize_rows as normalize_rows_kernel
 from vqtriton.kernels.replay import replayed
+from vqtriton.kernels.rotate_grad import rotate_grad as rotate_grad_kernel
 from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture, row_unit, unit_of
 from vqtriton.planes import (
     TENSOR_CORES,
@@ -261,6 +262,11 @@ def grad_x(
     pull = Pull(grad_loss[None], x[None], codebook[None], indices[None], weight)
     tiles = _tiles("grad_x", x, codebook.shape[0])
     return vector_quantize_grad.grad_x(grad_quantized[None], pull, config=tiles)[0]
+
+
+@replayed
+def rotate_grad(grad: Tensor, x: Tensor, quantized: Tensor, is_forward: bool) -> Tensor:
+    return rotate_grad_kernel(grad, x, quantized, is_forward)
 
 
 @replayed

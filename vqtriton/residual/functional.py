@@ -1,0 +1,312 @@
+"""A chain of codebooks as a differentiable function, with all checks of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqtriton.checks import (
+    INTEGERS,
+    REDUCTIONS,
+    check_arguments,
+    check_mask,
+    check_number,
+    check_weight,
+)
+from vqtriton.functional import Function, PreparedCodebook, apply
+from vqtriton.reference import Quantized
+from vqtriton.residual import ops
+from vqtriton.tensors import finite_rows, gather, screen_dtype
+
+Codebooks = Sequence[Tensor | PreparedCodebook] | Tensor
+
+
+def residual_quantize(
+    x: Tensor,
+    codebooks: Codebooks,
+    *,
+    commitment_weight: float = 0.25,
+    codebook_weight: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    depths: Tensor | None = None,
+    quant_grad_frac: float = 0.0,
+    precision: str = "exact",
+    backend: str = "auto",
+) -> Quantized:
+    """Quantizes in levels: each codebook quantizes what the levels before it have left.
+
+    Equivalent to::
+
+        residual = x.float()
+        for q, codebook in enumerate(codebooks):
+            indices[..., q] = nearest_code(residual, codebook)
+            residual = residual - codebook[indices[..., q]]
+            loss[q] = (codebook_weight + commitment_weight) * residual.square().mean()
+
+    where ``quantized`` is the sum of the chosen codes. The residuals define the tokens: they are
+    float32, with one subtraction for each level. So the tokens depend neither on the device nor on
+    the batch, and the first levels of a long chain give the tokens of a short one.
+
+    The gradient of ``x`` is that of one straight-through estimator over the sum, whatever the
+    number of levels, and the pull of each level's commitment term. A level's codebook term reaches
+    its own codes only.
+
+    Args:
+        x: vectors, [..., D].
+        codebooks: Q >= 1 codebooks, [K, D] each; K may differ. Or one tensor [Q, K, D]. Those that
+            `prepare_codebook` made (all or none) take less time and get no gradient.
+        commitment_weight: β of each level.
+        codebook_weight: use 0 where the codebooks learn by moving averages.
+        reduction: see `vector_quantize`; of each level by itself.
+        mask: [...] bool, True for the rows that count. Each other row gets indices -1 and zeros.
+        depths: [...] int, how many levels each row is quantized in; all by default. Later levels of
+            a row have index -1, and neither a code nor a loss.
+        quant_grad_frac: in [0, 1], how much of a level's code later levels treat as moving with
+            ``x``: the commitment term of level q pulls ``x`` by (1 - quant_grad_frac)^q.
+        precision: see `nearest_code`.
+        backend: see `nearest_code`.
+
+    Returns:
+        `Quantized`, a named tuple of three.
+
+        quantized: [..., D] in the dtype of ``x``.
+        indices: [..., Q] int64.
+        loss: [Q] float32, both terms of each level, weighted and added; [..., Q] with
+            ``reduction="none"``.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit.
+        TypeError: not a tensor, not a floating-point dtype, or a weight that is not a number.
+
+    Example:
+        >>> x, codebooks = torch.randn(8, 75, 128), torch.randn(4, 1024, 128)
+        >>> quantized, indices, loss = vqtriton.residual_quantize(x, codebooks)
+        >>> indices.shape, loss.shape  # four levels
+        (torch.Size([8, 75, 4]), torch.Size([4]))
+
+    References: Zeghidour et al. 2021, arXiv:2107.03312, algorithm 1; Lee et al. 2022,
+    arXiv:2203.01941.
+    """
+    codes, prepared, backend = _parts(x, codebooks, mask, precision, backend)
+    check_weight("commitment_weight", commitment_weight)
+    check_weight("codebook_weight", codebook_weight)
+    check_number("quant_grad_frac", quant_grad_frac, float, 0, 1)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+    flat_depths = _depths(x, mask, depths, len(codes))
+    rows = x.reshape(-1, x.shape[-1])
+    weights = float(commitment_weight), float(codebook_weight)
+    frac = float(quant_grad_frac)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *codes)):
+        sizes = tuple(code.shape[0] for code in codes)
+        # in one tensor, as a function of autograd takes no list of them
+        joined = torch.cat(list(codes)) if len(codes) > 1 else codes[0]
+        quantized, losses, indices = apply(
+            _ResidualQuantize, rows, joined, flat_depths, sizes, *weights, frac, precision, backend
+        )
+    else:
+        quantized, indices, losses = ops.residual_quantize(
+            rows.detach(), [c.detach() for c in codes], flat_depths, precision, prepared, backend
+        )
+        losses = losses * sum(weights)
+    loss = _reduced(losses, indices, reduction, x.shape[-1])
+    levels = *x.shape[:-1], len(codes)
+    return Quantized(
+        quantized.reshape(x.shape),
+        indices.reshape(levels),
+        loss.reshape(levels) if reduction == "none" else loss,
+    )
+
+
+def _reduced(losses: Tensor, indices: Tensor, reduction: str, dim: int) -> Tensor:
+    """The loss of each level, from those of each row [N, Q]."""
+    if reduction == "none":
+        return losses
+    # float64, so that a sum over millions of rows keeps the digits of float32
+    loss = losses.sum(0, dtype=torch.float64)
+    if reduction == "mean":
+        loss = loss / ((indices >= 0).sum(0) * dim).clamp(min=1)
+    return loss.to(losses.dtype)
+
+
+def _parts(
+    x: Tensor, codebooks: Codebooks, mask: Tensor | None, precision: str, backend: str
+) -> tuple[Sequence[Tensor], list[Tensor], str]:
+    """The codes of each level, what was prepared of all of them, and the backend."""
+    if isinstance(codebooks, Tensor):
+        if codebooks.ndim != 3:
+            raise ValueError(
+                f"codebooks has shape {tuple(codebooks.shape)}; a tensor of them must be [Q, K, D]"
+            )
+        codebooks = codebooks.unbind(0)
+    if len(codebooks) == 0:
+        raise ValueError("codebooks is empty; give one codebook for each level")
+    kept = [c for c in codebooks if isinstance(c, PreparedCodebook)]
+    if kept and len(kept) < len(codebooks):
+        raise TypeError("codebooks has some that were prepared; prepare all of them or none")
+    if kept and {c.metric for c in kept} != {"l2"}:
+        raise ValueError("codebooks must be prepared with metric='l2'")
+    if kept:
+        backends = {c.backend for c in kept}
+        if len(backends) > 1 or backend not in ("auto", *backends):
+            raise ValueError(f"backend is {backend!r}, but codebooks were prepared for {backends}")
+        (backend,) = backends
+    codes = [c.codebook if isinstance(c, PreparedCodebook) else c for c in codebooks]
+    for code in codes:
+        check_arguments(x, code, mask, precision=precision, backend=backend)
+    if len({code.dtype for code in codes}) > 1:
+        raise TypeError(f"codebooks have dtypes {[c.dtype for c in codes]}; they must be of one")
+    return codes, [tensor for c in kept for tensor in c.tensors], backend
+
+
+def _depths(
+    x: Tensor, mask: Tensor | None, depths: Tensor | None, num_levels: int
+) -> Tensor | None:
+    """[N] how many levels each row has; None: all have all."""
+    if depths is None:
+        return None if mask is None else mask.reshape(-1) * num_levels
+    if not isinstance(depths, Tensor) or depths.dtype not in INTEGERS:
+        kind = depths.dtype if isinstance(depths, Tensor) else type(depths).__name__
+        raise TypeError(f"depths is {kind}; it must be a tensor of integers")
+    if depths.shape != x.shape[:-1] or depths.device != x.device:
+        raise ValueError(
+            f"depths has shape {tuple(depths.shape)} on {depths.device}; with x of shape "
+            f"{tuple(x.shape)} on {x.device} it must be {tuple(x.shape[:-1])} there"
+        )
+    check_mask(mask, x)
+    depths = depths.to(torch.int64)
+    return (depths if mask is None else depths * mask).reshape(-1)
+
+
+class _ResidualQuantize(Function):
+    """(x, codes of all levels [ΣK, D]) -> (quantized, loss of each row and level, indices)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        codes: Tensor,
+        depths: Tensor | None,
+        sizes: tuple[int, ...],
+        commitment_weight: float,
+        codebook_weight: float,
+        quant_grad_frac: float,
+        precision: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, indices, errors = ops.residual_quantize(
+            x, codes.split(sizes), depths, precision, [], backend
+        )
+        return quantized, errors * (commitment_weight + codebook_weight), indices
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, codes, _, ctx.sizes, commitment, ctx.codebook_weight, frac, _, ctx.backend = inputs
+        ctx.commitment_weights = [
+            commitment * (1 - frac) ** level for level in range(len(ctx.sizes))
+        ]
+        ctx.save_for_backward(x, codes, output[2])
+        ctx.mark_non_differentiable(output[2])
+        # no zeros for the indices
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_quantized: Tensor | None, grad_losses: Tensor | None, *_: Tensor
+    ) -> tuple:
+        x, codes, indices = ctx.saved_tensors
+        dtype = screen_dtype(x, codes)
+        if grad_quantized is None:
+            grad_quantized = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+        if grad_losses is None:
+            grad_losses = torch.zeros((), dtype=dtype, device=x.device).expand(indices.shape)
+        grad_x = grad_codes = None
+        if ctx.needs_input_grad[0]:
+            weights = torch.tensor(ctx.commitment_weights, dtype=dtype, device=x.device)
+            pulls = 2 * weights * grad_losses
+            # later levels see codes as constants
+            others = codes.detach(), indices, ctx.sizes, ctx.backend
+            grad_x = apply(_GradX, grad_quantized, pulls, x, *others)
+        if ctx.needs_input_grad[1]:
+            pulls = 2 * ctx.codebook_weight * grad_losses
+            grad_codes = apply(
+                _GradCodes, pulls, x.detach(), codes, indices, ctx.sizes, ctx.backend
+            ).to(codes.dtype)
+        return grad_x, grad_codes, *[None] * 7
+
+
+class _GradX(Function):
+    """grad_quantized + Σ_q pulls[:, q]·(residual after level q), zero for masked rows."""
+
+    @staticmethod
+    def forward(
+        grad_quantized: Tensor,
+        pulls: Tensor,
+        x: Tensor,
+        codes: Tensor,
+        indices: Tensor,
+        sizes: tuple[int, ...],
+        backend: str,
+    ) -> Tensor:
+        return ops.residual_grad_x(grad_quantized, pulls, x, codes.split(sizes), indices, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, pulls, x, codes, indices, ctx.sizes, _ = inputs
+        ctx.save_for_backward(pulls, x, codes, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        pulls, x, codes, indices = ctx.saved_tensors
+        grad = grad.masked_fill((indices[:, :1] < 0), 0)
+        after = residuals_after(x.to(pulls.dtype), codes.split(ctx.sizes), indices)
+        of_pulls = torch.stack([(grad * residual).sum(1) for residual in after], 1)
+        of_pulls = of_pulls.masked_fill(indices < 0, 0)
+        of_x = grad * pulls.masked_fill(indices < 0, 0).sum(1, keepdim=True)
+        return grad, of_pulls, of_x.to(x.dtype), None, None, None, None
+
+
+class _GradCodes(Function):
+    """-Σ pulls[:, q]·(residual after level q) over the finite rows of each code, [ΣK, D]."""
+
+    @staticmethod
+    def forward(
+        pulls: Tensor,
+        x: Tensor,
+        codes: Tensor,
+        indices: Tensor,
+        sizes: tuple[int, ...],
+        backend: str,
+    ) -> Tensor:
+        return ops.residual_grad_codes(pulls, x, codes.split(sizes), indices, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pulls, x, codes, indices, ctx.sizes, ctx.backend = inputs
+        ctx.save_for_backward(pulls, x, codes, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        pulls, x, codes, indices = ctx.saved_tensors
+        is_left_out = (indices < 0) | ~finite_rows(x)[:, None]
+        after = residuals_after(x.to(pulls.dtype), codes.split(ctx.sizes), indices)
+        chain = zip(after, grad.split(ctx.sizes), indices.unbind(1), strict=True)
+        of_pulls = torch.stack([-(gather(g, found) * r).sum(1) for r, g, found in chain], 1)
+        # a residual falls by as much as its own code rises
+        kept = pulls.masked_fill(is_left_out, 0)
+        totals = [
+            kept.new_zeros(size).index_add(0, found.clamp(min=0), pull)
+            for size, found, pull in zip(ctx.sizes, indices.unbind(1), kept.unbind(1), strict=True)
+        ]
+        of_codes = grad * torch.cat(totals)[:, None]
+        return of_pulls.masked_fill(is_left_out, 0), None, of_codes.to(codes.dtype), *[None] * 3
+
+
+def residuals_after(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor) -> Iterator[Tensor]:
+    """What is left after each level, [N, D]."""
+    for codebook, found in zip(codebooks, indices.unbind(1), strict=True):
+        x = x - gather(codebook, found)
+        yield x

@@ -1,0 +1,85 @@
+"""The operators of a chain of codebooks, beside those of `vqtriton.ops`.
+
+Their Q codebooks are a list of [K, D], whose K may differ. An index is -1 where a row has no code
+at a level: at level q of a row whose depth is q or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqtriton.dispatch import resolve_backend
+from vqtriton.ops import register
+from vqtriton.tensors import screen_dtype
+
+SCHEMAS = (
+    "residual_quantize(Tensor x, Tensor[] codebooks, Tensor? depths, str precision, "
+    "Tensor[] prepared, str backend) -> (Tensor, Tensor, Tensor)",
+    "residual_sums(Tensor x, Tensor[] codebooks, Tensor indices, str backend) "
+    "-> (Tensor[], Tensor[])",
+    "residual_grad_x(Tensor grad_quantized, Tensor pulls, Tensor x, Tensor[] codebooks, "
+    "Tensor indices, str backend) -> Tensor",
+    "residual_grad_codes(Tensor pulls, Tensor x, Tensor[] codebooks, Tensor indices, str backend) "
+    "-> Tensor",
+)
+
+
+def module_for(backend: str, device: torch.device) -> ModuleType:
+    """The functions of the ops, by one of the backends."""
+    if resolve_backend(backend, device) == "torch":
+        from vqtriton.residual import torch_backend
+
+        return torch_backend
+    from vqtriton.residual import triton_backend
+
+    return triton_backend
+
+
+def _residual_quantize_fake(
+    x: Tensor, codebooks: Sequence[Tensor], *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    levels = x.shape[0], len(codebooks)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        x.new_empty(levels, dtype=torch.int64),
+        x.new_empty(levels, dtype=screen_dtype(x, codebooks[0])),
+    )
+
+
+def _residual_sums_fake(
+    x: Tensor, codebooks: Sequence[Tensor], *_: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    dtype = screen_dtype(x, codebooks[0])
+    sums = [codes.new_empty(codes.shape, dtype=dtype) for codes in codebooks]
+    return sums, [codes.new_empty(codes.shape[0], dtype=torch.int64) for codes in codebooks]
+
+
+def _residual_grad_x_fake(grad_quantized: Tensor, pulls: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _residual_grad_codes_fake(
+    pulls: Tensor, x: Tensor, codebooks: Sequence[Tensor], *_: Any
+) -> Tensor:
+    size = sum(codes.shape[0] for codes in codebooks)
+    return x.new_empty(size, x.shape[1], dtype=pulls.dtype)
+
+
+FAKES: tuple[Callable[..., Any], ...] = (
+    _residual_quantize_fake,
+    _residual_sums_fake,
+    _residual_grad_x_fake,
+    _residual_grad_codes_fake,
+)
+for _schema, _fake in zip(SCHEMAS, FAKES, strict=True):
+    register(_schema, _fake, module_for)
+
+residual_quantize = torch.ops.vqtriton.residual_quantize.default
+residual_sums = torch.ops.vqtriton.residual_sums.default
+residual_grad_x = torch.ops.vqtriton.residual_grad_x.default
+residual_grad_codes = torch.ops.vqtriton.residual_grad_codes.default

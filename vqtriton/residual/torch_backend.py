@@ -1,0 +1,127 @@
+"""The ops of a chain in plain torch: level by level, with one residual [N, D] that moves along.
+
+Residuals are float32 (float64 if x or a codebook is). Nothing of size N·Q·D is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from vqtriton import torch_backend
+from vqtriton.tensors import finite_rows, gather, screen_dtype
+
+# tensors of a codebook that was prepared
+PARTS = 4
+
+
+def residual_quantize(
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    depths: Tensor | None,
+    precision: str,
+    prepared: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the chosen codes [N, D]; indices [N, Q]; squared errors after each level [N, Q].
+
+    ``depths`` [N] is how many levels a row has. ``prepared`` has what the backend made of each
+    codebook, one after the other.
+    """
+    dtype = screen_dtype(x, codebooks[0])
+    residual = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    quantized = torch.zeros_like(residual)
+    # the levels first, so that each is written in one piece
+    indices = torch.empty(len(codebooks), len(x), dtype=torch.int64, device=x.device)
+    errors = torch.empty(len(codebooks), len(x), dtype=dtype, device=x.device)
+    for level, codebook in enumerate(codebooks):
+        tensors = prepared[level * PARTS : (level + 1) * PARTS]
+        found = torch_backend.nearest_code(residual, codebook, precision, "l2", tensors)
+        if depths is not None:
+            found.masked_fill_(depths <= level, -1)
+        codes = _codes(codebook, found, dtype, depths is not None)
+        residual.sub_(codes)
+        quantized.add_(codes)
+        torch.sum(torch.square(residual, out=codes), 1, out=errors[level])
+        if depths is not None:
+            errors[level].masked_fill_(found < 0, 0)
+        indices[level] = found
+    if not bool(errors[-1:].sum(dtype=torch.float64).isfinite()) or depths is not None:
+        # an infinite x gives NaN, as a NaN does
+        is_wrong = ~finite_rows(x)
+        errors.masked_fill_(is_wrong & (indices >= 0), torch.nan)
+    return quantized.to(x.dtype), indices.T.contiguous(), errors.T.contiguous()
+
+
+def residual_sums(
+    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Sums [K, D] and counts [K] of the residuals that chose each code, for every level."""
+    sums, counts = [], []
+    chain = zip(residuals(x, codebooks, indices), codebooks, indices.unbind(1), strict=True)
+    for residual, codebook, chosen in chain:
+        total, count = torch_backend.code_sums(residual, chosen, len(codebook))
+        sums.append(total)
+        counts.append(count)
+    return sums, counts
+
+
+def residual_grad_x(
+    grad_quantized: Tensor,
+    pulls: Tensor,
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    indices: Tensor,
+) -> Tensor:
+    """grad_quantized + Σ_q pulls[:, q]·(residual after level q), zero for rows without a level."""
+    residual = _residual_of(x, codebooks, pulls.dtype)
+    grad = torch.zeros_like(residual)
+    is_masked = indices < 0
+    has_gaps = bool(is_masked.any())
+    for level, codebook in enumerate(codebooks):
+        residual.sub_(_codes(codebook, indices[:, level], residual.dtype, has_gaps))
+        pull = pulls[:, level, None]
+        if has_gaps:
+            pull = pull.masked_fill(is_masked[:, level, None], 0)
+        grad.addcmul_(residual, pull)
+    grad.add_(grad_quantized)
+    if has_gaps:
+        grad.masked_fill_(is_masked[:, :1], 0)
+    return grad.to(x.dtype)
+
+
+def residual_grad_codes(
+    pulls: Tensor, x: Tensor, codebooks: Sequence[Tensor], indices: Tensor
+) -> Tensor:
+    """-Σ pulls[:, q]·(residual after level q) over the finite rows of each code, [ΣK, D]."""
+    residual = _residual_of(x, codebooks, pulls.dtype)
+    is_finite = finite_rows(x)
+    grads = []
+    for level, codebook in enumerate(codebooks):
+        chosen = indices[:, level]
+        residual.sub_(_codes(codebook, chosen, residual.dtype, True))
+        pulled = residual * -pulls[:, level, None]
+        chosen = chosen.where(is_finite, -1)
+        total, _ = torch_backend.code_sums(pulled, chosen, len(codebook))
+        grads.append(total)
+    return torch.cat(grads).to(pulls.dtype)
+
+
+def _residual_of(x: Tensor, codebooks: Sequence[Tensor], least: torch.dtype) -> Tensor:
+    dtype = torch.promote_types(screen_dtype(x, codebooks[0]), least)
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def residuals(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor) -> Iterator[Tensor]:
+    """What each level quantizes, in one tensor that changes."""
+    residual = _residual_of(x, codebooks, torch.float32)
+    for level, codebook in enumerate(codebooks):
+        yield residual
+        residual.sub_(_codes(codebook, indices[:, level], residual.dtype, True))
+
+
+def _codes(codebook: Tensor, indices: Tensor, dtype: torch.dtype, has_gaps: bool) -> Tensor:
+    """[N, D], zeros where the index is -1."""
+    codes = gather(codebook, indices) if has_gaps else codebook.index_select(0, indices)
+    return codes.to(dtype)
