@@ -26,16 +26,24 @@ from vqtriton.functional import (
 )
 from vqtriton.plain import PlainQuantizer
 from vqtriton.quantizers import VectorQuantize
+from vqtriton.residual.functional import residual_quantize
+from vqtriton.residual.grouped import GroupedResidualVectorQuantize, GroupedResidualVQ
+from vqtriton.residual.quantizers import QuantizedLevels, ResidualVectorQuantize, ResidualVQ
 from vqtriton.serialization import load, save
 from vqtriton.warmup import warmup
 
 __all__ = [
+    "GroupedResidualVQ",
+    "GroupedResidualVectorQuantize",
     "LoadedCodebook",
     "LoadedQuantizer",
     "Patched",
     "PlainQuantizer",
     "PreparedCodebook",
     "Projection",
+    "QuantizedLevels",
+    "ResidualVQ",
+    "ResidualVectorQuantize",
     "VectorQuantize",
     "__version__",
     "code_sums",
@@ -47,6 +55,7 @@ __all__ = [
     "patch",
     "prepare_codebook",
     "reference",
+    "residual_quantize",
     "save",
     "to_vector_quantize_pytorch",
     "unpatch",

@@ -358,6 +358,11 @@ def normalize(x: Tensor, backend: str = "auto") -> Tensor:
     return apply(_Normalize, _flat(x), backend).reshape(x.shape)
 
 
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized`` with its gradient going to x, which has its shape."""
+    return apply(_ValuesOf, quantized.detach(), x)
+
+
 def rotate(x: Tensor, quantized: Tensor, backend: str = "auto") -> Tensor:
     """``quantized`` [..., D] with the gradient of the rotation trick for x.
 

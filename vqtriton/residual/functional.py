@@ -91,6 +91,39 @@ def residual_quantize(
     References: Zeghidour et al. 2021, arXiv:2107.03312, algorithm 1; Lee et al. 2022,
     arXiv:2203.01941.
     """
+    return quantize_levels(
+        x,
+        codebooks,
+        None,
+        commitment_weight=commitment_weight,
+        codebook_weight=codebook_weight,
+        reduction=reduction,
+        mask=mask,
+        depths=depths,
+        quant_grad_frac=quant_grad_frac,
+        precision=precision,
+        backend=backend,
+    )
+
+
+def quantize_levels(
+    x: Tensor,
+    codebooks: Codebooks,
+    joined: Tensor | None,
+    *,
+    commitment_weight: float,
+    codebook_weight: float,
+    reduction: str,
+    mask: Tensor | None,
+    depths: Tensor | None,
+    quant_grad_frac: float,
+    precision: str,
+    backend: str,
+) -> Quantized:
+    """`residual_quantize`, whose codebooks may be the first parts of one tensor [ΣK, D].
+
+    The gradient then goes to that tensor, with zeros for the levels that are not used.
+    """
     codes, prepared, backend = _parts(x, codebooks, mask, precision, backend)
     check_weight("commitment_weight", commitment_weight)
     check_weight("codebook_weight", codebook_weight)
@@ -103,8 +136,9 @@ def residual_quantize(
     frac = float(quant_grad_frac)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *codes)):
         sizes = tuple(code.shape[0] for code in codes)
-        # in one tensor, as a function of autograd takes no list of them
-        joined = torch.cat(list(codes)) if len(codes) > 1 else codes[0]
+        if joined is None:
+            # in one tensor, as a function of autograd takes no list of them
+            joined = torch.cat(list(codes)) if len(codes) > 1 else codes[0]
         quantized, losses, indices = apply(
             _ResidualQuantize, rows, joined, flat_depths, sizes, *weights, frac, precision, backend
         )
@@ -198,7 +232,7 @@ class _ResidualQuantize(Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices, errors = ops.residual_quantize(
-            x, codes.split(sizes), depths, precision, [], backend
+            x, parts_of(codes, sizes), depths, precision, [], backend
         )
         return quantized, errors * (commitment_weight + codebook_weight), indices
 
@@ -251,7 +285,9 @@ class _GradX(Function):
         sizes: tuple[int, ...],
         backend: str,
     ) -> Tensor:
-        return ops.residual_grad_x(grad_quantized, pulls, x, codes.split(sizes), indices, backend)
+        return ops.residual_grad_x(
+            grad_quantized, pulls, x, parts_of(codes, sizes), indices, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -262,7 +298,7 @@ class _GradX(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         pulls, x, codes, indices = ctx.saved_tensors
         grad = grad.masked_fill((indices[:, :1] < 0), 0)
-        after = residuals_after(x.to(pulls.dtype), codes.split(ctx.sizes), indices)
+        after = residuals_after(x.to(pulls.dtype), parts_of(codes, ctx.sizes), indices)
         of_pulls = torch.stack([(grad * residual).sum(1) for residual in after], 1)
         of_pulls = of_pulls.masked_fill(indices < 0, 0)
         of_x = grad * pulls.masked_fill(indices < 0, 0).sum(1, keepdim=True)
@@ -281,7 +317,9 @@ class _GradCodes(Function):
         sizes: tuple[int, ...],
         backend: str,
     ) -> Tensor:
-        return ops.residual_grad_codes(pulls, x, codes.split(sizes), indices, backend)
+        grads = ops.residual_grad_codes(pulls, x, parts_of(codes, sizes), indices, backend)
+        unused = len(codes) - len(grads)
+        return torch.nn.functional.pad(grads, (0, 0, 0, unused)) if unused else grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -292,8 +330,8 @@ class _GradCodes(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         pulls, x, codes, indices = ctx.saved_tensors
         is_left_out = (indices < 0) | ~finite_rows(x)[:, None]
-        after = residuals_after(x.to(pulls.dtype), codes.split(ctx.sizes), indices)
-        chain = zip(after, grad.split(ctx.sizes), indices.unbind(1), strict=True)
+        after = residuals_after(x.to(pulls.dtype), parts_of(codes, ctx.sizes), indices)
+        chain = zip(after, parts_of(grad, ctx.sizes), indices.unbind(1), strict=True)
         of_pulls = torch.stack([-(gather(g, found) * r).sum(1) for r, g, found in chain], 1)
         # a residual falls by as much as its own code rises
         kept = pulls.masked_fill(is_left_out, 0)
@@ -301,8 +339,14 @@ class _GradCodes(Function):
             kept.new_zeros(size).index_add(0, found.clamp(min=0), pull)
             for size, found, pull in zip(ctx.sizes, indices.unbind(1), kept.unbind(1), strict=True)
         ]
+        totals.append(kept.new_zeros(len(codes) - sum(ctx.sizes)))
         of_codes = grad * torch.cat(totals)[:, None]
         return of_pulls.masked_fill(is_left_out, 0), None, of_codes.to(codes.dtype), *[None] * 3
+
+
+def parts_of(codes: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The codebooks of some levels, from the tensor of all."""
+    return codes[: sum(sizes)].split(list(sizes))
 
 
 def residuals_after(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor) -> Iterator[Tensor]:

@@ -20,8 +20,8 @@ from vqtriton.tensors import screen_dtype
 SCHEMAS = (
     "residual_quantize(Tensor x, Tensor[] codebooks, Tensor? depths, str precision, "
     "Tensor[] prepared, str backend) -> (Tensor, Tensor, Tensor)",
-    "residual_sums(Tensor x, Tensor[] codebooks, Tensor indices, str backend) "
-    "-> (Tensor[], Tensor[])",
+    "residual_sums(Tensor x, Tensor[] codebooks, Tensor indices, Tensor[] places, str backend) "
+    "-> (Tensor[], Tensor[], Tensor[])",
     "residual_grad_x(Tensor grad_quantized, Tensor pulls, Tensor x, Tensor[] codebooks, "
     "Tensor indices, str backend) -> Tensor",
     "residual_grad_codes(Tensor pulls, Tensor x, Tensor[] codebooks, Tensor indices, str backend) "
@@ -52,11 +52,17 @@ def _residual_quantize_fake(
 
 
 def _residual_sums_fake(
-    x: Tensor, codebooks: Sequence[Tensor], *_: Any
-) -> tuple[list[Tensor], list[Tensor]]:
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    indices: Tensor,
+    places: Sequence[Tensor],
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     dtype = screen_dtype(x, codebooks[0])
     sums = [codes.new_empty(codes.shape, dtype=dtype) for codes in codebooks]
-    return sums, [codes.new_empty(codes.shape[0], dtype=torch.int64) for codes in codebooks]
+    counts = [codes.new_empty(codes.shape[0], dtype=torch.int64) for codes in codebooks]
+    samples = [x.new_empty(len(rows), x.shape[1], dtype=dtype) for rows in places]
+    return sums, counts, samples
 
 
 def _residual_grad_x_fake(grad_quantized: Tensor, pulls: Tensor, x: Tensor, *_: Any) -> Tensor:

@@ -5,7 +5,7 @@ Residuals are float32 (float64 if x or a codebook is). Nothing of size N·Q·D i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -55,16 +55,32 @@ def residual_quantize(
 
 
 def residual_sums(
-    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Sums [K, D] and counts [K] of the residuals that chose each code, for every level."""
-    sums, counts = [], []
-    chain = zip(residuals(x, codebooks, indices), codebooks, indices.unbind(1), strict=True)
-    for residual, codebook, chosen in chain:
-        total, count = torch_backend.code_sums(residual, chosen, len(codebook))
+    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, places: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Of every level: sums [K, D] and counts [K] of the residuals that chose each code.
+
+    And the residuals of some rows, whose numbers are the ``places`` of the level.
+    """
+    return sums_of_levels(torch_backend.code_sums, x, codebooks, indices, places)
+
+
+def sums_of_levels(
+    code_sums: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    indices: Tensor,
+    places: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`residual_sums`, with the sums of one level by a function."""
+    sums, counts, samples = [], [], []
+    for level, residual in enumerate(residuals(x, codebooks, indices)):
+        chosen = indices[:, level].contiguous()
+        total, count = code_sums(residual, chosen, len(codebooks[level]))
         sums.append(total)
         counts.append(count)
-    return sums, counts
+        if places:
+            samples.append(residual[places[level]])
+    return sums, counts, samples
 
 
 def residual_grad_x(

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from vqtriton import triton_backend
-from vqtriton.residual import torch_backend
-from vqtriton.residual.torch_backend import residual_grad_codes, residual_grad_x
+from vqtriton.residual.torch_backend import (
+    residual_grad_codes,
+    residual_grad_x,
+    sums_of_levels,
+)
 
 __all__ = [
     "residual_grad_codes",
@@ -46,15 +49,7 @@ def residual_quantize(
 
 
 def residual_sums(
-    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, places: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """See `vqtriton.residual.torch_backend`."""
-    sums, counts = [], []
-    chain = zip(
-        torch_backend.residuals(x, codebooks, indices), codebooks, indices.unbind(1), strict=True
-    )
-    for residual, codebook, chosen in chain:
-        total, count = triton_backend.code_sums(residual, chosen.contiguous(), len(codebook))
-        sums.append(total)
-        counts.append(count)
-    return sums, counts
+    return sums_of_levels(triton_backend.code_sums, x, codebooks, indices, places)
