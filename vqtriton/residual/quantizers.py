@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -420,23 +421,24 @@ class ResidualVectorQuantize(Layout, nn.Module):
         for layer, learns in zip(used, learning, strict=True):
             if not learns:
                 layer._look()
-        codebooks: Sequence[Tensor | PreparedCodebook] = [
+        codebooks: Sequence[Tensor] = [
             layer.codebook.detach() if is_held or layer.frozen else layer.codebook
             for layer in layers
         ]
-        joined = None
+        joined: Tensor | None = None
+        searched: Sequence[Tensor | PreparedCodebook] = codebooks
         needs_grad = is_gradient and not is_held and torch.is_grad_enabled()
         if any(changing) or (needs_grad and num_levels < len(layers)):
             joined = torch.cat([*codebooks])
             if any(changing):
                 # backward needs the codes that were chosen from, not what the update makes of them
                 joined = snapshot(joined)
-            codebooks = joined.split(list(self.codebook_sizes))
+            searched = codebooks = joined.split(list(self.codebook_sizes))
         elif not (any(learning) or needs_grad):
-            codebooks = self._kept(layers, codebooks)
+            searched = self._kept(layers, codebooks)
         found = quantize_levels(
             rows,
-            codebooks[:num_levels],
+            searched[:num_levels],
             joined,
             commitment_weight=first.commitment_weight,
             codebook_weight=first.codebook_weight if is_gradient and not is_held else 0.0,
@@ -484,7 +486,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
 
     @staticmethod
     def _kept(
-        layers: Sequence[VectorQuantize], codebooks: Sequence[Tensor | PreparedCodebook]
+        layers: Sequence[VectorQuantize], codebooks: Sequence[Tensor]
     ) -> Sequence[Tensor | PreparedCodebook]:
         """The codebooks as they were prepared for an earlier inference, if all of them were."""
         kept = [layer._kept(layer.codebook) for layer in layers]
@@ -545,15 +547,15 @@ class ResidualVectorQuantize(Layout, nn.Module):
                 samples = [torch.stack(samples)[level, slot]]
                 kept = [torch.stack(kept)[level, slot]]
             layers, changing = layers[:1], changing[:1]
-        collected = []
-        for level, (layer, changes) in enumerate(zip(layers, changing, strict=True)):
 
-            def draw(level: int = level) -> tuple[Tensor, Tensor]:
-                size = layers[level].codebook_size
-                return distributed.share_samples(samples[level], kept[level], size, sync=sync)
+        def draw(level: int) -> tuple[Tensor, Tensor]:
+            size = layers[level].codebook_size
+            return distributed.share_samples(samples[level], kept[level], size, sync=sync)
 
-            local = layer._collect(sums[level], counts[level], draw) if changes else []
-            collected.append(local)
+        collected = [
+            layer._collect(sums[q], counts[q], functools.partial(draw, q)) if changes else []
+            for q, (layer, changes) in enumerate(zip(layers, changing, strict=True))
+        ]
         totals = distributed.all_reduce([t for local in collected for t in local], sync=sync)
         for layer, local in zip(layers, collected, strict=True):
             if local:
