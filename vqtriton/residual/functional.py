@@ -239,9 +239,9 @@ class _ResidualQuantize(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, codes, _, ctx.sizes, commitment, ctx.codebook_weight, frac, _, ctx.backend = inputs
-        ctx.commitment_weights = [
-            commitment * (1 - frac) ** level for level in range(len(ctx.sizes))
-        ]
+        ctx.commitment_weight = commitment
+        # by how much what a level quantizes moves with x
+        ctx.shares = tuple((1 - frac) ** level for level in range(len(ctx.sizes)))
         ctx.save_for_backward(x, codes, output[2])
         ctx.mark_non_differentiable(output[2])
         # no zeros for the indices
@@ -259,10 +259,10 @@ class _ResidualQuantize(Function):
             grad_losses = torch.zeros((), dtype=dtype, device=x.device).expand(indices.shape)
         grad_x = grad_codes = None
         if ctx.needs_input_grad[0]:
-            weights = torch.tensor(ctx.commitment_weights, dtype=dtype, device=x.device)
-            pulls = 2 * weights * grad_losses
+            shares = torch.tensor(ctx.shares, dtype=dtype, device=x.device)
+            pulls = 2 * ctx.commitment_weight * shares * grad_losses
             # later levels see codes as constants
-            others = codes.detach(), indices, ctx.sizes, ctx.backend
+            others = codes.detach(), indices, ctx.sizes, ctx.shares, ctx.backend
             grad_x = apply(_GradX, grad_quantized, pulls, x, *others)
         if ctx.needs_input_grad[1]:
             pulls = 2 * ctx.codebook_weight * grad_losses
@@ -283,6 +283,7 @@ class _GradX(Function):
         codes: Tensor,
         indices: Tensor,
         sizes: tuple[int, ...],
+        shares: tuple[float, ...],
         backend: str,
     ) -> Tensor:
         return ops.residual_grad_x(
@@ -291,7 +292,7 @@ class _GradX(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, pulls, x, codes, indices, ctx.sizes, _ = inputs
+        _, pulls, x, codes, indices, ctx.sizes, ctx.shares, _ = inputs
         ctx.save_for_backward(pulls, x, codes, indices)
 
     @staticmethod
@@ -301,8 +302,9 @@ class _GradX(Function):
         after = residuals_after(x.to(pulls.dtype), parts_of(codes, ctx.sizes), indices)
         of_pulls = torch.stack([(grad * residual).sum(1) for residual in after], 1)
         of_pulls = of_pulls.masked_fill(indices < 0, 0)
-        of_x = grad * pulls.masked_fill(indices < 0, 0).sum(1, keepdim=True)
-        return grad, of_pulls, of_x.to(x.dtype), None, None, None, None
+        shares = torch.tensor(ctx.shares, dtype=pulls.dtype, device=x.device)
+        of_x = grad * (shares * pulls.masked_fill(indices < 0, 0)).sum(1, keepdim=True)
+        return grad, of_pulls, of_x.to(x.dtype), *[None] * 5
 
 
 class _GradCodes(Function):

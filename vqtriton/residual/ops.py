@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqtriton.dispatch import resolve_backend
+from vqtriton import dispatch
 from vqtriton.ops import register
 from vqtriton.tensors import screen_dtype
 
@@ -31,7 +31,7 @@ SCHEMAS = (
 
 def module_for(backend: str, device: torch.device) -> ModuleType:
     """The functions of the ops, by one of the backends."""
-    if resolve_backend(backend, device) == "torch":
+    if dispatch.resolve_backend(backend, device) == "torch":
         from vqtriton.residual import torch_backend
 
         return torch_backend

@@ -94,7 +94,8 @@ def residual_grad_x(
     residual = _residual_of(x, codebooks, pulls.dtype)
     grad = torch.zeros_like(residual)
     is_masked = indices < 0
-    has_gaps = bool(is_masked.any())
+    # a GPU is not waited for
+    has_gaps = x.device.type != "cpu" or bool(is_masked.any())
     for level, codebook in enumerate(codebooks):
         residual.sub_(_codes(codebook, indices[:, level], residual.dtype, has_gaps))
         pull = pulls[:, level, None]

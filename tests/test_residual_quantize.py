@@ -1,0 +1,311 @@
+"""`residual_quantize`: tokens by definition, gradients by autograd, on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import data
+import oracle
+import pytest
+import torch
+from backends import BACKENDS, Backend, on_every_backend
+from conftest import INTERPRETED
+from torch import Tensor
+
+import vqtriton
+from vqtriton import reference, residual_quantize
+from vqtriton.residual import ops
+
+pytestmark = pytest.mark.kernel
+LEVELS = 4
+
+
+def chain(seed: int = 0, n: int = 60, k: int = 20, d: int = 6, **options: Any):
+    """Rows, and codebooks of levels that get finer."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g, **options)
+    sizes = [k, k + 3, k - 5, k]
+    codebooks = [
+        torch.randn(size, d, generator=g, **options) / 2**q for q, size in enumerate(sizes)
+    ]
+    return x, codebooks
+
+
+def by_hand(x: Tensor, codebooks: list[Tensor], depths: Tensor | None = None):
+    """The definition, with the oracle's search: quantized, indices, squared errors."""
+    residual = x.float()
+    total = torch.zeros_like(residual)
+    indices, errors = [], []
+    for level, codebook in enumerate(codebooks):
+        found = oracle.nearest_code(residual, codebook)
+        codes = codebook[found].float()
+        if depths is not None:
+            is_left_out = depths <= level
+            found = found.masked_fill(is_left_out, -1)
+            codes = codes.masked_fill(is_left_out[:, None], 0)
+        residual, total = residual - codes, total + codes
+        indices.append(found)
+        errors.append(residual.double().square().sum(1).masked_fill(found < 0, 0))
+    return total.to(x.dtype), torch.stack(indices, 1), torch.stack(errors, 1)
+
+
+def on(backend: Backend, *tensors: Any) -> list[Any]:
+    return [
+        [t.to(backend.device) for t in tensor]
+        if isinstance(tensor, list)
+        else tensor.to(backend.device)
+        for tensor in tensors
+    ]
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tokens_are_those_of_the_definition(backend: Backend, dtype: torch.dtype) -> None:
+    x, codebooks = chain()
+    x = x.to(dtype)
+    depths = torch.arange(len(x)) % (LEVELS + 1)
+    for limit in (None, depths):
+        quantized, indices, errors = by_hand(x, codebooks, limit)
+        rows, codes = on(backend, x, codebooks)
+        options = {} if limit is None else {"depths": limit.to(backend.device)}
+        found = residual_quantize(
+            rows, codes, reduction="none", backend=backend.name, commitment_weight=1, **options
+        )
+        assert torch.equal(found.indices.cpu(), indices)
+        assert torch.equal(found.quantized.cpu(), quantized)
+        assert found.quantized.dtype == dtype
+        torch.testing.assert_close(found.loss.cpu().double(), 2 * errors, rtol=1e-5, atol=1e-7)
+
+
+HARD = [
+    *(data.not_finite, data.ulp_codes, data.beyond_float32),
+    *(data.far_from_the_origin, data.tiny, data.duplicates, data.lattice, data.midpoints),
+    data.very_different_norms,
+][: 3 if INTERPRETED else None]
+
+
+@on_every_backend
+@pytest.mark.parametrize("make", HARD, ids=lambda make: make.__name__)
+def test_hard_rows_have_the_tokens_of_the_definition(backend: Backend, make: Any) -> None:
+    torch.manual_seed(0)
+    x, first = make(40, 24, 5)
+    codebooks = [first, make(1, 16, 5)[1], first / 2, first[:7]]
+    _, indices, _ = by_hand(x, codebooks)
+    rows, codes = on(backend, x, codebooks)
+    found = residual_quantize(rows, codes, backend=backend.name)
+    assert torch.equal(found.indices.cpu(), indices)
+
+
+@pytest.mark.once
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [1, 4, 32])
+@pytest.mark.parametrize("make", [data.lattice, data.midpoints, data.duplicates])
+def test_a_hundred_thousand_hard_rows(levels: int, make: Any) -> None:
+    torch.manual_seed(levels)
+    x, codebook = make(100_000, 64, 8)
+    codebooks = [codebook * 2.0 ** -(q % 5) for q in range(levels)]
+    quantized, indices, _ = by_hand(x, codebooks)
+    found = residual_quantize(x, codebooks)
+    assert torch.equal(found.indices, indices)
+    assert torch.equal(found.quantized, quantized)
+
+
+@on_every_backend
+def test_tokens_depend_on_no_batch_and_no_later_level(backend: Backend) -> None:
+    x, codebooks = on(backend, *chain())
+    options = {"backend": backend.name}
+    whole = residual_quantize(x, codebooks, **options)
+    assert torch.equal(whole.indices, residual_quantize(x, codebooks, **options).indices)
+    for num in (1, 3):
+        short = residual_quantize(x, codebooks[:num], **options)
+        assert torch.equal(short.indices, whole.indices[:, :num])
+        torch.testing.assert_close(short.loss, whole.loss[:num])
+    for size, count in ((1, 4), (17, 34)):
+        parts = [residual_quantize(rows, codebooks, **options) for rows in x[:count].split(size)]
+        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices[:count])
+        assert torch.equal(torch.cat([part.quantized for part in parts]), whole.quantized[:count])
+    strided = torch.empty(6, 60, device=x.device).t().copy_(x)
+    assert torch.equal(residual_quantize(strided, codebooks, **options).indices, whole.indices)
+
+
+@on_every_backend
+def test_prepared_codebooks_give_the_same_tokens(backend: Backend) -> None:
+    x, codebooks = on(backend, *chain())
+    prepared = [vqtriton.prepare_codebook(c, backend=backend.name) for c in codebooks]
+    for one, other in zip(
+        residual_quantize(x, prepared),
+        residual_quantize(x, codebooks, backend=backend.name),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("levels", [1, 4, 32])
+def test_the_gradient_of_x_is_one_straight_through(levels: int) -> None:
+    x, _ = chain()
+    codebooks = [torch.randn(8, 6) / (q + 1) for q in range(levels)]
+    x.requires_grad_()
+    weights = torch.randn(60, 6)
+    found = residual_quantize(x, codebooks, commitment_weight=0.0, codebook_weight=0.0)
+    ((found.quantized * weights).sum() + found.loss.sum()).backward()
+    assert torch.equal(x.grad, weights)
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    ("reduction", "frac"),
+    [("mean", 0.25), ("none", 0.0)]
+    if INTERPRETED
+    else [("mean", 0.0), ("mean", 0.25), ("sum", 1.0), ("none", 0.25)],
+)
+def test_gradients_are_those_of_the_eager_reference(
+    backend: Backend, reduction: str, frac: float
+) -> None:
+    is_torch = backend.name == "torch"
+    x, codebooks = chain(dtype=torch.float64 if is_torch else torch.float32)
+    x[3] = torch.nan
+    mask, depths = torch.arange(60) % 7 > 0, torch.arange(60) % 5
+    weights, pulls = torch.randn_like(x), torch.rand(LEVELS, dtype=x.dtype)
+    results = []
+    for function, device in (
+        (reference.residual_quantize, "cpu"),
+        (residual_quantize, backend.device),
+    ):
+        leaves = [t.detach().to(device).requires_grad_() for t in (x, *codebooks)]
+        quantized, indices, loss = function(
+            leaves[0],
+            leaves[1:],
+            mask=mask.to(device),
+            depths=depths.to(device),
+            reduction=reduction,
+            quant_grad_frac=frac,
+            commitment_weight=0.3,
+            codebook_weight=0.7,
+            backend=backend.name if function is residual_quantize else "auto",
+        )
+        told = loss.nan_to_num() * pulls.to(device)
+        value = (quantized * weights.to(device)).sum() + told.sum()
+        grads = [g.clone() for g in torch.autograd.grad(value, leaves)]
+        # of a row that is not finite nobody wants a gradient
+        grads[0][3] = 0
+        results.append([t.cpu() for t in (quantized, indices, loss, *grads)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+@pytest.mark.once
+def test_gradients_can_be_differentiated_again() -> None:
+    x, codebooks = chain(n=9, k=7, d=3, dtype=torch.float64)
+    depths = torch.arange(9) % 5
+    leaves = [t.requires_grad_() for t in (x, *codebooks)]
+
+    def penalty(function: Any) -> list[Tensor]:
+        quantized, _, loss = function(leaves[0], leaves[1:], depths=depths, quant_grad_frac=0.5)
+        value = quantized.square().sum() + loss.sum()
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+    for one, other in zip(
+        penalty(residual_quantize), penalty(reference.residual_quantize), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.once
+def test_ops_are_what_their_schemas_say() -> None:
+    x, codebooks = chain()
+    found = residual_quantize(x, codebooks)
+    pulls, depths = torch.rand(60, LEVELS), torch.arange(60) % 5
+    places = [torch.tensor([4, 2])] * LEVELS
+    tests = ["test_schema", "test_faketensor"]
+    for op, arguments in (
+        (ops.residual_quantize, (x, codebooks, depths, "exact", [], "torch")),
+        (ops.residual_sums, (x, codebooks, found.indices, places, "torch")),
+        (ops.residual_grad_x, (x, pulls, x, codebooks, found.indices, "torch")),
+        (ops.residual_grad_codes, (pulls, x, codebooks, found.indices, "torch")),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=tests)
+
+
+@on_every_backend
+def test_sums_are_those_of_the_residuals(backend: Backend) -> None:
+    x, codebooks = chain()
+    x[5] = torch.inf
+    _, indices, _ = by_hand(x, codebooks, torch.arange(60) % 5)
+    places = [torch.tensor([7, 8, 2])] * LEVELS
+    rows, codes, chosen, wanted = on(backend, x, codebooks, indices, places)
+    sums, counts, samples = ops.residual_sums(rows, codes, chosen, wanted, backend.name)
+    residual = x
+    for q, codebook in enumerate(codebooks):
+        want, number = reference.code_sums(residual, indices[:, q], len(codebook))
+        torch.testing.assert_close(sums[q].cpu(), want)
+        assert torch.equal(counts[q].cpu(), number)
+        assert torch.equal(samples[q].cpu(), residual[[7, 8, 2]])
+        codes_of = codebook[indices[:, q].clamp(min=0)]
+        residual = residual - codes_of.masked_fill(indices[:, q, None] < 0, 0)
+
+
+@pytest.mark.once
+def test_a_compiled_chain_is_that_of_eager() -> None:
+    torch._dynamo.reset()
+    x, codebooks = chain()
+    step = torch.compile(residual_quantize, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (60, 31):
+        results = []
+        for function in (residual_quantize, step):
+            rows = x[:n].clone().requires_grad_()
+            quantized, indices, loss = function(rows, codebooks)
+            (quantized.square().sum() + loss.sum()).backward()
+            results.append((quantized, indices, loss, rows.grad))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+X, CODEBOOKS = chain()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"codebooks": []}, ValueError, "codebooks is empty"),
+        ({"codebooks": CODEBOOKS[0]}, ValueError, r"codebooks has shape .*\[Q, K, D\]"),
+        ({"codebooks": [*CODEBOOKS[:2], torch.zeros(3, 5)]}, ValueError, "codebook has 5 columns"),
+        (
+            {"codebooks": [CODEBOOKS[0], vqtriton.prepare_codebook(CODEBOOKS[1])]},
+            TypeError,
+            "prepare all of them or none",
+        ),
+        ({"codebooks": [CODEBOOKS[0], CODEBOOKS[1].half()]}, TypeError, "codebooks have dtypes"),
+        ({"depths": torch.zeros(60)}, TypeError, "depths is torch.float32"),
+        ({"depths": torch.zeros(59, dtype=torch.int64)}, ValueError, "depths has shape"),
+        ({"mask": torch.zeros(59, dtype=torch.bool)}, ValueError, "mask has shape"),
+        ({"quant_grad_frac": 2.0}, ValueError, "quant_grad_frac is 2.0"),
+        ({"commitment_weight": "1"}, TypeError, "commitment_weight is '1'"),
+        ({"reduction": "average"}, ValueError, "reduction is 'average'"),
+        ({"precision": "best"}, ValueError, "precision is 'best'"),
+        ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        residual_quantize(**({"x": X, "codebooks": CODEBOOKS} | change))
+
+
+@pytest.mark.once
+def test_no_rows_and_no_row_that_counts() -> None:
+    x, codebooks = chain()
+    found = residual_quantize(x[:0], codebooks)
+    assert found.indices.shape == (0, LEVELS)
+    assert torch.equal(found.loss, torch.zeros(LEVELS))
+    found = residual_quantize(x, codebooks, mask=torch.zeros(60, dtype=torch.bool))
+    assert (found.indices == -1).all()
+    assert torch.equal(found.loss, torch.zeros(LEVELS))
+    assert torch.equal(found.quantized, torch.zeros(60, 6))
+
+
+def test_both_backends_are_tried() -> None:
+    assert {b.name for b in BACKENDS} >= {"triton" if INTERPRETED else "torch"}
