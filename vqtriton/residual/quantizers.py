@@ -406,19 +406,19 @@ class ResidualVectorQuantize(Layout, nn.Module):
     ) -> Quantized:
         """All levels in one op, and one step of all of them."""
         layers, (num_levels, depths, _) = [*self.layers], levels
-        first, used = layers[0], layers[:num_levels]
+        first = layers[0]
         is_gradient = first.codebook_update == "gradient"
-        learning = [self._learns(layer, is_held) for layer in used]
+        learning = [self._learns(layer, is_held) for layer in layers]
         changing = [
             learns and (layer._revives or not is_gradient)
-            for layer, learns in zip(used, learning, strict=True)
+            for layer, learns in zip(layers, learning, strict=True)
         ]
-        for layer, changes in zip(used, changing, strict=True):
+        for layer, changes in zip(layers, changing, strict=True):
             if changes:
                 layer._check_writable()
         if any(learning):
             self._start(rows, mask)
-        for layer, learns in zip(used, learning, strict=True):
+        for layer, learns in zip(layers, learning, strict=True):
             if not learns:
                 layer._look()
         codebooks: Sequence[Tensor] = [
@@ -450,9 +450,13 @@ class ResidualVectorQuantize(Layout, nn.Module):
             backend=first.backend,
         )
         if any(changing):
-            flat = rows.detach().reshape(-1, self.codebook_dim)
-            indices = found.indices.reshape(-1, num_levels)
-            self._update(flat, codebooks[:num_levels], indices, used, changing)
+            flat, indices = rows.detach().reshape(-1, self.codebook_dim), found.indices
+            if distributed.place_among(first.sync_codebook)[1] > 1:
+                # ranks meet with all levels, whichever each of them has dropped
+                indices = nn.functional.pad(indices, (0, len(layers) - num_levels), value=-1)
+            num = indices.shape[-1]
+            indices = indices.reshape(-1, num)
+            self._update(flat, codebooks[:num], indices, layers[:num], changing[:num])
         return found
 
     def _by_layers(
@@ -494,6 +498,9 @@ class ResidualVectorQuantize(Layout, nn.Module):
 
     def _start(self, rows: Tensor, mask: Tensor | None) -> None:
         """Before a step: the same codebooks on every rank, from data if asked for."""
+        if self.shared_codebook and self.layers[0]._revives:
+            num_rows = self.num_quantizers * rows.numel() // self.codebook_dim
+            self.layers[0]._check_threshold(num_rows)
         if all(layer._has_codes() for layer in self.layers):
             for layer in self.layers:
                 layer._start(rows, mask)
