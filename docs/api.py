@@ -23,8 +23,14 @@ METHODS = (
     *("forward", "get_output_from_indices", "get_codes_from_indices", "accumulate"),
     *("set_codebook", "reset_codes", "reset_parameters", "from_config"),
 )
+RESIDUAL = ("forward", "get_output_from_indices", "get_codes_from_indices", "from_config")
 CHAPTERS: dict[str, tuple[str, ...]] = {
     "The module": ("VectorQuantize", *(f"VectorQuantize.{name}" for name in METHODS)),
+    "Residual quantizers": (
+        *("ResidualVectorQuantize", *(f"ResidualVectorQuantize.{name}" for name in RESIDUAL)),
+        *("QuantizedLevels", "residual_quantize"),
+        *("GroupedResidualVectorQuantize", "GroupedResidualVectorQuantize.forward"),
+    ),
     "Functions": (
         *("vector_quantize", "reference.Quantized", "nearest_code", "prepare_codebook"),
         *("PreparedCodebook", "code_sums", "kmeans"),
@@ -45,7 +51,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "The reference": (
         *("reference", "reference.nearest_code", "reference.vector_quantize"),
         *("reference.code_sums", "reference.squared_distances", "reference.dot_products"),
-        "reference.normalized",
+        *("reference.normalized", "reference.residual_quantize"),
     ),
 }
 NAMES = [name for names in CHAPTERS.values() for name in names]

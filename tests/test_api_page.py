@@ -28,6 +28,8 @@ def test_the_page_is_up_to_date():
 def test_every_public_name_is_on_the_page():
     public = {name for name in vqtriton.__all__ if not inspect.ismodule(getattr(vqtriton, name))}
     public -= {"__version__"}
+    # an alias is told where its class is
+    public = {name for name in public if getattr(vqtriton, name).__name__ == name}
     for module in ("metrics", "reference"):
         # what is defined there and has no underscore
         members = inspect.getmembers(getattr(vqtriton, module), callable)

@@ -48,6 +48,10 @@ class QuantizedLevels(NamedTuple):
         indices: [..., Q] int64.
         loss: [Q].
         all_codes: [Q, ..., D] float32, the codes of each level, vectors last.
+
+    Example:
+        >>> rvq = vqtriton.ResidualVectorQuantize(16, 128, 4)
+        >>> quantized, indices, loss, all_codes = rvq(torch.randn(9, 16), return_all_codes=True)
     """
 
     quantized: Tensor
@@ -104,7 +108,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
         ValueError: an argument is out of its range.
 
     Example:
-        >>> rvq = vqtriton.ResidualVectorQuantize(64, 1024, 8, kmeans_init=True)
+        >>> rvq = vqtriton.ResidualVectorQuantize(64, 128, 8, kmeans_init=True)
         >>> x = torch.randn(4, 300, 64, requires_grad=True)
         >>> quantized, indices, loss = rvq(x)  # [4, 300, 64], [4, 300, 8], [8]
         >>> (quantized.square().mean() + loss.sum()).backward()
