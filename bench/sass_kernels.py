@@ -20,6 +20,7 @@ from vqtriton.kernels import (
     ema_update,
     nearest_code,
     normalize_rows,
+    residual_grad_x,
     rotate_grad,
     screen_codes,
     screen_tiles,
@@ -193,11 +194,40 @@ def record_sums(x: torch.Tensor, target: str) -> list[Launch]:
                 modules, code_sums.code_sums, x, indices, CODEBOOK_SIZE, config=config
             )
         ),
+        *record_sums_of_levels(x[0]),
         *launches_of(modules, atomic_sums.atomic_sums, x, indices, CODEBOOK_SIZE),
         *launches_of(modules, vector_quantize_grad.grad_x, x, pull),
         *launches_of(modules, vector_quantize_grad.grad_codebook, pull),
         *launches_of(modules, vector_quantize_grad.grad_codebook, pull, config=SORTED[0]),
     ]
+
+
+def record_sums_of_levels(x: torch.Tensor) -> list[Launch]:
+    """Sums of the residuals of three levels, and the gradient of their codes."""
+    rows, codebooks = x.expand(3, *x.shape), codebook_of(x.shape[1]).repeat(3, 1, 1)
+    indices = torch.zeros(3, len(x), dtype=torch.int64)
+    pull = Pull(torch.ones(3, len(x)), rows, codebooks, indices, 1.0)
+    return [
+        launch
+        for config in (code_sums.CodeSumsConfig(), SORTED[0])
+        for pulled in (None, pull)
+        for launch in launches_of(
+            code_sums,
+            code_sums.segment_sums,
+            *(rows, indices, CODEBOOK_SIZE),
+            config=config,
+            pull=pulled,
+            chain=codebooks,
+        )
+    ]
+
+
+def record_residual_grad_x(x: torch.Tensor, target: str) -> list[Launch]:
+    codebooks = codebook_of(x.shape[1]).repeat(3, 1, 1)
+    indices = torch.zeros(len(x), 3, dtype=torch.int64)
+    pulls = torch.ones(len(x), 3)
+    launcher = residual_grad_x.residual_grad_x
+    return launches_of(residual_grad_x, launcher, x, pulls, x, codebooks, indices)
 
 
 def record_ema_update(x: torch.Tensor, target: str) -> list[Launch]:
@@ -276,6 +306,11 @@ KERNELS = (
         "rotate_grad",
         record_rotate_grad,
         ((8, torch.float32), (64, torch.float32), (512, torch.float16)),
+    ),
+    Kernel(
+        "residual_grad_x",
+        record_residual_grad_x,
+        ((8, torch.float32), (128, torch.float32), (512, torch.float16)),
     ),
     *(
         Kernel(name, record_sums, ((64, torch.float32),))

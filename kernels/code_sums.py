@@ -30,7 +30,13 @@ from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
 from vqtriton.kernels.row_planes import register_limit, strides_of
 from vqtriton.kernels.screen_tiles import row_unit
-from vqtriton.kernels.sum_codes import is_not_finite, store_sum, sum_codes_kernel, sum_of_list
+from vqtriton.kernels.sum_codes import (
+    is_not_finite,
+    residual_of,
+    store_sum,
+    sum_codes_kernel,
+    sum_of_list,
+)
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,12 @@ def segment_keys_kernel(
 
 @triton.jit
 def _store_run(
-    x_ptr, codebook_ptr, grad_loss_ptr, order_ptr, segments_ptr, sums_ptr, counts_ptr,
-    partial_ptr, partial_count_ptr, totals, segment, start, stop, goes_on, weight, N, num_segments,
-    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn, offs_d, dim_mask,
-    D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, codebook_ptr, grad_loss_ptr, indices_ptr, order_ptr, segments_ptr, sums_ptr, counts_ptr,
+    partial_ptr, partial_count_ptr, totals, segment, start, stop, goes_on, weight, N, K,
+    num_segments, stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
+    offs_d, dim_mask,
+    D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_CHAIN: tl.constexpr,
+    IS_WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sum of a segment's rows in a chunk, from start to stop; nothing of those left out."""
     # the rare path must not need more registers than the common one
@@ -159,12 +166,16 @@ def _store_run(
                 if IS_GRAD:
                     code_ptrs = codebook_ptr + place * stride_ck + offs_d * stride_cd
                     code = tl.load(code_ptrs, mask=dim_mask, other=0.0).to(tl.float32)
+                head = tl.full((), 0, tl.int64)
                 if HAS_HEADS:
+                    # the rows of a list count those of earlier heads
                     head = tl.load(list_ptr).to(tl.int64) // N
                     x_ptr += head * (stride_xh - N * stride_xn)
+                    indices_ptr -= head * N
                 total, count = sum_of_list(
-                    x_ptr, grad_loss_ptr, list_ptr, code, count, weight, stride_xn, stride_xd,
-                    stride_gn, offs_d, dim_mask, IS_GRAD, True, FEWER, BLOCK_D, 1,
+                    x_ptr, codebook_ptr, grad_loss_ptr, indices_ptr, list_ptr, code, count,
+                    head.to(tl.int32), weight, N, K, stride_xn, stride_xd, stride_ck, stride_cd,
+                    stride_gn, offs_d, dim_mask, IS_GRAD, IS_CHAIN, True, FEWER, BLOCK_D, 1,
                 )  # fmt: skip
         count = count.to(tl.int64)
         may_begin = (start == 0) & (chunk > 0)
@@ -178,11 +189,12 @@ def _store_run(
             store_sum(sums_ptr, counts_ptr, place, total, count, dim_mask, offs_d, D)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_segments", "N", "chunk_rows", "stride_gn"])
+@triton.jit(do_not_specialize=["num_rows", "num_segments", "N", "K", "chunk_rows", "stride_gn"])
 def chunk_sums_kernel(
     x_ptr,              # [H, N, D] fp32 / fp16 / bf16
-    codebook_ptr,       # [H·K, D] fp32 / fp16 / bf16, if IS_GRAD
+    codebook_ptr,       # [H·K, D] fp32 / fp16 / bf16, if IS_GRAD or IS_CHAIN
     grad_loss_ptr,      # [H·N] fp32, if IS_GRAD
+    indices_ptr,        # [H, N] int64, if IS_CHAIN
     order_ptr,          # [H·N] int32 / int64, rows sorted by segment
     segments_ptr,       # [H·N] uint8 / int16 / int32, their segments
     sums_ptr,           # [H·K, D] fp32 / fp64, out: of segments that lie within a chunk
@@ -190,12 +202,15 @@ def chunk_sums_kernel(
     partial_ptr,        # [C, 2, D] fp64, out: of the first segment of a chunk, if it began before
     partial_count_ptr,  # [C, 2] int64, out: it, and of the last, if that began in it and goes on
     weight,
-    num_rows, num_segments, N, chunk_rows,
+    num_rows, num_segments, N, K, chunk_rows,
     stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
-    D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HAS_HEADS: tl.constexpr, IS_GRAD: tl.constexpr, IS_CHAIN: tl.constexpr,
+    IS_WHOLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Σ x_n, or with IS_GRAD Σ weight·grad_loss_n·(e - x_n), over finite rows if IS_WHOLE."""
+    """Σ x_n, or with IS_GRAD Σ weight·grad_loss_n·(e - x_n), over finite rows if IS_WHOLE.
+
+    If IS_CHAIN, the heads are levels, and x_n is what the levels before have left of it.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     dim_mask = offs_d < D
@@ -223,6 +238,12 @@ def chunk_sums_kernel(
         mask = is_there[:, None] & dim_mask[None, :]
         x_ptrs = x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd
         value = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if IS_CHAIN:
+            level = tl.where(is_there, (row // N).to(tl.int32), 0)
+            value = residual_of(
+                value, row % N, is_there, level, tl.max(level, 0), codebook_ptr, indices_ptr, N, K,
+                stride_ck, stride_cd, offs_d, dim_mask,
+            )  # fmt: skip
         if IS_GRAD:
             code_offs = segment.to(tl.int64) * stride_ck
             code_ptrs = codebook_ptr + code_offs[:, None] + offs_d[None, :] * stride_cd
@@ -253,11 +274,11 @@ def chunk_sums_kernel(
                 total += tl.where(is_of_run[:, None], value, 0.0).to(tl.float64)
             if (of_next != of_run) | (next_run == end):
                 _store_run(
-                    x_ptr, codebook_ptr, grad_loss_ptr, order_ptr, segments_ptr, sums_ptr,
-                    counts_ptr, partial_ptr, partial_count_ptr, total, of_run, run_start, next_run,
-                    of_next == of_run, weight, N, num_segments,
-                    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
-                    offs_d, dim_mask, D, HAS_HEADS, IS_GRAD, IS_WHOLE, BLOCK_ROWS, BLOCK_D,
+                    x_ptr, codebook_ptr, grad_loss_ptr, indices_ptr, order_ptr, segments_ptr,
+                    sums_ptr, counts_ptr, partial_ptr, partial_count_ptr, total, of_run, run_start,
+                    next_run, of_next == of_run, weight, N, K, num_segments,
+                    stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn, offs_d,
+                    dim_mask, D, HAS_HEADS, IS_GRAD, IS_CHAIN, IS_WHOLE, BLOCK_ROWS, BLOCK_D,
                 )  # fmt: skip
                 total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
                 run_start = next_run
@@ -340,8 +361,13 @@ def segment_sums(
     config: CodeSumsConfig,
     double: bool = False,
     pull: Pull | None = None,
+    chain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `code_sums`; with a pull of differences: Σ weight·grad_loss_n·(e - x_n)."""
+    """As `code_sums`; with a pull of differences: Σ weight·grad_loss_n·(e - x_n).
+
+    With a chain, [Q, K, D], x is [Q, N, D] with a stride of 0 before N, the indices [Q, N] are
+    those of the levels, and level q adds up what the levels before it have left of the rows.
+    """
     heads, num_rows, dim = x.shape
     num_segments, total = heads * codebook_size, heads * num_rows
     block_d = min(config.block_d, next_power_of_2(dim))
@@ -352,7 +378,8 @@ def segment_sums(
     is_whole = dim <= config.block_d
     if not is_whole:
         # no program sees all of a row; its largest element is finite when all are
-        is_finite = torch.linalg.vector_norm(x, torch.inf, dim=2).isfinite()
+        rows = x if chain is None else x[:1]
+        is_finite = torch.linalg.vector_norm(rows, torch.inf, dim=2).isfinite()
         indices = indices.where(is_finite, -1)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -373,15 +400,18 @@ def segment_sums(
     codes, grads, weight = sums, counts, 1.0
     if pull is not None:
         codes, grads, weight = pull.codebook, pull.grad_loss, pull.weight
+    if chain is not None:
+        codes = chain
     codes, grads = codes.reshape(num_segments, dim), grads.reshape(-1)
     strides = *strides_of(x), *codes.stride(), grads.stride(-1)
-    flags = {"IS_GRAD": pull is not None, "IS_WHOLE": is_whole}
+    flags = {"IS_GRAD": pull is not None, "IS_CHAIN": chain is not None, "IS_WHOLE": is_whole}
+    indices = indices.contiguous()
     is_few = total * dim <= config.most_elements and total * codebook_size <= config.most_pairs
     # a grid takes no more heads
     if is_few and heads <= 65535:
         codes_per_program = cdiv(codebook_size, config.most_programs)
         lists = empty(total, dtype=torch.int32)
-        tensors = x, codes, grads, indices.contiguous(), lists, sums, counts
+        tensors = x, codes, grads, indices, lists, sums, counts
         grid = (cdiv(codebook_size, codes_per_program), blocks_d, heads)
         sizes = num_rows, codebook_size, codes_per_program
         with torch.cuda.device_of(x):
@@ -406,6 +436,7 @@ def segment_sums(
             x,
             codes,
             grads,
+            indices,
             order,
             segments,
             sums,
@@ -416,6 +447,7 @@ def segment_sums(
             total,
             num_segments,
             num_rows,
+            codebook_size,
             chunk_rows,
             *strides,
             HAS_HEADS=heads > 1,

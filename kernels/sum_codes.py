@@ -24,13 +24,37 @@ def is_not_finite(total):
 
 
 @triton.jit
-def sum_of_list(
-    x_ptr, grad_loss_ptr, list_ptr, code, count, weight, stride_xn, stride_xd, stride_gn,
+def residual_of(
+    x, row, is_there, level, most, codebook_ptr, indices_ptr, N, K, stride_ck, stride_cd,
     offs_d, dim_mask,
-    IS_GRAD: tl.constexpr, CHECKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_D] fp64, and how many rows it has: the listed ones, if CHECKS the finite ones."""
+    """What the levels of a chain that come before have left of the rows, as they subtract it.
+
+    ``level`` is that of each row, or of all, and ``most`` the largest. x is [BLOCK_ROWS, BLOCK_D]
+    fp32, the codebook [Q, K, D] and the indices [Q, N] int64.
+    """
+    for before in range(0, most):
+        is_before = is_there & (before < level)
+        place = tl.cast(before, tl.int64)
+        index = tl.load(indices_ptr + place * N + row, mask=is_before, other=0)
+        code_ptrs = codebook_ptr + (place * K + index)[:, None] * stride_ck
+        code_ptrs += offs_d[None, :] * stride_cd
+        mask = is_before[:, None] & dim_mask[None, :]
+        x -= tl.load(code_ptrs, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def sum_of_list(
+    x_ptr, codebook_ptr, grad_loss_ptr, indices_ptr, list_ptr, code, count, level, weight, N, K,
+    stride_xn, stride_xd, stride_ck, stride_cd, stride_gn, offs_d, dim_mask,
+    IS_GRAD: tl.constexpr, IS_CHAIN: tl.constexpr, CHECKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_D] fp64, and how many rows it has: the listed ones, if CHECKS the finite ones.
+
+    If IS_CHAIN, what is added up is what ``level`` quantizes of them.
+    """
     total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float64)
     left_out = tl.zeros((BLOCK_ROWS,), tl.int32)
     for start in tl.range(0, count, BLOCK_ROWS, num_stages=STAGES):
@@ -40,6 +64,12 @@ def sum_of_list(
         mask = is_there[:, None] & dim_mask[None, :]
         x_ptrs = x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd
         value = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if IS_CHAIN:
+            levels = tl.full((BLOCK_ROWS,), 0, tl.int32) + level
+            value = residual_of(
+                value, row, is_there, levels, level, codebook_ptr, indices_ptr, N, K,
+                stride_ck, stride_cd, offs_d, dim_mask,
+            )  # fmt: skip
         if CHECKS:
             is_bad = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), 1)
             left_out += is_bad
@@ -65,7 +95,7 @@ def _indices_from(indices_ptr, start, N, BLOCK_N: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "K", "codes_per_program", "stride_gn"])
 def sum_codes_kernel(
     x_ptr,          # [H, N, D] fp32 / fp16 / bf16
-    codebook_ptr,   # [H·K, D] fp32 / fp16 / bf16, if IS_GRAD
+    codebook_ptr,   # [H·K, D] fp32 / fp16 / bf16, if IS_GRAD or IS_CHAIN
     grad_loss_ptr,  # [H·N] fp32, if IS_GRAD
     indices_ptr,    # [H, N] int64
     lists_ptr,      # [H, N] int32, scratch: the rows of each code, one code after the other
@@ -74,7 +104,7 @@ def sum_codes_kernel(
     weight,
     N, K, codes_per_program,
     stride_xh, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
-    D: tl.constexpr, IS_GRAD: tl.constexpr, IS_WHOLE: tl.constexpr,
+    D: tl.constexpr, IS_GRAD: tl.constexpr, IS_CHAIN: tl.constexpr, IS_WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Each program adds up the rows of some codes of a head."""
@@ -82,9 +112,11 @@ def sum_codes_kernel(
     offs_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     dim_mask = offs_d < D
     x_ptr += head * stride_xh
+    all_indices_ptr = indices_ptr
     indices_ptr += head * N
     lists_ptr += head * N
     grad_loss_ptr += head * N * stride_gn
+    level = tl.program_id(2)
     # the rare path must not need more registers than the common one
     FEWER: tl.constexpr = (BLOCK_ROWS + 1) // 2
     first = tl.program_id(0) * codes_per_program
@@ -117,14 +149,16 @@ def sum_codes_kernel(
                 vector_ptrs = codebook_ptr + segment * stride_ck + offs_d * stride_cd
                 vector = tl.load(vector_ptrs, mask=dim_mask, other=0.0).to(tl.float32)
             total, count = sum_of_list(
-                x_ptr, grad_loss_ptr, list_ptr, vector, count, weight, stride_xn, stride_xd,
-                stride_gn, offs_d, dim_mask, IS_GRAD, False, BLOCK_ROWS, BLOCK_D, STAGES,
+                x_ptr, codebook_ptr, grad_loss_ptr, all_indices_ptr, list_ptr, vector, count,
+                level, weight, N, K, stride_xn, stride_xd, stride_ck, stride_cd, stride_gn,
+                offs_d, dim_mask, IS_GRAD, IS_CHAIN, False, BLOCK_ROWS, BLOCK_D, STAGES,
             )  # fmt: skip
             if IS_WHOLE:  # noqa: SIM102, a constexpr by itself
                 if is_not_finite(total):
                     total, count = sum_of_list(
-                        x_ptr, grad_loss_ptr, list_ptr, vector, count, weight, stride_xn, stride_xd,
-                        stride_gn, offs_d, dim_mask, IS_GRAD, True, FEWER, BLOCK_D, 1,
+                        x_ptr, codebook_ptr, grad_loss_ptr, all_indices_ptr, list_ptr, vector,
+                        count, level, weight, N, K, stride_xn, stride_xd, stride_ck, stride_cd,
+                        stride_gn, offs_d, dim_mask, IS_GRAD, IS_CHAIN, True, FEWER, BLOCK_D, 1,
                     )  # fmt: skip
         count = count.to(tl.int64)
         store_sum(sums_ptr, counts_ptr, segment, total, count, dim_mask, offs_d, D)

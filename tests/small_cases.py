@@ -13,6 +13,8 @@ import torch
 
 from vqtriton import ops, torch_backend, triton_backend
 from vqtriton.planes import inner_size, prepare_planes, screen_bound
+from vqtriton.residual import torch_backend as residual_torch
+from vqtriton.residual import triton_backend as residual_triton
 from vqtriton.screening import error_bound
 
 ROWS, CODES, DIM = 77, 300, 12
@@ -94,6 +96,16 @@ def rotated(device: torch.device | str) -> None:
         torch.testing.assert_close(found.cpu(), expected)
 
 
+def residuals(device: torch.device | str) -> None:
+    x, codes, _ = make_data(device)
+    codes = torch.cat([codes[:20], codes[:20] / 2])
+    indices = torch.arange(2 * len(x), device=device).view(-1, 2) % 21 - 1
+    given = x, torch.ones(len(x), 2, device=device), x, codes, [20, 20], indices
+    on_cpu = [t.cpu() if isinstance(t, torch.Tensor) else t for t in given]
+    found = residual_triton.residual_grad_x(*given)
+    torch.testing.assert_close(found.cpu(), residual_torch.residual_grad_x(*on_cpu), equal_nan=True)
+
+
 def normalized(device: torch.device | str) -> None:
     x, _, _ = make_data(device)
     expect(triton_backend.normalize_rows(x), torch_backend.normalize_rows(x.cpu()))
@@ -170,6 +182,7 @@ CASES: dict[str, Case] = {
     "atomic_sums": atomic_sums,
     "normalize_rows": normalized,
     "rotate_grad": rotated,
+    "residual_grad_x": residuals,
     "grad_x": gradient,
     "ema_update": update,
 }

@@ -89,11 +89,12 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
             *(sass_kernels.record_draw_rows, sass_kernels.record_fast_search),
             sass_kernels.record_normalize_rows,
             sass_kernels.record_rotate_grad,
+            sass_kernels.record_residual_grad_x,
         ),
         (
             *("sum_codes", "place_rows", "segment_keys", "chunk_sums", "combine_chunks"),
             *("atomic_sums", "grad_x", "ema_update", "draw_keys", "count_rows", "reduce_losses"),
-            *("normalize_rows", "rotate_grad"),
+            *("normalize_rows", "rotate_grad", "residual_grad_x"),
         ),
         (
             *((1, FLOAT32, "contiguous"), (64, FLOAT16, "strided"), (100, FLOAT32, "strided")),

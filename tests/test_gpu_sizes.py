@@ -55,7 +55,7 @@ def test_a_new_batch_size_compiles_nothing() -> None:
         # with options that are not looked at there
         *("code_peaks_kernel", "draw_keys_kernel", "count_rows_kernel"),
         *("finish_parts_kernel", "reduce_losses_kernel", "normalize_rows_kernel"),
-        "rotate_grad_kernel",
+        *("rotate_grad_kernel", "residual_grad_x_kernel"),
     }
 
 

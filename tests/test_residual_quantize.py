@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import data
@@ -20,11 +21,11 @@ pytestmark = pytest.mark.kernel
 LEVELS = 4
 
 
-def chain(seed: int = 0, n: int = 60, k: int = 20, d: int = 6, **options: Any):
+def chain(seed: int = 0, n: int = 60, k: int = 20, d: int = 6, even: bool = False, **options: Any):
     """Rows, and codebooks of levels that get finer."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=g, **options)
-    sizes = [k, k + 3, k - 5, k]
+    sizes = [k] * LEVELS if even else [k, k + 3, k - 5, k]
     codebooks = [
         torch.randn(size, d, generator=g, **options) / 2**q for q, size in enumerate(sizes)
     ]
@@ -154,16 +155,16 @@ def test_the_gradient_of_x_is_one_straight_through(levels: int) -> None:
 
 @on_every_backend
 @pytest.mark.parametrize(
-    ("reduction", "frac"),
-    [("mean", 0.25), ("none", 0.0)]
+    ("reduction", "frac", "even"),
+    [("mean", 0.25, True), ("none", 0.0, False)]
     if INTERPRETED
-    else [("mean", 0.0), ("mean", 0.25), ("sum", 1.0), ("none", 0.25)],
+    else [("mean", 0.0, True), ("mean", 0.25, False), ("sum", 1.0, True), ("none", 0.25, False)],
 )
 def test_gradients_are_those_of_the_eager_reference(
-    backend: Backend, reduction: str, frac: float
+    backend: Backend, reduction: str, frac: float, even: bool
 ) -> None:
     is_torch = backend.name == "torch"
-    x, codebooks = chain(dtype=torch.float64 if is_torch else torch.float32)
+    x, codebooks = chain(dtype=torch.float64 if is_torch else torch.float32, even=even)
     x[3] = torch.nan
     mask, depths = torch.arange(60) % 7 > 0, torch.arange(60) % 5
     weights, pulls = torch.randn_like(x), torch.rand(LEVELS, dtype=x.dtype)
@@ -219,28 +220,45 @@ def test_ops_are_what_their_schemas_say() -> None:
     pulls, depths = torch.rand(60, LEVELS), torch.arange(60) % 5
     places = [torch.tensor([4, 2])] * LEVELS
     tests = ["test_schema", "test_faketensor"]
+    chain_of = x, torch.cat(codebooks), [len(codes) for codes in codebooks], found.indices
     for op, arguments in (
         (ops.residual_quantize, (x, codebooks, depths, "exact", [], "torch")),
-        (ops.residual_sums, (x, codebooks, found.indices, places, "torch")),
-        (ops.residual_grad_x, (x, pulls, x, codebooks, found.indices, "torch")),
-        (ops.residual_grad_codes, (pulls, x, codebooks, found.indices, "torch")),
+        (ops.residual_sums, (*chain_of, places, "torch")),
+        (ops.residual_grad_x, (x, pulls, *chain_of, "torch")),
+        (ops.residual_grad_codes, (pulls, *chain_of, "torch")),
     ):
         torch.library.opcheck(op, arguments, test_utils=tests)
 
 
 @on_every_backend
-def test_sums_are_those_of_the_residuals(backend: Backend) -> None:
-    x, codebooks = chain()
+@pytest.mark.parametrize(
+    "limits", [None, {}, {"most_elements": 0}, {"most_elements": 0, "most_counted": 0}]
+)
+def test_sums_are_those_of_the_residuals(
+    backend: Backend, limits: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend.name == "torch" and limits:
+        pytest.skip("limits of the kernels")
+    x, codebooks = chain(even=limits is not None)
+    if backend.name == "triton":
+        from vqtriton.kernels.code_sums import CodeSumsConfig
+        from vqtriton.residual import triton_backend
+
+        config = functools.partial(CodeSumsConfig, least_chunk=16, **(limits or {}))
+        monkeypatch.setattr(triton_backend, "CodeSumsConfig", config)
     x[5] = torch.inf
     _, indices, _ = by_hand(x, codebooks, torch.arange(60) % 5)
     places = [torch.tensor([7, 8, 2])] * LEVELS
     rows, codes, chosen, wanted = on(backend, x, codebooks, indices, places)
-    sums, counts, samples = ops.residual_sums(rows, codes, chosen, wanted, backend.name)
+    sizes = [len(codebook) for codebook in codebooks]
+    arguments = rows, torch.cat(codes), sizes, chosen, wanted, backend.name
+    *found, samples = ops.residual_sums(*arguments)
+    sums, counts = (tensor.cpu().split(sizes) for tensor in found)
     residual = x
     for q, codebook in enumerate(codebooks):
         want, number = reference.code_sums(residual, indices[:, q], len(codebook))
-        torch.testing.assert_close(sums[q].cpu(), want)
-        assert torch.equal(counts[q].cpu(), number)
+        torch.testing.assert_close(sums[q], want)
+        assert torch.equal(counts[q], number)
         assert torch.equal(samples[q].cpu(), residual[[7, 8, 2]])
         codes_of = codebook[indices[:, q].clamp(min=0)]
         residual = residual - codes_of.masked_fill(indices[:, q, None] < 0, 0)

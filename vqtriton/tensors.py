@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,8 @@ def finite_rows(x: Tensor) -> Tensor:
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:
     """codebook[indices], [..., D]; zeros where the index is -1."""
     return codebook[indices.clamp(min=0)].masked_fill((indices < 0)[..., None], 0)
+
+
+def parts_of(codes: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The codebooks of the first levels, from the tensor of all."""
+    return codes[: sum(sizes)].split(list(sizes))

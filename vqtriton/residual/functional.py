@@ -19,7 +19,7 @@ from vqtriton.checks import (
 from vqtriton.functional import Function, PreparedCodebook, apply
 from vqtriton.reference import Quantized
 from vqtriton.residual import ops
-from vqtriton.tensors import finite_rows, gather, screen_dtype
+from vqtriton.tensors import finite_rows, gather, parts_of, screen_dtype
 
 Codebooks = Sequence[Tensor | PreparedCodebook] | Tensor
 
@@ -286,9 +286,7 @@ class _GradX(Function):
         shares: tuple[float, ...],
         backend: str,
     ) -> Tensor:
-        return ops.residual_grad_x(
-            grad_quantized, pulls, x, parts_of(codes, sizes), indices, backend
-        )
+        return ops.residual_grad_x(grad_quantized, pulls, x, codes, sizes, indices, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -319,7 +317,7 @@ class _GradCodes(Function):
         sizes: tuple[int, ...],
         backend: str,
     ) -> Tensor:
-        grads = ops.residual_grad_codes(pulls, x, parts_of(codes, sizes), indices, backend)
+        grads = ops.residual_grad_codes(pulls, x, codes, sizes, indices, backend)
         unused = len(codes) - len(grads)
         return torch.nn.functional.pad(grads, (0, 0, 0, unused)) if unused else grads
 
@@ -344,11 +342,6 @@ class _GradCodes(Function):
         totals.append(kept.new_zeros(len(codes) - sum(ctx.sizes)))
         of_codes = grad * torch.cat(totals)[:, None]
         return of_pulls.masked_fill(is_left_out, 0), None, of_codes.to(codes.dtype), *[None] * 3
-
-
-def parts_of(codes: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """The codebooks of some levels, from the tensor of all."""
-    return codes[: sum(sizes)].split(list(sizes))
 
 
 def residuals_after(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
 """The operators of a chain of codebooks, beside those of `vqtriton.ops`.
 
-Their Q codebooks are a list of [K, D], whose K may differ. An index is -1 where a row has no code
-at a level: at level q of a row whose depth is q or less.
+The Q codebooks are a list of [K, D], whose K may differ, or one tensor [ΣK, D] and the K of each
+level. An index is -1 where a row has no code at a level: at level q of a row whose depth is q or
+less.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from vqtriton.tensors import screen_dtype
 SCHEMAS = (
     "residual_quantize(Tensor x, Tensor[] codebooks, Tensor? depths, str precision, "
     "Tensor[] prepared, str backend) -> (Tensor, Tensor, Tensor)",
-    "residual_sums(Tensor x, Tensor[] codebooks, Tensor indices, Tensor[] places, str backend) "
-    "-> (Tensor[], Tensor[], Tensor[])",
-    "residual_grad_x(Tensor grad_quantized, Tensor pulls, Tensor x, Tensor[] codebooks, "
+    "residual_sums(Tensor x, Tensor codes, int[] sizes, Tensor indices, Tensor[] places, "
+    "str backend) -> (Tensor, Tensor, Tensor[])",
+    "residual_grad_x(Tensor grad_quantized, Tensor pulls, Tensor x, Tensor codes, int[] sizes, "
     "Tensor indices, str backend) -> Tensor",
-    "residual_grad_codes(Tensor pulls, Tensor x, Tensor[] codebooks, Tensor indices, str backend) "
-    "-> Tensor",
+    "residual_grad_codes(Tensor pulls, Tensor x, Tensor codes, int[] sizes, Tensor indices, "
+    "str backend) -> Tensor",
 )
 
 
@@ -53,16 +54,16 @@ def _residual_quantize_fake(
 
 def _residual_sums_fake(
     x: Tensor,
-    codebooks: Sequence[Tensor],
+    codes: Tensor,
+    sizes: Sequence[int],
     indices: Tensor,
     places: Sequence[Tensor],
     backend: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    dtype = screen_dtype(x, codebooks[0])
-    sums = [codes.new_empty(codes.shape, dtype=dtype) for codes in codebooks]
-    counts = [codes.new_empty(codes.shape[0], dtype=torch.int64) for codes in codebooks]
-    samples = [x.new_empty(len(rows), x.shape[1], dtype=dtype) for rows in places]
-    return sums, counts, samples
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    dtype, size = screen_dtype(x, codes), sum(sizes)
+    sums = codes.new_empty(size, codes.shape[1], dtype=dtype)
+    samples = [x.new_empty(rows.shape[0], x.shape[1], dtype=dtype) for rows in places]
+    return sums, codes.new_empty(size, dtype=torch.int64), samples
 
 
 def _residual_grad_x_fake(grad_quantized: Tensor, pulls: Tensor, x: Tensor, *_: Any) -> Tensor:
@@ -70,10 +71,9 @@ def _residual_grad_x_fake(grad_quantized: Tensor, pulls: Tensor, x: Tensor, *_: 
 
 
 def _residual_grad_codes_fake(
-    pulls: Tensor, x: Tensor, codebooks: Sequence[Tensor], *_: Any
+    pulls: Tensor, x: Tensor, codes: Tensor, sizes: Sequence[int], *_: Any
 ) -> Tensor:
-    size = sum(codes.shape[0] for codes in codebooks)
-    return x.new_empty(size, x.shape[1], dtype=pulls.dtype)
+    return x.new_empty(sum(sizes), x.shape[1], dtype=pulls.dtype)
 
 
 FAKES: tuple[Callable[..., Any], ...] = (

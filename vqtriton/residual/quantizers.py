@@ -26,7 +26,7 @@ from vqtriton.quantizers import VectorQuantize
 from vqtriton.reference import Quantized
 from vqtriton.residual import ops
 from vqtriton.residual.functional import quantize_levels
-from vqtriton.tensors import finite_rows
+from vqtriton.tensors import finite_rows, parts_of
 
 # arguments of a `VectorQuantize` that each level is given
 LEVEL_OPTIONS = (
@@ -437,7 +437,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
             if any(changing):
                 # backward needs the codes that were chosen from, not what the update makes of them
                 joined = snapshot(joined)
-            searched = codebooks = joined.split(list(self.codebook_sizes))
+            searched = joined.split(list(self.codebook_sizes))
         elif not (any(learning) or needs_grad):
             searched = self._kept(layers, codebooks)
         found = quantize_levels(
@@ -453,14 +453,14 @@ class ResidualVectorQuantize(Layout, nn.Module):
             precision=first.precision,
             backend=first.backend,
         )
-        if any(changing):
+        if joined is not None and any(changing):
             flat, indices = rows.detach().reshape(-1, self.codebook_dim), found.indices
             if distributed.place_among(first.sync_codebook)[1] > 1:
                 # ranks meet with all levels, whichever each of them has dropped
                 indices = nn.functional.pad(indices, (0, len(layers) - num_levels), value=-1)
             num = indices.shape[-1]
             indices = indices.reshape(-1, num)
-            self._update(flat, codebooks[:num], indices, layers[:num], changing[:num])
+            self._update(flat, joined, indices, layers[:num], changing[:num])
         return found
 
     def _by_layers(
@@ -530,27 +530,29 @@ class ResidualVectorQuantize(Layout, nn.Module):
     def _update(
         self,
         rows: Tensor,
-        codebooks: Sequence[Tensor],
+        codes: Tensor,
         indices: Tensor,
         layers: Sequence[VectorQuantize],
         changing: Sequence[bool],
     ) -> None:
         """One step of the statistics of all levels, which meet in one collective."""
         first = layers[0]
-        sync = first.sync_codebook
+        sync, sizes = first.sync_codebook, [layer.codebook_size for layer in layers]
         drawn = []
         if any(layer._revives for layer in layers):
             is_finite = finite_rows(rows)
             drawn = [
                 distributed.draw_places(size, keep=(found >= 0) & is_finite, sync=sync)
-                for size, found in zip(self.codebook_sizes, indices.unbind(1), strict=False)
+                for size, found in zip(sizes, indices.unbind(1), strict=True)
             ]
         places = [place for place, _ in drawn]
-        sums, counts, samples = ops.residual_sums(rows, codebooks, indices, places, first.backend)
+        arguments = rows, codes, sizes, indices, places, first.backend
+        *found, samples = ops.residual_sums(*arguments)
+        sums, counts = (parts_of(tensor, sizes) for tensor in found)
         kept = [is_kept for _, is_kept in drawn]
         if self.shared_codebook:
             # all levels are one; a dead code becomes what a random level quantized
-            sums, counts = [torch.stack(sums).sum(0)], [torch.stack(counts).sum(0)]
+            sums, counts = [torch.stack([*sums]).sum(0)], [torch.stack([*counts]).sum(0)]
             if drawn:
                 size = samples[0].shape[:1]
                 level = torch.randint(len(kept), size, dtype=torch.int64, device=rows.device)

@@ -5,13 +5,13 @@ Residuals are float32 (float64 if x or a codebook is). Nothing of size N·Q·D i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from vqtriton import torch_backend
-from vqtriton.tensors import finite_rows, gather, screen_dtype
+from vqtriton.tensors import finite_rows, gather, parts_of, screen_dtype
+from vqtriton.torch_backend import code_sums, nearest_code
 
 # tensors of a codebook that was prepared
 PARTS = 4
@@ -37,7 +37,7 @@ def residual_quantize(
     errors = torch.empty(len(codebooks), len(x), dtype=dtype, device=x.device)
     for level, codebook in enumerate(codebooks):
         tensors = prepared[level * PARTS : (level + 1) * PARTS]
-        found = torch_backend.nearest_code(residual, codebook, precision, "l2", tensors)
+        found = nearest_code(residual, codebook, precision, "l2", tensors)
         if depths is not None:
             found.masked_fill_(depths <= level, -1)
         codes = _codes(codebook, found, dtype, depths is not None)
@@ -55,48 +55,42 @@ def residual_quantize(
 
 
 def residual_sums(
-    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, places: Sequence[Tensor] = ()
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Of every level: sums [K, D] and counts [K] of the residuals that chose each code.
-
-    And the residuals of some rows, whose numbers are the ``places`` of the level.
-    """
-    return sums_of_levels(torch_backend.code_sums, x, codebooks, indices, places)
-
-
-def sums_of_levels(
-    code_sums: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     x: Tensor,
-    codebooks: Sequence[Tensor],
+    codes: Tensor,
+    sizes: Sequence[int],
     indices: Tensor,
-    places: Sequence[Tensor],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """`residual_sums`, with the sums of one level by a function."""
+    places: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Sums [ΣK, D] and counts [ΣK] of the residuals that chose each code.
+
+    And the residuals of some rows, whose numbers are the ``places`` of each level.
+    """
     sums, counts, samples = [], [], []
-    for level, residual in enumerate(residuals(x, codebooks, indices)):
+    for level, residual in enumerate(residuals(x, codes, sizes, indices)):
         chosen = indices[:, level].contiguous()
-        total, count = code_sums(residual, chosen, len(codebooks[level]))
+        total, count = code_sums(residual, chosen, sizes[level])
         sums.append(total)
         counts.append(count)
         if places:
             samples.append(residual[places[level]])
-    return sums, counts, samples
+    return torch.cat(sums), torch.cat(counts), samples
 
 
 def residual_grad_x(
     grad_quantized: Tensor,
     pulls: Tensor,
     x: Tensor,
-    codebooks: Sequence[Tensor],
+    codes: Tensor,
+    sizes: Sequence[int],
     indices: Tensor,
 ) -> Tensor:
     """grad_quantized + Σ_q pulls[:, q]·(residual after level q), zero for rows without a level."""
-    residual = _residual_of(x, codebooks, pulls.dtype)
+    residual = _residual_of(x, codes, pulls.dtype)
     grad = torch.zeros_like(residual)
     is_masked = indices < 0
     # a GPU is not waited for
     has_gaps = x.device.type != "cpu" or bool(is_masked.any())
-    for level, codebook in enumerate(codebooks):
+    for level, codebook in enumerate(parts_of(codes, sizes)):
         residual.sub_(_codes(codebook, indices[:, level], residual.dtype, has_gaps))
         pull = pulls[:, level, None]
         if has_gaps:
@@ -109,33 +103,33 @@ def residual_grad_x(
 
 
 def residual_grad_codes(
-    pulls: Tensor, x: Tensor, codebooks: Sequence[Tensor], indices: Tensor
+    pulls: Tensor, x: Tensor, codes: Tensor, sizes: Sequence[int], indices: Tensor
 ) -> Tensor:
     """-Σ pulls[:, q]·(residual after level q) over the finite rows of each code, [ΣK, D]."""
-    residual = _residual_of(x, codebooks, pulls.dtype)
+    residual = _residual_of(x, codes, pulls.dtype)
     is_finite = finite_rows(x)
     grads = []
-    for level, codebook in enumerate(codebooks):
+    for level, codebook in enumerate(parts_of(codes, sizes)):
         chosen = indices[:, level]
         residual.sub_(_codes(codebook, chosen, residual.dtype, True))
         pulled = residual * -pulls[:, level, None]
         chosen = chosen.where(is_finite, -1)
-        total, _ = torch_backend.code_sums(pulled, chosen, len(codebook))
+        total, _ = code_sums(pulled, chosen, len(codebook))
         grads.append(total)
     return torch.cat(grads).to(pulls.dtype)
 
 
-def _residual_of(x: Tensor, codebooks: Sequence[Tensor], least: torch.dtype) -> Tensor:
-    dtype = torch.promote_types(screen_dtype(x, codebooks[0]), least)
-    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def residuals(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor) -> Iterator[Tensor]:
+def residuals(x: Tensor, codes: Tensor, sizes: Sequence[int], indices: Tensor) -> Iterator[Tensor]:
     """What each level quantizes, in one tensor that changes."""
-    residual = _residual_of(x, codebooks, torch.float32)
-    for level, codebook in enumerate(codebooks):
+    residual = _residual_of(x, codes, torch.float32)
+    for level, codebook in enumerate(parts_of(codes, sizes)):
         yield residual
         residual.sub_(_codes(codebook, indices[:, level], residual.dtype, True))
+
+
+def _residual_of(x: Tensor, codes: Tensor, least: torch.dtype) -> Tensor:
+    dtype = torch.promote_types(screen_dtype(x, codes), least)
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _codes(codebook: Tensor, indices: Tensor, dtype: torch.dtype, has_gaps: bool) -> Tensor:

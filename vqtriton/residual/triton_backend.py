@@ -1,4 +1,4 @@
-"""The ops of a chain by kernels."""
+"""The ops of a chain by kernels: the levels are heads, where they have as many codes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 
 from vqtriton import triton_backend
-from vqtriton.residual.torch_backend import (
-    residual_grad_codes,
-    residual_grad_x,
-    sums_of_levels,
-)
+from vqtriton.kernels.arguments import Pull
+from vqtriton.kernels.code_sums import CodeSumsConfig, segment_sums
+from vqtriton.kernels.residual_grad_x import residual_grad_x as residual_grad_x_kernel
+from vqtriton.residual import torch_backend
 
-__all__ = [
-    "residual_grad_codes",
-    "residual_grad_x",
-    "residual_quantize",
-    "residual_sums",
-]
 # tensors of a codebook that was prepared
 PARTS = 5
 
@@ -49,7 +42,57 @@ def residual_quantize(
 
 
 def residual_sums(
-    x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, places: Sequence[Tensor] = ()
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    x: Tensor,
+    codes: Tensor,
+    sizes: Sequence[int],
+    indices: Tensor,
+    places: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See `vqtriton.residual.torch_backend`."""
-    return sums_of_levels(triton_backend.code_sums, x, codebooks, indices, places)
+    stacked = _stacked(codes, sizes)
+    if stacked is None or len(x) == 0:
+        return torch_backend.residual_sums(x, codes, sizes, indices, places)
+    rows = x.expand(len(sizes), *x.shape)
+    sums, counts = segment_sums(rows, indices.T, sizes[0], config=CodeSumsConfig(), chain=stacked)
+    samples = []
+    if places:
+        residuals = torch_backend.residuals(x, codes, sizes, indices)
+        samples = [residual[rows] for residual, rows in zip(residuals, places, strict=True)]
+    return sums.flatten(0, 1), counts.flatten(), samples
+
+
+def residual_grad_x(
+    grad_quantized: Tensor,
+    pulls: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    sizes: Sequence[int],
+    indices: Tensor,
+) -> Tensor:
+    """See `vqtriton.residual.torch_backend`."""
+    stacked = _stacked(codes, sizes)
+    if stacked is None:
+        return torch_backend.residual_grad_x(grad_quantized, pulls, x, codes, sizes, indices)
+    return residual_grad_x_kernel(grad_quantized, pulls, x, stacked, indices.contiguous())
+
+
+def residual_grad_codes(
+    pulls: Tensor, x: Tensor, codes: Tensor, sizes: Sequence[int], indices: Tensor
+) -> Tensor:
+    """See `vqtriton.residual.torch_backend`."""
+    stacked = _stacked(codes, sizes)
+    if stacked is None or len(x) == 0:
+        return torch_backend.residual_grad_codes(pulls, x, codes, sizes, indices)
+    rows = x.expand(len(sizes), *x.shape)
+    pull = Pull(pulls.T, rows, stacked, indices.T, 1.0)
+    sums, _ = segment_sums(
+        rows, indices.T, sizes[0], config=CodeSumsConfig(), pull=pull, chain=stacked
+    )
+    return sums.flatten(0, 1)
+
+
+def _stacked(codes: Tensor, sizes: Sequence[int]) -> Tensor | None:
+    """[Q, K, D]; None if the levels have other sizes."""
+    if len(set(sizes)) > 1:
+        return None
+    return codes[: sum(sizes)].contiguous().view(len(sizes), sizes[0], codes.shape[1])
