@@ -12,6 +12,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
+from vqtriton import several_codes
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
 from vqtriton.kernels.constants import LEAST_NORM, SLACK
@@ -64,6 +65,29 @@ def nearest_code(
     ``metric`` is "l2" or "dot": for cosines, vectors and codes are normalized before.
     """
     return search(x, codebook, precision, metric, prepared)[0]
+
+
+def nearest_codes(
+    x: Tensor, codebook: Tensor, k: int, metric: str, return_distances: bool
+) -> tuple[Tensor, Tensor]:
+    """x [N, D], codebook [K, D] -> [N, k] int64, [N, k] distances; k <= K.
+
+    Without ``return_distances`` the latter are [0, k].
+    """
+    if k == 1:
+        indices = nearest_code(x, codebook, "exact", metric)[:, None]
+    else:
+        indices = several_codes.search(x, codebook, k, metric)
+    return indices, distances_of(x, codebook, indices if return_distances else indices[:0], metric)
+
+
+def distances_of(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
+    """The distances of codes ``indices`` [N, k], rounded once; +inf if not finite."""
+    row = torch.arange(len(indices), dtype=torch.int64, device=x.device)
+    pairs = row.repeat_interleave(indices.shape[1]), indices.reshape(-1)
+    distances = distances_of_pairs(x, codebook, *pairs, metric, sums_in_order)
+    distances.nan_to_num_(torch.inf, posinf=torch.inf, neginf=torch.inf)
+    return distances.to(screen_dtype(x, codebook)).view(indices.shape)
 
 
 def search(
