@@ -32,8 +32,8 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
         *("GroupedResidualVectorQuantize", "GroupedResidualVectorQuantize.forward"),
     ),
     "Functions": (
-        *("vector_quantize", "reference.Quantized", "nearest_code", "prepare_codebook"),
-        *("PreparedCodebook", "code_sums", "kmeans"),
+        *("vector_quantize", "reference.Quantized", "nearest_code", "nearest_codes"),
+        *("prepare_codebook", "PreparedCodebook", "code_sums", "kmeans"),
     ),
     "Saving and loading": ("save", "load"),
     "Models of other projects": ("patch", "unpatch", "Patched"),
@@ -49,9 +49,9 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "Other runtimes": ("PlainQuantizer", "PlainQuantizer.forward", "PlainQuantizer.decode"),
     "Compiling and reporting": ("warmup", "environment.describe"),
     "The reference": (
-        *("reference", "reference.nearest_code", "reference.vector_quantize"),
-        *("reference.code_sums", "reference.squared_distances", "reference.dot_products"),
-        *("reference.normalized", "reference.residual_quantize"),
+        *("reference", "reference.nearest_code", "reference.nearest_codes"),
+        *("reference.vector_quantize", "reference.code_sums", "reference.squared_distances"),
+        *("reference.dot_products", "reference.normalized", "reference.residual_quantize"),
     ),
 }
 NAMES = [name for names in CHAPTERS.values() for name in names]

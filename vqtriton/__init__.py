@@ -21,6 +21,7 @@ from vqtriton.functional import (
     PreparedCodebook,
     code_sums,
     nearest_code,
+    nearest_codes,
     prepare_codebook,
     vector_quantize,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "load_codebooks",
     "metrics",
     "nearest_code",
+    "nearest_codes",
     "patch",
     "prepare_codebook",
     "reference",

@@ -14,6 +14,8 @@ INTEGERS = (
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
 )
+# as many codes as a search may be asked for
+MOST_CODES = 32
 REDUCTIONS = ("mean", "sum", "none")
 LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
@@ -75,6 +77,15 @@ def check_options(precision: str, backend: str, *tensors: Tensor) -> None:
 def check_metric(metric: str) -> None:
     if metric not in dispatch.METRICS:
         raise ValueError(f"metric is {metric!r}; it must be one of {', '.join(dispatch.METRICS)}")
+
+
+def check_k(k: int, codebook: Tensor) -> None:
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k is {k!r:.80}; it must be an int")
+    if not 1 <= k <= MOST_CODES:
+        raise ValueError(f"k is {k}; it must be in [1, {MOST_CODES}]")
+    if k > codebook.shape[0]:
+        raise ValueError(f"k is {k} but codebook has {codebook.shape[0]} codes")
 
 
 def check_mask(mask: Tensor | None, x: Tensor) -> None:

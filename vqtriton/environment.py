@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from vqtriton import dispatch, torch_backend
+from vqtriton import dispatch
 from vqtriton._version import __version__
+from vqtriton.screening import matmul_input_roundoff
 from vqtriton.tiles import tables
 from vqtriton.tiles.problems import problem_for
 
@@ -52,7 +53,7 @@ def describe(shapes: Sequence[tuple[int, int, int, str]] = ()) -> str:
     lines.append(("triton interpreter", "on" if dispatch.interpreter_is_on() else "off"))
     for device_type in ("cpu", "cuda"):
         lines.append((f"backend on {device_type}", _backend(device_type)))
-    rounds = torch_backend.matmul_input_roundoff(torch.device("cpu"), torch.float32) > 0
+    rounds = matmul_input_roundoff(torch.device("cpu"), torch.float32) > 0
     lines.append(("float32 matmul", "inputs rounded" if rounds else "float32"))
     lines += _tables(shapes)
     width = max(len(name) for name, _ in lines)

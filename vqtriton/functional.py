@@ -14,6 +14,7 @@ from vqtriton.checks import (
     REDUCTIONS,
     check_arguments,
     check_codebook,
+    check_k,
     check_metric,
     check_options,
     check_sums,
@@ -136,10 +137,7 @@ def nearest_code(
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, equation 1.
     """
-    check_metric(metric)
-    if isinstance(codebook, PreparedCodebook) and metric != codebook.metric:
-        raise ValueError(f"metric is {metric!r}, but codebook was prepared for {codebook.metric!r}")
-    codes, prepared, backend = _parts(codebook, backend)
+    codes, prepared, backend = _parts_for(metric, codebook, backend)
     check_arguments(x, codes, precision=precision, backend=backend)
     flat = _flat(x.detach() if x.requires_grad else x)
     if metric == "cosine":
@@ -156,6 +154,79 @@ def nearest_code(
             search = ops.IMPLEMENTATIONS["nearest_code"]
         indices = search(flat, codes, *options)
     return indices if x.ndim == 2 else indices.reshape(x.shape[:-1])
+
+
+def nearest_codes(
+    x: Tensor,
+    codebook: Tensor | PreparedCodebook,
+    k: int,
+    *,
+    metric: str = "l2",
+    return_distances: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Indices of the k nearest codes, the nearest first: `nearest_code` for more than one code.
+
+    Equivalent to ``torch.cdist(x.double(), codebook.double()).topk(k, largest=False)`` without the
+    [N, K] matrix, and without the rounding of its square root. It is exact: the order is that of
+    the float64 distances of the values as given, so the result depends neither on the device nor on
+    the batch.
+
+    Args:
+        x: vectors, [..., D], see `nearest_code`.
+        codebook: [K, D], or a `PreparedCodebook`, see `nearest_code`.
+        k: how many codes, from 1 to 32 and at most K.
+        metric: "l2", "cosine" or "dot", see `nearest_code`.
+        return_distances: also return the distances, which takes additional time.
+        backend: see `nearest_code`. The kernels look for one code only: with "triton" and k > 1,
+            blocked torch code runs on the GPU, which waits for the device.
+
+    Returns:
+        indices, [..., k], int64 in [0, K), in ascending order of distance. The lower index goes
+        first in a tie. Codes whose distance is not finite rank last, in the order of their indices.
+        With k = 1 it is the index that `nearest_code` gives.
+
+        With ``return_distances``, a tuple of these and of the distances, [..., k], float32 (float64
+        for float64). They are what codes are ranked by: squared L2 distances, for "cosine" between
+        normalized vectors, and for "dot" the opposites of the dot products. They are computed in
+        float64 and rounded once, so they are in ascending order too, and equal on every backend.
+        What is not finite is +inf. No gradient passes through them.
+
+    Raises:
+        ValueError: k < 1, k > 32, k > K, and those of `nearest_code`.
+        TypeError: k is not an int, and those of `nearest_code`.
+
+    Example:
+        >>> x, codebook = torch.randn(8, 49, 64), torch.randn(512, 64)
+        >>> indices, distances = vqtriton.nearest_codes(x, codebook, 4, return_distances=True)
+        >>> indices.shape
+        torch.Size([8, 49, 4])
+    """
+    codes, _, backend = _parts_for(metric, codebook, backend)
+    check_arguments(x, codes, precision="exact", backend=backend)
+    check_k(k, codes)
+    if not isinstance(return_distances, bool):
+        raise TypeError(f"return_distances is {return_distances!r:.80}; it must be True or False")
+    flat, codes = _flat(x.detach()), codes.detach()
+    if metric == "cosine":
+        flat = ops.normalize_rows(flat, backend)
+        if not isinstance(codebook, PreparedCodebook):
+            codes = ops.normalize_rows(codes, backend)
+    indices, distances = ops.nearest_codes(
+        flat, codes, k, OP_METRICS[metric], return_distances, backend
+    )
+    indices = indices.reshape(*x.shape[:-1], k)
+    return (indices, distances.reshape(indices.shape)) if return_distances else indices
+
+
+def _parts_for(
+    metric: str, codebook: Tensor | PreparedCodebook, backend: str
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """`_parts` of a codebook that must be for the metric."""
+    check_metric(metric)
+    if isinstance(codebook, PreparedCodebook) and metric != codebook.metric:
+        raise ValueError(f"metric is {metric!r}, but codebook was prepared for {codebook.metric!r}")
+    return _parts(codebook, backend)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ _library.define(
     "nearest_code.prepared(Tensor x, Tensor codebook, str precision, str metric, str backend, "
     "Tensor[] prepared) -> Tensor"
 )
+_library.define(
+    "nearest_codes(Tensor x, Tensor codebook, int k, str metric, bool return_distances, "
+    "str backend) -> (Tensor, Tensor)"
+)
 _library.define("prepare_codebook(Tensor codebook, str metric, str backend) -> Tensor[]")
 _library.define("normalize_rows(Tensor x, str backend) -> Tensor")
 _library.define(
@@ -110,6 +114,14 @@ def _snapshot_fake(tensor: Tensor) -> Tensor:
 
 def _nearest_code_fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _nearest_codes_fake(
+    x: Tensor, codebook: Tensor, k: int, metric: str, return_distances: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0] if return_distances else 0, k)
+    distances = x.new_empty(shape, dtype=screen_dtype(x, codebook))
+    return x.new_empty(x.shape[0], k, dtype=torch.int64), distances
 
 
 def _prepare_codebook_fake(codebook: Tensor, metric: str, backend: str) -> list[Tensor]:
@@ -274,6 +286,7 @@ def register(
 for _name, _fake in (
     ("nearest_code", _nearest_code_fake),
     ("nearest_code.prepared", _nearest_code_fake),
+    ("nearest_codes", _nearest_codes_fake),
     ("prepare_codebook", _prepare_codebook_fake),
     ("normalize_rows", _normalize_rows_fake),
     ("vector_quantize", _vector_quantize_fake),
@@ -302,6 +315,7 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
 
 nearest_code = torch.ops.vqtriton.nearest_code.default
 nearest_code_prepared = torch.ops.vqtriton.nearest_code.prepared
+nearest_codes = torch.ops.vqtriton.nearest_codes.default
 prepare_codebook_op = torch.ops.vqtriton.prepare_codebook.default
 normalize_rows = torch.ops.vqtriton.normalize_rows.default
 vector_quantize = torch.ops.vqtriton.vector_quantize.default

@@ -136,16 +136,47 @@ def nearest_code(
         >>> torch.equal(indices, vqtriton.reference.nearest_code(x, codebook))
         True
     """
-    rows, codes = x.detach().reshape(-1, x.shape[-1]), codebook.detach()
-    if metric == "cosine":
-        rows, codes = normalized(rows), normalized(codes)
-    distances = -dot_products(rows, codes) if metric == "dot" else squared_distances(rows, codes)
-    distances = distances.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+    distances = _distances(x, codebook, metric)
     # `min` may return any of equal minima; the lowest index is the rule
     columns = torch.arange(codebook.shape[0], dtype=torch.int64, device=x.device)
     is_nearest = distances == distances.amin(1, keepdim=True)
     indices = torch.where(is_nearest, columns, codebook.shape[0]).amin(1)
     return indices.reshape(x.shape[:-1])
+
+
+def nearest_codes(
+    x: Tensor,
+    codebook: Tensor,
+    k: int,
+    *,
+    metric: str = "l2",
+    return_distances: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `vqtriton.nearest_codes` must return, with the same arguments.
+
+    Example:
+        >>> x, codebook = torch.randn(100, 64), torch.randn(512, 64)
+        >>> indices = vqtriton.nearest_codes(x, codebook, 4)
+        >>> torch.equal(indices, vqtriton.reference.nearest_codes(x, codebook, 4))
+        True
+    """
+    distances, indices = _distances(x, codebook, metric).sort(dim=1, stable=True)
+    shape = (*x.shape[:-1], k)
+    indices = indices[:, :k].reshape(shape)
+    if not return_distances:
+        return indices
+    dtype = torch.float64 if torch.float64 in (x.dtype, codebook.dtype) else torch.float32
+    return indices, distances[:, :k].to(dtype).reshape(shape)
+
+
+def _distances(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    """[N, K] float64: what codes are ranked by; +inf where that is not finite."""
+    rows, codes = x.detach().reshape(-1, x.shape[-1]), codebook.detach()
+    if metric == "cosine":
+        rows, codes = normalized(rows), normalized(codes)
+    distances = -dot_products(rows, codes) if metric == "dot" else squared_distances(rows, codes)
+    return distances.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
 
 
 def code_sums(

@@ -33,6 +33,12 @@ PLAIN_NORMS = 2.0**-30, 2.0**30
 SHORT, MANY = 16, 4096
 # Elements of the codes that are squared at a time.
 BLOCK_ELEMENTS = 1 << 17
+# Scores of a block: smaller ones are slower.
+BLOCK_SCORES = 1 << 21
+# Codes whose costs are reduced together: `amin` over strides is vectorised, `argmin` is not.
+GROUP = 8
+# Norms below it have squares, and distances, that do not overflow.
+LARGEST_NORM = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
 
 class CentredCodebook(NamedTuple):
@@ -147,3 +153,63 @@ def error_bound(dim: int, dtype: torch.dtype, input_roundoff: float = 0.0) -> Ow
         distances=SLACK * (dim + 4) * U64,
         tiny=TINY[dtype],
     )
+
+
+def margin_terms(
+    prepared: CentredCodebook, bound: OwnBound | None, longest: float, metric: str
+) -> tuple[float, float]:
+    """Slope and constant, by the norm of its row, of twice the error of a cost."""
+    if bound is None:
+        return 0.0, 0.0
+    max_norm = prepared.max_norm
+    slope, constant = bound.products * max_norm, bound.tiny
+    if metric == "dot":
+        slope += bound.distances * max_norm
+    else:
+        slope += bound.distances * longest
+        # norms of plain codes err as much as their products
+        constant += bound.products * max_norm * max_norm * (0.5 if prepared.mean is not None else 1)
+    return 2 * prepared.unit * slope, 2 * prepared.unit * constant
+
+
+def add_margin(
+    least: Tensor, y: Tensor, prepared: CentredCodebook, bound: OwnBound | None, metric: str
+) -> Tensor | None:
+    """Adds a margin to the least cost of each row: the nearest code's cost is not above the sum.
+
+    Args:
+        least: [N], changed; NaN where the numbers of a row may overflow.
+        y: [N, D], the rows, centred and scaled.
+        bound: None: no margin is added.
+
+    Returns:
+        [N] bool, the rows whose numbers do not overflow; None where that is all of them.
+    """
+    largest = LARGEST_NORM[y.dtype] - prepared.max_norm
+    if bound is not None and metric == "l2":
+        # one long row is not to widen the margin of the others
+        largest = min(largest, bound.products / bound.distances * prepared.max_norm)
+    norm = torch.linalg.vector_norm(y, dim=1)
+    longest = float(norm.amax())
+    is_sound = None
+    if not longest < largest:
+        is_sound = norm < largest
+        least.masked_fill_(~is_sound, torch.nan)
+        norm.masked_fill_(~is_sound, 0)
+        longest = float(norm.amax())
+    if bound is not None:
+        slope, constant = margin_terms(prepared, bound, longest, metric)
+        least.add_(norm, alpha=slope).add_(constant)
+    return is_sound
+
+
+def matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
+    """What the process-wide settings allow a float32 matmul to do to its inputs."""
+    if dtype != torch.float32:
+        return 0.0
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    # torch refuses the older question once this newer setting has been used
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if setting is None:
+        setting = torch.get_float32_matmul_precision()
+    return 0.0 if setting in ("ieee", "none", "highest") else 2.0**-9

@@ -6,44 +6,51 @@ memory is O(N + K·D), never O(N·K), whatever the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import inf, isfinite
 
 import torch
 from torch import Tensor
 
+from vqtriton import several_codes
 from vqtriton.distributed import sample_rows, take_filled
 from vqtriton.kernels.code_planes import OwnBound
 from vqtriton.kernels.constants import LEAST_LENGTH, LEAST_NORM, SLACK
+from vqtriton.pairs import (
+    BLOCK_GROUPS,
+    BLOCK_PAIRS_ELEMENTS,
+    CROWDED,
+    distances_of_pairs,
+    distances_to_all,
+    equals_before,
+    parts,
+    sums_in_any_order,
+    sums_in_order,
+)
 from vqtriton.screening import (
+    BLOCK_SCORES,
+    GROUP,
+    LARGEST_NORM,
     U64,
     CentredCodebook,
+    add_margin,
     centred_codebook,
     centred_codebook_of,
     error_bound,
+    margin_terms,
+    matmul_input_roundoff,
     plain_codebook,
 )
 from vqtriton.tensors import finite_rows, screen_dtype
 
 # Elements that a pass holds at a time, so that they stay in a cache until the next pass.
 BLOCK_ELEMENTS = 1 << 20
-# Scores of a block: smaller ones are slower. And of a search that is done all at once.
-BLOCK_SCORES = 1 << 21
+# Scores of a search that is done all at once.
 FEW_SCORES = 1 << 18
 # Elements of x up to which differences take less time than products.
 FEWEST_ELEMENTS = 1 << 7
 # Elements of codes in doubt up to which lists take less time than tensors.
 FEW_ELEMENTS = 1 << 10
-# Codes whose costs are reduced together: `amin` over strides is vectorised, `argmin` is not.
-GROUP = 8
-# Groups whose codes are listed at a time: hard data can have all of them in doubt.
-BLOCK_GROUPS = 1 << 14
-# Elements of the vectors whose float64 distances are evaluated at a time.
-BLOCK_PAIRS_ELEMENTS = 1 << 17
-# Rows with more candidates than this part of the groups are compared with all codes.
-CROWDED = 8
-# Norms below it have squares, and distances, that do not overflow.
-LARGEST_NORM = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 
 
 def nearest_code(
@@ -58,6 +65,29 @@ def nearest_code(
     ``metric`` is "l2" or "dot": for cosines, vectors and codes are normalized before.
     """
     return search(x, codebook, precision, metric, prepared)[0]
+
+
+def nearest_codes(
+    x: Tensor, codebook: Tensor, k: int, metric: str, return_distances: bool
+) -> tuple[Tensor, Tensor]:
+    """x [N, D], codebook [K, D] -> [N, k] int64, [N, k] distances; k <= K.
+
+    Without ``return_distances`` the latter are [0, k].
+    """
+    if k == 1:
+        indices = nearest_code(x, codebook, "exact", metric)[:, None]
+    else:
+        indices = several_codes.search(x, codebook, k, metric)
+    return indices, distances_of(x, codebook, indices if return_distances else indices[:0], metric)
+
+
+def distances_of(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
+    """The distances of codes ``indices`` [N, k], rounded once; +inf if not finite."""
+    row = torch.arange(len(indices), dtype=torch.int64, device=x.device)
+    pairs = row.repeat_interleave(indices.shape[1]), indices.reshape(-1)
+    distances = distances_of_pairs(x, codebook, *pairs, metric, sums_in_order)
+    distances.nan_to_num_(torch.inf, posinf=torch.inf, neginf=torch.inf)
+    return distances.to(screen_dtype(x, codebook)).view(indices.shape)
 
 
 def search(
@@ -146,7 +176,7 @@ def _search(
             by_group = block_costs.view(len(rows), group, -1)
             least_of_groups = by_group.amin(1)
         limits = least_of_groups.amin(1)
-        is_sound = _add_margin(limits, block_y, prepared, bound, metric)
+        is_sound = add_margin(limits, block_y, prepared, bound, metric)
         row, column = (least_of_groups <= limits[:, None]).nonzero().unbind(1)
         if group == 1 and is_sound is None and len(row) == len(rows):
             # one candidate each
@@ -158,7 +188,7 @@ def _search(
         if bound is not None and len(row) > 2 * len(rows):
             if is_first is None:
                 # among equal codes only the first can win, so the others are left out from now on
-                is_first = _is_first(codebook)
+                is_first = equals_before(codebook) == 0
                 half_sqnorm = half_sqnorm.clone()
                 half_sqnorm[:size].masked_fill_(~is_first, torch.inf)
             # where a row has very many candidates, it is faster to look at all codes
@@ -166,7 +196,7 @@ def _search(
             in_doubt += int(many.sum())
             is_sound = ~many if is_sound is None else is_sound & ~many
             row, column = row[~many[row]], column[~many[row]]
-        for part_row, part_column in _parts(row, column, len(rows)):
+        for part_row, part_column in parts(row, column, len(rows), BLOCK_GROUPS):
             pair_row, code = part_row, part_column
             if group > 1:
                 of_members = by_group[part_row, :, part_column]
@@ -179,7 +209,7 @@ def _search(
         if is_sound is not None:
             (others,) = (~is_sound).nonzero(as_tuple=True)
             if is_first is None and finite_rows(rows[others]).any():
-                is_first = _is_first(codebook)
+                is_first = equals_before(codebook) == 0
             found[others] = _nearest_of_all(rows[others], codebook, is_first, metric)
     return indices, in_doubt
 
@@ -215,7 +245,7 @@ def _search_few(
     if not norm < LARGEST_NORM[dtype] - prepared.max_norm:
         return None
     # the margin of the longest row for all
-    slope, constant = _margin(prepared, bound, norm, metric)
+    slope, constant = margin_terms(prepared, bound, norm, metric)
     margin = slope * norm + constant
     costs = torch.empty(x.shape[0], prepared.codes.shape[0], dtype=dtype, device=x.device)
     # with `out`, autocast leaves it alone
@@ -234,64 +264,6 @@ def _search_few(
     if code.shape[0] > GROUP * rows.shape[0]:
         return None
     return indices, _choose(x, codebook, rows[place], code, indices, "exact", metric)
-
-
-def _margin(
-    prepared: CentredCodebook, bound: OwnBound | None, longest: float, metric: str
-) -> tuple[float, float]:
-    """Slope and constant, by the norm of its row, of twice the error of a cost."""
-    if bound is None:
-        return 0.0, 0.0
-    max_norm = prepared.max_norm
-    slope, constant = bound.products * max_norm, bound.tiny
-    if metric == "dot":
-        slope += bound.distances * max_norm
-    else:
-        slope += bound.distances * longest
-        # norms of plain codes err as much as their products
-        constant += bound.products * max_norm * max_norm * (0.5 if prepared.mean is not None else 1)
-    return 2 * prepared.unit * slope, 2 * prepared.unit * constant
-
-
-def _add_margin(
-    least: Tensor, y: Tensor, prepared: CentredCodebook, bound: OwnBound | None, metric: str
-) -> Tensor | None:
-    """Adds a margin to the least cost of each row: the nearest code's cost is not above the sum.
-
-    Args:
-        least: [N], changed; NaN where the numbers of a row may overflow.
-        y: [N, D], the rows, centred and scaled.
-        bound: None: no margin is added.
-
-    Returns:
-        [N] bool, the rows whose numbers do not overflow; None where that is all of them.
-    """
-    largest = LARGEST_NORM[y.dtype] - prepared.max_norm
-    if bound is not None and metric == "l2":
-        # one long row is not to widen the margin of the others
-        largest = min(largest, bound.products / bound.distances * prepared.max_norm)
-    norm = torch.linalg.vector_norm(y, dim=1)
-    longest = float(norm.amax())
-    is_sound = None
-    if not longest < largest:
-        is_sound = norm < largest
-        least.masked_fill_(~is_sound, torch.nan)
-        norm.masked_fill_(~is_sound, 0)
-        longest = float(norm.amax())
-    if bound is not None:
-        slope, constant = _margin(prepared, bound, longest, metric)
-        least.add_(norm, alpha=slope).add_(constant)
-    return is_sound
-
-
-def _parts(row: Tensor, column: Tensor, num_rows: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Pairs in the order of their rows, some at a time; those of a row stay together."""
-    if len(row) <= BLOCK_GROUPS:
-        return [(row, column)]
-    per_row = torch.bincount(row, minlength=num_rows)
-    part_of_row = (per_row.cumsum(0) - per_row) // BLOCK_GROUPS
-    sizes = torch.bincount(part_of_row[row]).tolist()
-    return zip(row.split(sizes), column.split(sizes), strict=True)
 
 
 def _choose(
@@ -361,13 +333,13 @@ def _are_nearest(
         is_near = torch.ones_like(row, dtype=torch.bool)
     else:
         # summed in any order; what is beyond the rounding of both sums needs no exact one
-        distances = _distances_of_pairs(x, codebook, row, code, metric, _sums_in_any_order)
+        distances = distances_of_pairs(x, codebook, row, code, metric, sums_in_any_order)
         slack = 1 + 8 * (x.shape[1] + 2) * U64
         is_near = distances <= slack * _least(distances, row, len(x))[row]
     if int(is_near.sum()) == num_rows:
         return is_near
     row, code = row[is_near], code[is_near]
-    distances = _distances_of_pairs(x, codebook, row, code, metric, _sums_in_order)
+    distances = distances_of_pairs(x, codebook, row, code, metric, sums_in_order)
     return is_near.masked_scatter(is_near, distances == _least(distances, row, len(x))[row])
 
 
@@ -376,44 +348,11 @@ def _least(distances: Tensor, row: Tensor, num_rows: int) -> Tensor:
     return least.scatter_reduce_(0, row, distances, "amin")
 
 
-def _distances_of_pairs(
-    x: Tensor,
-    codebook: Tensor,
-    row: Tensor,
-    code: Tensor,
-    metric: str,
-    sums: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """[P] float64 distances between x[row] and codebook[code]."""
-    # made first: what is kept between blocks would cut up the memory of their tensors
-    distances = torch.empty(len(row), dtype=torch.float64, device=x.device)
-    block = max(256, BLOCK_PAIRS_ELEMENTS // x.shape[1])
-    pairs = zip(distances.split(block), row.split(block), code.split(block), strict=True)
-    for out, i, k in pairs:
-        rows, codes = x[i].double(), codebook[k]
-        terms = rows.mul_(codes) if metric == "dot" else rows.sub_(codes).square_()
-        out.copy_(sums(terms))
-    return distances.neg_() if metric == "dot" else distances
-
-
-def _sums_in_any_order(terms: Tensor) -> Tensor:
-    return terms.sum(-1)
-
-
-def _sums_in_order(terms: Tensor) -> Tensor:
-    """[..., D] -> [...], in the order of operations that `vqtriton.reference` lays down."""
-    # a copy with the dimensions first, so that each step reads contiguous memory
-    terms = terms.movedim(-1, 0).contiguous()
-    sums = torch.zeros_like(terms[0])
-    for term in terms:
-        sums += term
-    return sums
-
-
 def _nearest_of_all(x: Tensor, codebook: Tensor, is_first: Tensor | None, metric: str) -> Tensor:
     """[N]: the nearest codes, from the distances to all codes. Some may overflow; 0 if all do.
 
-    ``is_first`` [K] is what `_is_first` gives; it is not needed where no row is finite.
+    ``is_first`` [K] says which codes have no equal before them. Where no row is finite it is not
+    needed.
     """
     indices = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     (rows,) = finite_rows(x).nonzero(as_tuple=True)
@@ -422,45 +361,12 @@ def _nearest_of_all(x: Tensor, codebook: Tensor, is_first: Tensor | None, metric
     (codes,) = (finite_rows(codebook) & is_first).nonzero(as_tuple=True)
     if len(codes) == 0:
         return indices
-    # with the dimensions first, so that each step reads contiguous memory
     columns = codebook[codes].T.double().contiguous()
     for part in rows.split(max(1, BLOCK_PAIRS_ELEMENTS // len(codes))):
-        of_rows = x[part].T.double().contiguous()[:, :, None]
-        distances = torch.zeros(len(part), len(codes), dtype=torch.float64, device=x.device)
-        term = torch.empty_like(distances)
-        # in the order of operations that `vqtriton.reference` lays down
-        for of_row, column in zip(of_rows, columns, strict=True):
-            if metric == "dot":
-                distances -= torch.mul(of_row, column, out=term)
-            else:
-                torch.sub(of_row, column, out=term)
-                distances += term.mul_(term)
-        distances.nan_to_num_(torch.inf, posinf=torch.inf, neginf=torch.inf)
+        distances = distances_to_all(x[part], columns, metric)
         least, place = distances.min(1)
         indices[part] = codes[place].masked_fill_(least == torch.inf, 0)
     return indices
-
-
-def _is_first(codebook: Tensor) -> Tensor:
-    """[K] whether no code with the same values has a lower index."""
-    # of halves it fails under autocast to the other half (torch 2.13); widening changes no equality
-    codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
-    _, group = torch.unique(codebook, dim=0, return_inverse=True)
-    index = torch.arange(codebook.shape[0], dtype=torch.int64, device=codebook.device)
-    first = torch.full_like(index, codebook.shape[0]).scatter_reduce_(0, group, index, "amin")
-    return first[group] == index
-
-
-def matmul_input_roundoff(device: torch.device, dtype: torch.dtype) -> float:
-    """What the process-wide settings allow a float32 matmul to do to its inputs."""
-    if dtype != torch.float32:
-        return 0.0
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    # torch refuses the older question once this newer setting has been used
-    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
-    if setting is None:
-        setting = torch.get_float32_matmul_precision()
-    return 0.0 if setting in ("ieee", "none", "highest") else 2.0**-9
 
 
 def prepare_codebook(codebook: Tensor, metric: str = "l2") -> list[Tensor]:
@@ -473,7 +379,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=screen_dtype(x, x), device=x.device)
     for block in _blocks(x):
         wide = x[block].double()
-        norms = _sums_in_order(wide.square()).sqrt_().clamp_(min=LEAST_NORM)
+        norms = sums_in_order(wide.square()).sqrt_().clamp_(min=LEAST_NORM)
         out[block] = wide / norms[:, None]
     return out
 

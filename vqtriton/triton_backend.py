@@ -60,6 +60,21 @@ def nearest_code(
     return run_kernels(x, codebook, prepared, exact=exact, is_dot=is_dot).indices[0]
 
 
+def nearest_codes(
+    x: Tensor, codebook: Tensor, k: int, metric: str, return_distances: bool
+) -> tuple[Tensor, Tensor]:
+    """Only k = 1 has kernels: for more codes this is torch code on the tensors' device.
+
+    It is right on any GPU, but slow, and it waits for the device: no CUDA graph can hold it. The
+    distances are computed by torch code in any case.
+    """
+    if k > 1:
+        return torch_backend.nearest_codes(x, codebook, k, metric, return_distances)
+    indices = nearest_code(x, codebook, "exact", metric)[:, None]
+    listed = indices if return_distances else indices[:0]
+    return indices, torch_backend.distances_of(x, codebook, listed, metric)
+
+
 def prepare_codebook(codebook: Tensor, metric: str = "l2") -> list[Tensor]:
     return list(_prepare_planes(codebook, is_dot=metric == "dot").tensors)
 
