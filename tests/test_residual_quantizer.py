@@ -235,6 +235,24 @@ def test_rotation_is_from_x_to_the_sum() -> None:
     torch.testing.assert_close(grad, want)
 
 
+def test_beams_are_followed_in_training_and_in_eval_mode() -> None:
+    x = rows(60, DIM)
+    for options in ({"beam_size": 4}, {"eval_beam_size": 4}):
+        rvq = made(**options)
+        want = vqtriton.residual_quantize(x, rvq.codebooks, beam_size=4)
+        greedy = vqtriton.residual_quantize(x, rvq.codebooks)
+        before = copy.deepcopy(rvq)
+        assert torch.equal(before.eval()(x).indices, want.indices)
+        expected = want if "beam_size" in options else greedy
+        alone = [copy.deepcopy(layer) for layer in rvq.layers]
+        assert torch.equal(rvq(x).indices, expected.indices)
+        residual = x
+        for q, layer in enumerate(alone):
+            layer._update(residual, expected.indices[:, q])
+            torch.testing.assert_close(rvq.codebooks[q], layer.codebook)
+            residual = residual - before.codebooks[q][expected.indices[:, q]]
+
+
 def test_micro_batches_are_one_step() -> None:
     rvq, x = made(decay=0.5), rows(60, DIM)
     other = copy.deepcopy(rvq)
@@ -390,6 +408,8 @@ def test_ranks_hold_the_same_codebooks_after_one_collective_a_step(tmp_path: Pat
         ({"quantize_dropout_cutoff_index": 4}, ValueError, "quantize_dropout_cutoff_index is 4"),
         ({"quantize_dropout_multiple_of": 0}, ValueError, "quantize_dropout_multiple_of is 0"),
         ({"quant_grad_frac": -1.0}, ValueError, "quant_grad_frac is -1.0"),
+        ({"beam_size": 0}, ValueError, "beam_size is 0"),
+        ({"beam_size": 2, "use_cosine_sim": True}, ValueError, "with use_cosine_sim it must be 1"),
         ({"shared_codebook": 1}, TypeError, "shared_codebook is 1"),
         ({"dim": 0}, ValueError, "dim is 0"),
     ],

@@ -256,6 +256,7 @@ def residual_quantize(
     mask: Tensor | None = None,
     depths: Tensor | None = None,
     quant_grad_frac: float = 0.0,
+    beam_size: int = 1,
     precision: str = "exact",
     backend: str = "auto",
 ) -> Quantized:
@@ -280,8 +281,9 @@ def residual_quantize(
     residual = x.detach().to(dtype).where(is_row[..., None], 0)
     total = torch.zeros_like(residual)
     indices, losses = [], []
+    followed = _beams(residual, codebooks, levels, beam_size) if beam_size > 1 else None
     for level, (codebook, is_counted) in enumerate(zip(codebooks, levels, strict=True)):
-        found = nearest_code(residual, codebook)
+        found = nearest_code(residual, codebook) if followed is None else followed[..., level]
         # the residual is a value for the codes of later levels, and x is what gets the gradient
         before = residual.double()
         codes = codebook[found].double().where(is_counted[..., None], 0)
@@ -303,3 +305,27 @@ def residual_quantize(
     quantized = total.double() + (x_finite - x_finite.detach())
     quantized = quantized.where(levels[0][..., None], 0)
     return Quantized(quantized.to(x.dtype), torch.stack(indices, -1), loss.to(dtype))
+
+
+def _beams(
+    x: Tensor, codebooks: Sequence[Tensor], levels: Sequence[Tensor], beam_size: int
+) -> Tensor:
+    """The tokens of a beam search, [..., Q]; 0 where a row has no level."""
+    found = []
+    counted = torch.stack(list(levels), -1).reshape(-1, len(levels))
+    for row, depth in zip(x.reshape(-1, x.shape[-1]), counted.sum(-1).tolist(), strict=True):
+        beams: list[tuple[list[int], Tensor]] = [([], row)]
+        for codebook in codebooks[:depth]:
+            follow = []
+            for path, residual in beams:
+                squares = squared_distances(residual[None], codebook.detach())[0]
+                # by float32, and by the order in which they are found where these are equal
+                squares = squares.nan_to_num(nan=torch.inf, posinf=torch.inf)
+                near = squares.sort(stable=True).indices[:beam_size]
+                rounded = squares.to(x.dtype).tolist()
+                follow += [(rounded[k], [*path, k], residual - codebook[k]) for k in near.tolist()]
+            follow.sort(key=lambda each: each[0])
+            beams = [(path, residual.detach()) for _, path, residual in follow[:beam_size]]
+        path = beams[0][0]
+        found.append(path + [0] * (len(codebooks) - len(path)))
+    return torch.tensor(found, dtype=torch.int64, device=x.device).view(*x.shape[:-1], -1)

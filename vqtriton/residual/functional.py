@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vqtriton.checks import (
     INTEGERS,
+    MOST_CODES,
     REDUCTIONS,
     check_arguments,
     check_mask,
@@ -19,6 +20,7 @@ from vqtriton.checks import (
 from vqtriton.functional import Function, PreparedCodebook, apply
 from vqtriton.reference import Quantized
 from vqtriton.residual import ops
+from vqtriton.residual.beam import search_beams
 from vqtriton.tensors import finite_rows, gather, parts_of, screen_dtype
 
 Codebooks = Sequence[Tensor | PreparedCodebook] | Tensor
@@ -34,6 +36,7 @@ def residual_quantize(
     mask: Tensor | None = None,
     depths: Tensor | None = None,
     quant_grad_frac: float = 0.0,
+    beam_size: int = 1,
     precision: str = "exact",
     backend: str = "auto",
 ) -> Quantized:
@@ -67,6 +70,10 @@ def residual_quantize(
             a row have index -1, and neither a code nor a loss.
         quant_grad_frac: in [0, 1], how much of a level's code later levels treat as moving with
             ``x``: the commitment term of level q pulls ``x`` by (1 - quant_grad_frac)^q.
+        beam_size: how many partial sums each row keeps at a level, from 1 to 32. With more than one
+            it is a beam search: each goes on with as many of its nearest codes, and those that
+            leave the shortest residuals are kept. The error at the last level is lower, and it
+            takes about ``beam_size`` times as long. The first levels then are those of this depth.
         precision: see `nearest_code`.
         backend: see `nearest_code`.
 
@@ -101,6 +108,7 @@ def residual_quantize(
         mask=mask,
         depths=depths,
         quant_grad_frac=quant_grad_frac,
+        beam_size=beam_size,
         precision=precision,
         backend=backend,
     )
@@ -117,6 +125,7 @@ def quantize_levels(
     mask: Tensor | None,
     depths: Tensor | None,
     quant_grad_frac: float,
+    beam_size: int,
     precision: str,
     backend: str,
 ) -> Quantized:
@@ -128,23 +137,30 @@ def quantize_levels(
     check_weight("commitment_weight", commitment_weight)
     check_weight("codebook_weight", codebook_weight)
     check_number("quant_grad_frac", quant_grad_frac, float, 0, 1)
+    check_number("beam_size", beam_size, int, 1, MOST_CODES)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     flat_depths = _depths(x, mask, depths, len(codes))
     rows = x.reshape(-1, x.shape[-1])
     weights = float(commitment_weight), float(codebook_weight)
-    frac = float(quant_grad_frac)
+    frac, found = float(quant_grad_frac), None
+    if beam_size > 1:
+        constants = [code.detach() for code in codes]
+        found = search_beams(rows.detach(), constants, flat_depths, beam_size, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *codes)):
         sizes = tuple(code.shape[0] for code in codes)
         if joined is None:
             # in one tensor, as a function of autograd takes no list of them
             joined = torch.cat(list(codes)) if len(codes) > 1 else codes[0]
         quantized, losses, indices = apply(
-            _ResidualQuantize, rows, joined, flat_depths, sizes, *weights, frac, precision, backend
+            _ResidualQuantize,
+            *(rows, joined, flat_depths, found, sizes, *weights, frac, precision, backend),
         )
     else:
         quantized, indices, losses = ops.residual_quantize(
-            rows.detach(), [c.detach() for c in codes], flat_depths, precision, prepared, backend
+            rows.detach(),
+            [code.detach() for code in codes],
+            *(flat_depths, precision, prepared, found, backend),
         )
         losses = losses * sum(weights)
     loss = _reduced(losses, indices, reduction, x.shape[-1])
@@ -224,6 +240,7 @@ class _ResidualQuantize(Function):
         x: Tensor,
         codes: Tensor,
         depths: Tensor | None,
+        found: Tensor | None,
         sizes: tuple[int, ...],
         commitment_weight: float,
         codebook_weight: float,
@@ -232,13 +249,13 @@ class _ResidualQuantize(Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices, errors = ops.residual_quantize(
-            x, parts_of(codes, sizes), depths, precision, [], backend
+            x, parts_of(codes, sizes), depths, precision, [], found, backend
         )
         return quantized, errors * (commitment_weight + codebook_weight), indices
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codes, _, ctx.sizes, commitment, ctx.codebook_weight, frac, _, ctx.backend = inputs
+        x, codes, _, _, ctx.sizes, commitment, ctx.codebook_weight, frac, _, ctx.backend = inputs
         ctx.commitment_weight = commitment
         # by how much what a level quantizes moves with x
         ctx.shares = tuple((1 - frac) ** level for level in range(len(ctx.sizes)))
@@ -269,7 +286,7 @@ class _ResidualQuantize(Function):
             grad_codes = apply(
                 _GradCodes, pulls, x.detach(), codes, indices, ctx.sizes, ctx.backend
             ).to(codes.dtype)
-        return grad_x, grad_codes, *[None] * 7
+        return grad_x, grad_codes, *[None] * 8
 
 
 class _GradX(Function):

@@ -20,7 +20,7 @@ from vqtriton.tensors import screen_dtype
 
 SCHEMAS = (
     "residual_quantize(Tensor x, Tensor[] codebooks, Tensor? depths, str precision, "
-    "Tensor[] prepared, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor[] prepared, Tensor? found, str backend) -> (Tensor, Tensor, Tensor)",
     "residual_sums(Tensor x, Tensor codes, int[] sizes, Tensor indices, Tensor[] places, "
     "str backend) -> (Tensor, Tensor, Tensor[])",
     "residual_grad_x(Tensor grad_quantized, Tensor pulls, Tensor x, Tensor codes, int[] sizes, "

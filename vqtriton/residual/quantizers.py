@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from vqtriton import distributed
-from vqtriton.checks import INTEGERS, check_arguments, check_mask, check_number
+from vqtriton.checks import INTEGERS, MOST_CODES, check_arguments, check_mask, check_number
 from vqtriton.functional import (
     PreparedCodebook,
     nearest_code,
@@ -88,6 +88,8 @@ class ResidualVectorQuantize(Layout, nn.Module):
         quantize_dropout_multiple_of: the number of levels is rounded up to a multiple of this.
         quantize_dropout_per_sample: draw for each element of the batch (dim 0 of ``x``) by itself.
         quant_grad_frac: see `vqtriton.residual_quantize`.
+        beam_size: see `vqtriton.residual_quantize`; 1 is the nearest code at each level.
+        eval_beam_size: the same in eval mode; that of training by default.
         rotation_trick: see `VectorQuantize`; from ``x`` to the sum of its codes.
         channel_last, accept_image_fmap, accept_3d_fmap: see `VectorQuantize`.
         options: of each level, as `VectorQuantize` has them: codebook_update, decay,
@@ -134,6 +136,8 @@ class ResidualVectorQuantize(Layout, nn.Module):
         quantize_dropout_multiple_of: int = 1,
         quantize_dropout_per_sample: bool = False,
         quant_grad_frac: float = 0.0,
+        beam_size: int = 1,
+        eval_beam_size: int | None = None,
         rotation_trick: bool = False,
         channel_last: bool = True,
         accept_image_fmap: bool = False,
@@ -157,6 +161,11 @@ class ResidualVectorQuantize(Layout, nn.Module):
         check_number("quantize_dropout_cutoff_index", quantize_dropout_cutoff_index, int, 0, last)
         check_number("quantize_dropout_multiple_of", quantize_dropout_multiple_of, int, 1)
         check_number("quant_grad_frac", quant_grad_frac, float, 0, 1)
+        for name in ("beam_size", "eval_beam_size"):
+            if arguments[name] is not None or name == "beam_size":
+                check_number(name, arguments[name], int, 1, MOST_CODES)
+        if options.get("use_cosine_sim") and max(beam_size, eval_beam_size or 1) > 1:
+            raise ValueError(f"beam_size is {beam_size}; with use_cosine_sim it must be 1")
         self.dim = dim
         self.codebook_sizes = sizes
         self.num_quantizers = len(sizes)
@@ -167,6 +176,8 @@ class ResidualVectorQuantize(Layout, nn.Module):
         self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         self.quantize_dropout_per_sample = quantize_dropout_per_sample
         self.quant_grad_frac = quant_grad_frac
+        self.beam_size = beam_size
+        self.eval_beam_size = eval_beam_size
         self.rotation_trick = rotation_trick
         self.channel_last = channel_last
         self.accept_image_fmap = accept_image_fmap
@@ -450,6 +461,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
             mask=mask,
             depths=depths,
             quant_grad_frac=self.quant_grad_frac,
+            beam_size=self.beam_size if self.training else self.eval_beam_size or self.beam_size,
             precision=first.precision,
             backend=first.backend,
         )

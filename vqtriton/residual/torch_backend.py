@@ -23,31 +23,37 @@ def residual_quantize(
     depths: Tensor | None,
     precision: str,
     prepared: Sequence[Tensor] = (),
+    found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the chosen codes [N, D]; indices [N, Q]; squared errors after each level [N, Q].
 
     ``depths`` [N] is how many levels a row has. ``prepared`` has what the backend made of each
-    codebook, one after the other.
+    codebook, one after the other. ``found`` [N, Q] are indices from elsewhere, -1 where a row has
+    no level: then nothing is searched.
     """
     dtype = screen_dtype(x, codebooks[0])
     residual = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     quantized = torch.zeros_like(residual)
+    has_gaps = depths is not None or found is not None
     # the levels first, so that each is written in one piece
     indices = torch.empty(len(codebooks), len(x), dtype=torch.int64, device=x.device)
     errors = torch.empty(len(codebooks), len(x), dtype=dtype, device=x.device)
     for level, codebook in enumerate(codebooks):
-        tensors = prepared[level * PARTS : (level + 1) * PARTS]
-        found = nearest_code(residual, codebook, precision, "l2", tensors)
+        if found is None:
+            tensors = prepared[level * PARTS : (level + 1) * PARTS]
+            chosen = nearest_code(residual, codebook, precision, "l2", tensors)
+        else:
+            chosen = found[:, level].clone()
         if depths is not None:
-            found.masked_fill_(depths <= level, -1)
-        codes = _codes(codebook, found, dtype, depths is not None)
+            chosen.masked_fill_(depths <= level, -1)
+        codes = _codes(codebook, chosen, dtype, has_gaps)
         residual.sub_(codes)
         quantized.add_(codes)
         torch.sum(torch.square(residual, out=codes), 1, out=errors[level])
-        if depths is not None:
-            errors[level].masked_fill_(found < 0, 0)
-        indices[level] = found
-    if not bool(errors[-1:].sum(dtype=torch.float64).isfinite()) or depths is not None:
+        if has_gaps:
+            errors[level].masked_fill_(chosen < 0, 0)
+        indices[level] = chosen
+    if has_gaps or not bool(errors[-1:].sum(dtype=torch.float64).isfinite()):
         # an infinite x gives NaN, as a NaN does
         is_wrong = ~finite_rows(x)
         errors.masked_fill_(is_wrong & (indices >= 0), torch.nan)

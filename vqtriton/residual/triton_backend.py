@@ -23,20 +23,23 @@ def residual_quantize(
     depths: Tensor | None,
     precision: str,
     prepared: Sequence[Tensor] = (),
+    found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `vqtriton.residual.torch_backend`; one search a level."""
+    if found is not None:
+        return torch_backend.residual_quantize(x, codebooks, depths, precision, found=found)
     residual = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     quantized = torch.zeros_like(residual)
     indices, errors = [], []
     for level, codebook in enumerate(codebooks):
         mask = None if depths is None else depths > level
         tensors = prepared[level * PARTS : (level + 1) * PARTS]
-        codes, error, found, _ = triton_backend.vector_quantize(
+        codes, error, chosen, _ = triton_backend.vector_quantize(
             residual, codebook, mask, 1.0, 0.0, "none", precision, tensors
         )
         residual = residual - codes
         quantized += codes
-        indices.append(found)
+        indices.append(chosen)
         errors.append(error)
     return quantized.to(x.dtype), torch.stack(indices, 1), torch.stack(errors, 1)
 
