@@ -51,22 +51,36 @@ def _lerp(start, end, weight):
     return tl.where(weight < 0.5, start + weight * step, end - step * (1 - weight))
 
 
-@triton.jit(do_not_specialize=["K", "codes_per_program"])
+@triton.jit(do_not_specialize=["K", "S", "codes_per_program"])
 def ema_update_kernel(
-    counts_ptr,      # [K] fp32 / int64, of the batch
-    sums_ptr,        # [K, D] fp32, of the batch, if IS_EMA
-    samples_ptr,     # [S, D] fp32 / fp16 / bf16, if REVIVES
-    filled_ptr,      # [S] int32 / int64, the samples that are filled come first, if REVIVES
-    num_filled_ptr,  # [] int64, how many are; None: as many as the counts add up to
+    counts_ptr,      # [H, K] fp32 / int64, of the batch
+    sums_ptr,        # [H, K, D] fp32, of the batch, if IS_EMA
+    samples_ptr,     # [H, S, D] fp32 / fp16 / bf16, if REVIVES
+    filled_ptr,      # [H, S] int32 / int64, the samples that are filled come first, if REVIVES
+    num_filled_ptr,  # [H] int64, how many are; None: as many as the counts add up to
     rates_ptr,       # [2] fp32, 1 - decay and the threshold
-    old_size_ptr,    # [K] fp32, the cluster sizes as they were; a copy if REVIVES
-    size_ptr,        # [K] fp32, out
-    codebook_ptr,    # [K, D] fp32, in and out
-    before_ptr,      # [K, D] fp32, out if KEEPS: the codes as they were
-    K, codes_per_program, stride_rn, stride_rd, stride_o, stride_s, stride_ck, stride_cd,
+    old_size_ptr,    # [H, K] fp32, the cluster sizes as they were; a copy if REVIVES
+    size_ptr,        # [H, K] fp32, out
+    codebook_ptr,    # [H, K, D] fp32, in and out
+    before_ptr,      # [H, K, D] fp32, out if KEEPS: the codes as they were
+    K, S, codes_per_program,
+    stride_rh, stride_rn, stride_rd, stride_oh, stride_o, stride_sh, stride_s,
+    stride_ch, stride_ck, stride_cd,
     D: tl.constexpr, IS_EMA: tl.constexpr, REVIVES: tl.constexpr, KEEPS: tl.constexpr,
     BLOCK_SCAN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    counts_ptr += head * K
+    old_size_ptr += head * stride_oh
+    size_ptr += head * stride_sh
+    codebook_ptr += head * stride_ch
+    if IS_EMA:
+        sums_ptr += head * K * D
+    if KEEPS:
+        before_ptr += head * K * D
+    if REVIVES:
+        samples_ptr += head * stride_rh
+        filled_ptr += head * S
     first_code = tl.program_id(0).to(tl.int64) * codes_per_program
     end_code = tl.minimum(first_code + codes_per_program, K)
 
@@ -96,7 +110,7 @@ def ema_update_kernel(
         if num_filled_ptr is None:
             num_filled = tl.sum(num_rows, 0).to(tl.int32)
         else:
-            num_filled = tl.load(num_filled_ptr).to(tl.int32)
+            num_filled = tl.load(num_filled_ptr + head).to(tl.int32)
 
     for first in range(first_code, end_code, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
@@ -141,6 +155,11 @@ def ema_update_kernel(
             tl.store(codes_ptr, code, mask=mask)
 
 
+def _strides(tensor: Tensor, num_dims: int) -> tuple[int, ...]:
+    """The first is 0 for a single head."""
+    return (0,) * (num_dims - tensor.ndim) + tensor.stride()
+
+
 def ema_update_(
     update: Update,
     *,
@@ -151,13 +170,14 @@ def ema_update_(
     """One step of the moving averages, in place; see `vqtriton.torch_backend.ema_update_`.
 
     Args:
+        update: of one codebook, or of several: [H, K, D] and so on.
         before: [K, D] float32, gets the codes as they were.
         drawn: in place of samples: the rows of a batch, whose counts are ``counts``.
         config: tiles.
     """
     cluster_size, codebook, counts, sums, samples, is_filled, rates = update
     config = config or EmaUpdateConfig()
-    size, dim = codebook.shape
+    *heads, size, dim = codebook.shape
     block_d = min(config.block_d, next_power_of_2(dim))
     block_k = min(config.block_k, max(1, config.block_elements // block_d))
     programs = min(cdiv(size, block_k), num_processors(codebook.device))
@@ -166,14 +186,14 @@ def ema_update_(
     if drawn is not None:
         samples, filled, old_size, _ = drawn
     elif samples is not None and is_filled is not None:
-        filled = torch.argsort(is_filled == 0, stable=True)
-        num_filled = (is_filled != 0).sum()
+        filled = torch.argsort(is_filled == 0, dim=-1, stable=True)
+        num_filled = (is_filled != 0).sum(-1)
         # every program reads the sizes of all codes, which others write meanwhile
         old_size = cluster_size.clone()
     with torch.cuda.device_of(codebook):
         launch(
             ema_update_kernel,
-            (programs,),
+            (programs, *(heads or (1,))),
             counts.contiguous(),
             None if sums is None else sums.contiguous(),
             samples,
@@ -185,11 +205,12 @@ def ema_update_(
             codebook,
             before,
             size,
+            0 if filled is None else filled.shape[-1],
             codes_per_program,
-            *((0, 0) if samples is None else samples.stride()),
-            old_size.stride(0),
-            cluster_size.stride(0),
-            *codebook.stride(),
+            *((0, 0, 0) if samples is None else _strides(samples, 3)),
+            *_strides(old_size, 2),
+            *_strides(cluster_size, 2),
+            *_strides(codebook, 3),
             D=dim,
             IS_EMA=sums is not None,
             REVIVES=samples is not None,

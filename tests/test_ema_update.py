@@ -233,3 +233,24 @@ def test_whoever_saved_the_codebook_is_told(backend: Backend) -> None:
     vq(torch.randn(20, 4, device=backend.device))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+@on_every_backend
+@pytest.mark.parametrize("revives", [True, False])
+def test_several_codebooks_are_updated_as_each_alone(backend: Backend, revives: bool) -> None:
+    examples = [example(30, 7, backend.device) for _ in range(3)]
+    examples[1][1][0].zero_()
+    examples[1][1][1].zero_()
+    alone = []
+    for state, batch in examples:
+        given = batch if revives else (*batch[:2], None, None)
+        one = tuple(t.clone() for t in state)
+        ops.ema_update_(*one, *given, rates(0.5, 1.1, backend.device), backend.name)
+        alone.append(one)
+    states, batches = zip(*examples, strict=True)
+    state = [torch.stack(tensors) for tensors in zip(*states, strict=True)]
+    batch = [torch.stack(tensors) for tensors in zip(*batches, strict=True)]
+    given = batch if revives else (*batch[:2], None, None)
+    ops.ema_update_(*state, *given, rates(0.5, 1.1, backend.device), backend.name)
+    for found, want in zip(state, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found.cpu(), torch.stack(want).cpu())

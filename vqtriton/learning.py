@@ -257,12 +257,7 @@ class LearnedCodebook(Codebook):
         codebook = self.codebook if is_own else self.codebook.detach().clone()
         samples, is_filled = totals or (None, None)
         state, rates = (self.cluster_size, codebook), self._rates_here()
-        parts = [
-            [None] * (self.num_codebooks or 1) if tensor is None else self._by_codebook(tensor)
-            for tensor in (*state, counts, averaged, samples, is_filled)
-        ]
-        for part in zip(*parts, strict=True):
-            ops.ema_update_(*Update(*part, rates), self.backend)
+        ops.ema_update_(*Update(*state, counts, averaged, samples, is_filled, rates), self.backend)
         if not is_own:
             self._write(codebook)
 

@@ -88,7 +88,9 @@ TRACED: dict[str, Callable[..., list[Traced]]] = {
     "code_sums": lambda x, indices, size, *_: [(x, size, ("code_sums",))],
     "grad_x": lambda grad, loss, x, codebook, *_: [(x, len(codebook), ("grad_x",))],
     "grad_codebook": lambda loss, x, codebook, *_: [(x, len(codebook), ("code_sums",))],
-    "ema_update_": lambda size, codebook, *_: [(codebook, len(codebook), ("ema_update",))],
+    "ema_update_": lambda size, codebook, *_: [
+        (codebook if codebook.ndim == 2 else codebook[0], codebook.shape[-2], ("ema_update",))
+    ],
 }
 
 

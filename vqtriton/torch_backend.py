@@ -599,7 +599,14 @@ def ema_update_(
     A code that no row chose stays where it is, bit for bit. A code whose cluster size is below
     rates[1] gets one of the samples [K, D], those with is_filled [K] in turn, and the mean cluster
     size. What overflows is the largest float32, and is forgotten like all else.
+
+    Or of several codebooks, [H, K, D], and so all but the rates.
     """
+    if codebook.ndim == 3:
+        update = cluster_size, codebook, counts, sums, samples, is_filled
+        for head in range(len(codebook)):
+            ema_update_(*(None if t is None else t[head] for t in update), rates)  # type: ignore
+        return
     # a batch in which no row counts is no step
     rate, threshold = rates.tolist()
     weight = rate if counts.any() else 0.0

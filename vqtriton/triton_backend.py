@@ -302,6 +302,8 @@ def ema_update_(
     is_filled: Tensor | None,
     rates: Tensor,
 ) -> None:
-    tiles = _tiles("ema_update", codebook, codebook.shape[0])
+    tiles = _tiles(
+        "ema_update", codebook if codebook.ndim == 2 else codebook[0], codebook.shape[-2]
+    )
     update = Update(cluster_size, codebook, counts, sums, samples, is_filled, rates)
     ema_update.ema_update_(update, config=tiles)

@@ -152,18 +152,17 @@ def quantize_levels(
         if joined is None:
             # in one tensor, as a function of autograd takes no list of them
             joined = torch.cat(list(codes)) if len(codes) > 1 else codes[0]
-        quantized, losses, indices = apply(
-            _ResidualQuantize,
-            *(rows, joined, flat_depths, found, sizes, *weights, frac, precision, backend),
+        options = sizes, *weights, reduction, frac, precision, backend
+        quantized, loss, indices, _ = apply(
+            _ResidualQuantize, rows, joined, flat_depths, found, *options
         )
     else:
-        quantized, indices, losses = ops.residual_quantize(
+        quantized, indices, errors = ops.residual_quantize(
             rows.detach(),
             [code.detach() for code in codes],
             *(flat_depths, precision, prepared, found, backend),
         )
-        losses = losses * sum(weights)
-    loss = _reduced(losses, indices, reduction, x.shape[-1])
+        loss, _ = _reduced(errors, indices, flat_depths, sum(weights), reduction, x.shape[-1])
     levels = *x.shape[:-1], len(codes)
     return Quantized(
         quantized.reshape(x.shape),
@@ -172,15 +171,25 @@ def quantize_levels(
     )
 
 
-def _reduced(losses: Tensor, indices: Tensor, reduction: str, dim: int) -> Tensor:
-    """The loss of each level, from those of each row [N, Q]."""
+def _reduced(
+    errors: Tensor,
+    indices: Tensor,
+    depths: Tensor | None,
+    weight: float,
+    reduction: str,
+    dim: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each level, from squared errors [N, Q]; what their sums were multiplied by."""
     if reduction == "none":
-        return losses
+        return errors * weight, errors.new_empty(0)
     # float64, so that a sum over millions of rows keeps the digits of float32
-    loss = losses.sum(0, dtype=torch.float64)
-    if reduction == "mean":
-        loss = loss / ((indices >= 0).sum(0) * dim).clamp(min=1)
-    return loss.to(losses.dtype)
+    loss = errors.sum(0, dtype=torch.float64)
+    share = torch.ones_like(loss)
+    if reduction == "mean" and depths is None:
+        share = share / max(len(errors) * dim, 1)
+    elif reduction == "mean":
+        share = share / ((indices >= 0).sum(0) * dim).clamp(min=1)
+    return (loss * share * weight).to(errors.dtype), share.to(errors.dtype)
 
 
 def _parts(
@@ -233,7 +242,10 @@ def _depths(
 
 
 class _ResidualQuantize(Function):
-    """(x, codes of all levels [ΣK, D]) -> (quantized, loss of each row and level, indices)."""
+    """(x, codes of all levels [ΣK, D]) -> (quantized, loss, indices, share of a row in the loss).
+
+    The loss is [Q], or [N, Q] with "none".
+    """
 
     @staticmethod
     def forward(
@@ -244,49 +256,61 @@ class _ResidualQuantize(Function):
         sizes: tuple[int, ...],
         commitment_weight: float,
         codebook_weight: float,
+        reduction: str,
         quant_grad_frac: float,
         precision: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         quantized, indices, errors = ops.residual_quantize(
             x, parts_of(codes, sizes), depths, precision, [], found, backend
         )
-        return quantized, errors * (commitment_weight + codebook_weight), indices
+        weight = commitment_weight + codebook_weight
+        loss, share = _reduced(errors, indices, depths, weight, reduction, x.shape[1])
+        return quantized, loss, indices, share
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, codes, _, _, ctx.sizes, commitment, ctx.codebook_weight, frac, _, ctx.backend = inputs
-        ctx.commitment_weight = commitment
-        # by how much what a level quantizes moves with x
-        ctx.shares = tuple((1 - frac) ** level for level in range(len(ctx.sizes)))
-        ctx.save_for_backward(x, codes, output[2])
-        ctx.mark_non_differentiable(output[2])
-        # no zeros for the indices
+        x, codes, *_ = inputs
+        ctx.sizes, *ctx.weights, ctx.reduction, ctx.frac, _, ctx.backend = inputs[4:]
+        _, _, indices, share = output
+        ctx.save_for_backward(x, codes, indices, share)
+        ctx.mark_non_differentiable(indices, share)
+        # no zeros for those
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_quantized: Tensor | None, grad_losses: Tensor | None, *_: Tensor
+        ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, *_: Tensor
     ) -> tuple:
-        x, codes, indices = ctx.saved_tensors
-        dtype = screen_dtype(x, codes)
+        x, codes, indices, share = ctx.saved_tensors
         if grad_quantized is None:
             grad_quantized = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
-        if grad_losses is None:
-            grad_losses = torch.zeros((), dtype=dtype, device=x.device).expand(indices.shape)
+        if grad_loss is None:
+            dtype = screen_dtype(x, codes)
+            grad_loss = torch.zeros(len(ctx.sizes), dtype=dtype, device=x.device)
+        elif ctx.reduction != "none":
+            grad_loss = grad_loss * share
+        commitment_weight, codebook_weight = ctx.weights
         grad_x = grad_codes = None
         if ctx.needs_input_grad[0]:
-            shares = torch.tensor(ctx.shares, dtype=dtype, device=x.device)
-            pulls = 2 * ctx.commitment_weight * shares * grad_losses
+            pulls = 2 * commitment_weight * _by_share(grad_loss, ctx.frac)
             # later levels see codes as constants
-            others = codes.detach(), indices, ctx.sizes, ctx.shares, ctx.backend
-            grad_x = apply(_GradX, grad_quantized, pulls, x, *others)
+            others = codes.detach(), indices, ctx.sizes, ctx.frac, ctx.backend
+            grad_x = apply(_GradX, grad_quantized, pulls.expand(indices.shape), x, *others)
         if ctx.needs_input_grad[1]:
-            pulls = 2 * ctx.codebook_weight * grad_losses
+            pulls = (2 * codebook_weight * grad_loss).expand(indices.shape)
             grad_codes = apply(
                 _GradCodes, pulls, x.detach(), codes, indices, ctx.sizes, ctx.backend
             ).to(codes.dtype)
-        return grad_x, grad_codes, *[None] * 8
+        return grad_x, grad_codes, *[None] * 9
+
+
+def _by_share(pulls: Tensor, frac: float) -> Tensor:
+    """Multiplies [..., Q] by how much what each level quantizes moves with x."""
+    if frac == 0:
+        return pulls
+    level = torch.arange(pulls.shape[-1], dtype=pulls.dtype, device=pulls.device)
+    return pulls * (1 - frac) ** level
 
 
 class _GradX(Function):
@@ -300,14 +324,14 @@ class _GradX(Function):
         codes: Tensor,
         indices: Tensor,
         sizes: tuple[int, ...],
-        shares: tuple[float, ...],
+        quant_grad_frac: float,
         backend: str,
     ) -> Tensor:
         return ops.residual_grad_x(grad_quantized, pulls, x, codes, sizes, indices, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, pulls, x, codes, indices, ctx.sizes, ctx.shares, _ = inputs
+        _, pulls, x, codes, indices, ctx.sizes, ctx.frac, _ = inputs
         ctx.save_for_backward(pulls, x, codes, indices)
 
     @staticmethod
@@ -317,8 +341,8 @@ class _GradX(Function):
         after = residuals_after(x.to(pulls.dtype), parts_of(codes, ctx.sizes), indices)
         of_pulls = torch.stack([(grad * residual).sum(1) for residual in after], 1)
         of_pulls = of_pulls.masked_fill(indices < 0, 0)
-        shares = torch.tensor(ctx.shares, dtype=pulls.dtype, device=x.device)
-        of_x = grad * (shares * pulls.masked_fill(indices < 0, 0)).sum(1, keepdim=True)
+        pulls = _by_share(pulls.masked_fill(indices < 0, 0), ctx.frac)
+        of_x = grad * pulls.sum(1, keepdim=True)
         return grad, of_pulls, of_x.to(x.dtype), *[None] * 5
 
 

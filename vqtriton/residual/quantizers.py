@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from vqtriton import distributed
-from vqtriton.checks import INTEGERS, MOST_CODES, check_arguments, check_mask, check_number
+from vqtriton.checks import INTEGERS, MOST_CODES, check_mask, check_number
 from vqtriton.functional import (
     PreparedCodebook,
-    nearest_code,
     rotate,
     snapshot,
     straight_through,
@@ -24,9 +21,8 @@ from vqtriton.functional import (
 from vqtriton.layouts import Layout, mask_of_lengths, projections
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.reference import Quantized
-from vqtriton.residual import ops
 from vqtriton.residual.functional import quantize_levels
-from vqtriton.tensors import finite_rows, parts_of
+from vqtriton.residual.learning import LearnedLevels, of_level
 
 # arguments of a `VectorQuantize` that each level is given
 LEVEL_OPTIONS = (
@@ -68,7 +64,7 @@ class Levels(NamedTuple):
     dropped: int = 0
 
 
-class ResidualVectorQuantize(Layout, nn.Module):
+class ResidualVectorQuantize(Layout, LearnedLevels):
     """Quantizes in Q levels, each of which quantizes what the levels before it have left.
 
     ``ResidualVQ`` is another name for it. Tokens depend neither on the device nor on the batch, and
@@ -118,8 +114,6 @@ class ResidualVectorQuantize(Layout, nn.Module):
     References: Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941.
     """
 
-    # of `VectorQuantize`
-    layers: Any
     project_in: nn.Module | None
     project_out: nn.Module | None
 
@@ -381,8 +375,8 @@ class ResidualVectorQuantize(Layout, nn.Module):
         codes = self.get_codes_from_indices(indices)
         # in the order of the levels, as forward adds them
         total = torch.zeros_like(codes[0])
-        for of_level in codes:
-            total = total + of_level
+        for chosen in codes:
+            total = total + chosen
         if self.project_out is not None:
             total = self.project_out(total).masked_fill((indices < 0).all(-1, keepdim=True), 0)
         return self._channels_back(total)
@@ -440,11 +434,12 @@ class ResidualVectorQuantize(Layout, nn.Module):
             layer.codebook.detach() if is_held or layer.frozen else layer.codebook
             for layer in layers
         ]
+        together = self._together() if all(changing) else None
         joined: Tensor | None = None
         searched: Sequence[Tensor | PreparedCodebook] = codebooks
         needs_grad = is_gradient and not is_held and torch.is_grad_enabled()
         if any(changing) or (needs_grad and num_levels < len(layers)):
-            joined = torch.cat([*codebooks])
+            joined = torch.cat([*codebooks]) if together is None else together[1].flatten(0, 1)
             if any(changing):
                 # backward needs the codes that were chosen from, not what the update makes of them
                 joined = snapshot(joined)
@@ -472,7 +467,10 @@ class ResidualVectorQuantize(Layout, nn.Module):
                 indices = nn.functional.pad(indices, (0, len(layers) - num_levels), value=-1)
             num = indices.shape[-1]
             indices = indices.reshape(-1, num)
-            self._update(flat, joined, indices, layers[:num], changing[:num])
+            if together is None or num < len(layers):
+                self._update(flat, joined, indices, layers[:num], changing[:num])
+            else:
+                self._update_together(flat, joined, indices, together)
         return found
 
     def _by_layers(
@@ -488,7 +486,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
         total = torch.zeros_like(residual)
         indices, losses = [], []
         for level, layer in enumerate([*self.layers][:num_levels]):
-            is_counted = _of_level(mask, depths, level)
+            is_counted = of_level(mask, depths, level)
             share = (1 - self.quant_grad_frac) ** level
             seen = residual if share == 1 else share * residual + (1 - share) * residual.detach()
             found = layer._quantize(seen, is_counted, is_held or layer.frozen)
@@ -501,9 +499,6 @@ class ResidualVectorQuantize(Layout, nn.Module):
             quantized = quantized.where(mask[..., None], 0)
         return Quantized(quantized, torch.stack(indices, -1), torch.stack(losses, -1))
 
-    def _learns(self, layer: VectorQuantize, is_held: bool) -> bool:
-        return self.training and not (is_held or layer.frozen) and layer._is_trainable()
-
     @staticmethod
     def _kept(
         layers: Sequence[VectorQuantize], codebooks: Sequence[Tensor]
@@ -512,81 +507,6 @@ class ResidualVectorQuantize(Layout, nn.Module):
         kept = [layer._kept(layer.codebook) for layer in layers]
         return kept if all(isinstance(k, PreparedCodebook) for k in kept) else codebooks
 
-    def _start(self, rows: Tensor, mask: Tensor | None) -> None:
-        """Before a step: the same codebooks on every rank, from data if asked for."""
-        if self.shared_codebook and self.layers[0]._revives:
-            num_rows = self.num_quantizers * rows.numel() // self.codebook_dim
-            self.layers[0]._check_threshold(num_rows)
-        if all(layer._has_codes() for layer in self.layers):
-            for layer in self.layers:
-                layer._start(rows, mask)
-        else:
-            start_levels(self, rows, mask)
-
-    @torch.no_grad()
-    def _start_levels(self, rows: Tensor, mask: Tensor | None) -> None:
-        """Each level from what those before it leave of this batch."""
-        first = self.layers[0]
-        options = {"precision": first.precision, "backend": first.backend}
-        check_arguments(rows, first.codebook, mask, **options)
-        residual = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-        for layer in self.layers:
-            layer._start(residual, mask)
-            if not layer._has_codes():
-                # no row counts
-                return
-            found = nearest_code(residual, layer.codebook, **options)
-            residual = residual - layer.codebook[found]
-
-    @torch.no_grad()
-    def _update(
-        self,
-        rows: Tensor,
-        codes: Tensor,
-        indices: Tensor,
-        layers: Sequence[VectorQuantize],
-        changing: Sequence[bool],
-    ) -> None:
-        """One step of the statistics of all levels, which meet in one collective."""
-        first = layers[0]
-        sync, sizes = first.sync_codebook, [layer.codebook_size for layer in layers]
-        drawn = []
-        if any(layer._revives for layer in layers):
-            is_finite = finite_rows(rows)
-            drawn = [
-                distributed.draw_places(size, keep=(found >= 0) & is_finite, sync=sync)
-                for size, found in zip(sizes, indices.unbind(1), strict=True)
-            ]
-        places = [place for place, _ in drawn]
-        arguments = rows, codes, sizes, indices, places, first.backend
-        *found, samples = ops.residual_sums(*arguments)
-        sums, counts = (parts_of(tensor, sizes) for tensor in found)
-        kept = [is_kept for _, is_kept in drawn]
-        if self.shared_codebook:
-            # all levels are one; a dead code becomes what a random level quantized
-            sums, counts = [torch.stack([*sums]).sum(0)], [torch.stack([*counts]).sum(0)]
-            if drawn:
-                size = samples[0].shape[:1]
-                level = torch.randint(len(kept), size, dtype=torch.int64, device=rows.device)
-                slot = torch.arange(size[0], dtype=torch.int64, device=rows.device)
-                samples = [torch.stack(samples)[level, slot]]
-                kept = [torch.stack(kept)[level, slot]]
-            layers, changing = layers[:1], changing[:1]
-
-        def draw(level: int) -> tuple[Tensor, Tensor]:
-            size = layers[level].codebook_size
-            return distributed.share_samples(samples[level], kept[level], size, sync=sync)
-
-        collected = [
-            layer._collect(sums[q], counts[q], functools.partial(draw, q)) if changes else []
-            for q, (layer, changes) in enumerate(zip(layers, changing, strict=True))
-        ]
-        totals = distributed.all_reduce([t for local in collected for t in local], sync=sync)
-        for layer, local in zip(layers, collected, strict=True):
-            if local:
-                layer._step(totals[: len(local)])
-                totals = totals[len(local) :]
-
 
 PARAMETERS = {
     name: parameter
@@ -594,16 +514,6 @@ PARAMETERS = {
     if name != "options"
 }
 ResidualVQ = ResidualVectorQuantize
-
-# a start depends on data and happens once, so it is no part of a graph
-start_levels = _disable_dynamo(ResidualVectorQuantize._start_levels)
-
-
-def _of_level(mask: Tensor | None, depths: Tensor | None, level: int) -> Tensor | None:
-    """The vectors that a level quantizes; None: all."""
-    if depths is None:
-        return mask
-    return depths > level if mask is None else mask & (depths > level)
 
 
 def _sizes(
