@@ -114,6 +114,8 @@ class ResidualVectorQuantize(Layout, nn.Module):
 
     # of `VectorQuantize`
     layers: Any
+    # what a level is; for subclasses as well
+    level_class: type[VectorQuantize] = VectorQuantize
     project_in: nn.Module | None
     project_out: nn.Module | None
 
@@ -169,9 +171,10 @@ class ResidualVectorQuantize(Layout, nn.Module):
         self.accept_3d_fmap = accept_3d_fmap
         self.options = options
         self.project_in, self.project_out = projections(dim, self.codebook_dim)
-        levels = [VectorQuantize(self.codebook_dim, size, **options) for size in sizes]
+        own = sizes[:1] if shared_codebook else sizes
+        levels = [self.level_class(self.codebook_dim, size, **options) for size in own]
         # one module in all places: a level is still ``layers[q]``, also in a state dict
-        self.layers = nn.ModuleList(levels[:1] * len(sizes) if shared_codebook else levels)
+        self.layers = nn.ModuleList(levels * len(sizes) if shared_codebook else levels)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ResidualVectorQuantize:
@@ -306,7 +309,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
         rows = vectors if self.project_in is None else self.project_in(vectors)
         quantize = self._by_layers if self.layers[0].use_cosine_sim else self._at_once
         found = quantize(rows, mask, levels, is_held)
-        quantized = rotate(rows, found.quantized) if self.rotation_trick else found.quantized
+        quantized = found.quantized
         if self.project_out is not None:
             quantized = self.project_out(quantized)
             if mask is not None:
@@ -397,6 +400,12 @@ class ResidualVectorQuantize(Layout, nn.Module):
         shape = vectors.shape[:-1]
         return Levels(whole, drawn.view(-1, *[1] * (len(shape) - 1)).expand(shape))
 
+    def _routed(self, rows: Tensor, codebooks: Sequence[Tensor], found: Quantized) -> Quantized:
+        """With the gradient that ``rows`` get through the sum of codes; for subclasses as well."""
+        if not self.rotation_trick:
+            return found
+        return Quantized(rotate(rows, found.quantized), found.indices, found.loss)
+
     def _at_once(
         self,
         rows: Tensor,
@@ -449,6 +458,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
             precision=first.precision,
             backend=first.backend,
         )
+        found = self._routed(rows, codebooks[:num_levels], found)
         if any(changing):
             flat = rows.detach().reshape(-1, self.codebook_dim)
             indices = found.indices.reshape(-1, num_levels)
@@ -479,7 +489,8 @@ class ResidualVectorQuantize(Layout, nn.Module):
         quantized = straight_through(rows, total.to(rows.dtype))
         if mask is not None:
             quantized = quantized.where(mask[..., None], 0)
-        return Quantized(quantized, torch.stack(indices, -1), torch.stack(losses, -1))
+        found = Quantized(quantized, torch.stack(indices, -1), torch.stack(losses, -1))
+        return self._routed(rows, (), found)
 
     def _learns(self, layer: VectorQuantize, is_held: bool) -> bool:
         return self.training and not (is_held or layer.frozen) and layer._is_trainable()
