@@ -336,7 +336,8 @@ class VectorQuantize(LearnedCodebook, Layout):
             "precision": self.precision,
             "backend": self.backend,
         }
-        if changes and self._steps_at_once():
+        # the op searches the codes as they are stored
+        if changes and self._steps_at_once() and not self.use_cosine_sim:
             return vector_quantize_update_(
                 vectors,
                 self.codebook,

@@ -481,6 +481,8 @@ class ResidualVectorQuantize(Layout, nn.Module):
             is_counted = _of_level(mask, depths, level)
             share = (1 - self.quant_grad_frac) ** level
             seen = residual if share == 1 else share * residual + (1 - share) * residual.detach()
+            # of length 1 with cosine similarity
+            seen = layer._project_in(seen)
             found = layer._quantize(seen, is_counted, is_held or layer.frozen)
             codes = found.quantized.detach()
             residual, total = residual - codes, total + codes
