@@ -238,8 +238,9 @@ class VectorQuantize(Level):
             sample_codebook_temp=sample_codebook_temp,
             codebook_transform_fn=codebook_transform_fn,
         )
-        if ema_update and self.codebook_update == "gradient":
-            raise ValueError("ema_update is True, but a learnable codebook has no moving averages")
+        if self.codebook_update == "gradient" and (ema_update or ema_update_weight is not None):
+            name = "ema_update" if ema_update else "ema_update_weight"
+            raise ValueError(f"{name} is given, but a learnable codebook has no averages")
         is_held = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         is_held = is_held or (ema_update is False and self.codebook_update == "ema")
         self._ema_update_weight = ema_update_weight
@@ -280,22 +281,24 @@ class VectorQuantize(Level):
         return self._ema_update_weight is None and super()._steps_at_once()
 
     def _step(self, totals: list[Tensor]) -> None:
-        weights = self._ema_update_weight
-        if weights is not None:
-            # statistics of which the usual step makes the weighted one
-            sizes, counts = self.cluster_size, totals[0]
-            averages = self.codebook.detach() * sizes[..., None]
-            if callable(weights):
-                codebooks = max(self.num_codebooks, 1)
-                sums = totals[1] if self.codebook_update == "ema" else averages
-                weights = weights(
-                    sums.view(codebooks, *averages.shape[-2:]), counts.view(codebooks, -1)
-                )
-            weights = weights.to(counts).expand(max(self.num_codebooks, 1), -1).view(sizes.shape)
-            totals[0] = sizes.lerp(counts, weights)
-            if self.codebook_update == "ema":
-                totals[1] = averages.lerp(totals[1], weights[..., None])
+        if self._ema_update_weight is not None:
+            self._weighted_step(self._ema_update_weight, totals)
         super()._step(totals)
+
+    def _weighted_step(self, weights: Weights, totals: list[Tensor]) -> None:
+        """Of the averages; the usual step is then left with nothing but dead codes."""
+        codes, sizes, (counts, sums) = self.codebook, self.cluster_size, totals[:2]
+        num = max(self.num_codebooks, 1)
+        if callable(weights):
+            weights = weights(sums.view(num, *codes.shape[-2:]), counts.view(num, -1))
+        weights = weights.to(counts).expand(num, -1).reshape(sizes.shape)
+        weights = (1 - self.decay) * weights
+        averages = (codes * sizes[..., None]).lerp(sums, weights[..., None])
+        sizes = sizes.lerp(counts, weights)
+        is_moved = (weights > 0) & (sizes > 0)
+        self._write((averages / sizes[..., None]).where(is_moved[..., None], codes))
+        self.cluster_size.copy_(sizes)
+        totals[:2] = torch.zeros_like(counts), torch.zeros_like(sums)
 
 
 class ResidualVQ(residual.ResidualVectorQuantize):
