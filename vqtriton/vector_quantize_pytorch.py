@@ -196,6 +196,11 @@ class VectorQuantize(Level):
         )
         keep(self, arguments)
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> VectorQuantize:
+        """Builds the module that a `config` describes, with codes of its own."""
+        return cls(**config)
+
     @property
     def config(self) -> dict[str, Any]:
         """The keyword arguments that build this module."""
@@ -556,7 +561,8 @@ def refuse(not_here: Mapping[str, tuple[Any, str]], **arguments: Any) -> None:
         default, advice = not_here[name]
         # not ==, which a tensor answers for each of its elements
         if value is not default and (isinstance(value, Tensor) or value != default):
-            raise ValueError(f"{name} is {value!r:.80}, which is not here: {advice}, {PATCH}")
+            said = "a tensor" if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise ValueError(f"{name} is {said}, which is not here: {advice}, {PATCH}")
 
 
 def level_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
