@@ -20,6 +20,7 @@ from vqtriton.functional import normalize, rotate, straight_through
 from vqtriton.reference import Quantized
 from vqtriton.residual import grouped
 from vqtriton.residual import quantizers as residual
+from vqtriton.residual.quantizers import of_level
 from vqtriton.tensors import gather
 
 Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -471,10 +472,11 @@ class ResidualVQ(residual.ResidualVectorQuantize):
         residual = rows.to(torch.promote_types(rows.dtype, torch.float32))
         total = torch.zeros_like(residual)
         indices, losses = [], []
-        for layer in [*self.layers][: levels.num]:
+        for level, layer in enumerate([*self.layers][: levels.num]):
+            is_counted = of_level(mask, levels.depths, level)
             # with cosine similarity of length 1
             vectors = layer._project_in(residual)
-            codes, chosen, loss = layer._quantize(vectors, mask, is_held or layer.frozen)
+            codes, chosen, loss = layer._quantize(vectors, is_counted, is_held or layer.frozen)
             if self.rotation_trick:
                 codes = rotate(vectors, codes)
             residual = residual - straight_through(self.quant_grad_frac * codes, codes)

@@ -386,8 +386,13 @@ class ResidualVectorQuantize(Layout, nn.Module):
         if not (self.training and share > 0 and whole > 1):
             return Levels(whole)
         size = vectors.shape[:1] if self.quantize_dropout_per_sample else (1,)
-        # of a batch on the CPU, as its number of levels is one of Python's
-        is_tensor = self.quantize_dropout_per_sample or torch.compiler.is_compiling()
+        # of a batch on the CPU, as its number of levels is one of Python's; but ranks, which draw
+        # other numbers, have to meet in all levels
+        is_tensor = (
+            self.quantize_dropout_per_sample
+            or torch.compiler.is_compiling()
+            or distributed.world_size() > 1
+        )
         device = vectors.device if is_tensor else torch.device("cpu")
         first, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
         drawn = torch.randint(first, whole, size, dtype=torch.int64, device=device)
@@ -478,7 +483,7 @@ class ResidualVectorQuantize(Layout, nn.Module):
         total = torch.zeros_like(residual)
         indices, losses = [], []
         for level, layer in enumerate([*self.layers][:num_levels]):
-            is_counted = _of_level(mask, depths, level)
+            is_counted = of_level(mask, depths, level)
             share = (1 - self.quant_grad_frac) ** level
             seen = residual if share == 1 else share * residual + (1 - share) * residual.detach()
             # of length 1 with cosine similarity
@@ -587,7 +592,7 @@ ResidualVQ = ResidualVectorQuantize
 start_levels = _disable_dynamo(ResidualVectorQuantize._start_levels)
 
 
-def _of_level(mask: Tensor | None, depths: Tensor | None, level: int) -> Tensor | None:
+def of_level(mask: Tensor | None, depths: Tensor | None, level: int) -> Tensor | None:
     """The vectors that a level quantizes; None: all."""
     if depths is None:
         return mask
