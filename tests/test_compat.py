@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +121,19 @@ def test_what_forward_does_not_have_is_named():
                 with pytest.raises(ValueError, match=rf"^{name} is .*which is not here"):
                     module(x, **{name: value})
     assert found == set(compat.NOT_HERE_IN_FORWARD)
+
+
+def test_every_argument_is_on_the_page():
+    page = (Path(__file__).parents[1] / "docs" / "vector-quantize-pytorch.md").read_text("utf-8")
+    tables = "".join(line for line in page.splitlines() if line.startswith("|"))
+    names = {*compat.NOT_HERE, *compat.NOT_HERE_IN_RESIDUAL, *compat.NOT_HERE_IN_FORWARD}
+    for make in MAKERS:
+        kind = type(make())
+        for function in (kind, kind.forward):
+            names |= inspect.signature(function).parameters.keys()
+    # of ours, or a name for several
+    names -= {"self", "precision", "backend", "not_here", "others", "options"}
+    assert not [name for name in names if f"`{name}`" not in tables]
 
 
 def test_other_arguments_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -152,6 +153,26 @@ def test_eval(name):
 
 def indices_of(indices: Tensor) -> Tensor:
     return indices[..., 0] >= 0 if indices.ndim == 3 else indices >= 0
+
+
+@pytest.mark.parametrize("kind", [VQ, RVQ, GROUPED])
+def test_all_their_arguments_are_known(kind):
+    """Those of ours have their places and defaults."""
+    theirs, ours = getattr(theirs_of, kind), getattr(ours_of, kind)
+    for mine, other, refused in (
+        (ours, theirs, ours_of.NOT_HERE | ours_of.NOT_HERE_IN_RESIDUAL),
+        (ours.forward, theirs.forward, ours_of.NOT_HERE_IN_FORWARD),
+    ):
+        mine, other = inspect.signature(mine).parameters, inspect.signature(other).parameters
+        shared = [name for name in other if name in mine and name not in refused]
+        assert shared == [name for name in mine if name in shared]
+        for name, parameter in other.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            # a group passes on what it does not have itself
+            known = mine.get(name) or inspect.signature(ours_of.ResidualVQ).parameters.get(name)
+            default = refused[name][0] if name in refused else known.default
+            assert default == parameter.default, name
 
 
 def test_codebooks():

@@ -1,4 +1,4 @@
-"""Every Python block of README.md, docs/codebook.md and docs/export.md runs."""
+"""Every Python block of README.md and of some pages of docs/ runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/codebook.md", "docs/export.md")
+PAGES = ("README.md", "docs/codebook.md", "docs/export.md", "docs/vector-quantize-pytorch.md")
 # a fence may be indented, in a list
 FENCE = re.compile(r"^( *)```(.*)$")
 
