@@ -51,7 +51,8 @@ test-slow: $(READY) ## what takes longest: a million rows, several ranks, torch.
 	$(PYTHON) -m pytest -m slow
 
 test-clients: $(CLIENTS_READY) ## tests with transformers, diffusers, vector-quantize-pytorch and others installed
-	$(PYTHON) -m pytest tests/test_clients.py tests/test_checkpoints.py tests/test_tokens_of_models.py
+	$(PYTHON) -m pytest tests/test_clients.py tests/test_checkpoints.py tests/test_compat_peer.py \
+		tests/test_tokens_of_models.py
 
 test-versions: $(READY) ## core tests on older and newer versions: 10 minutes a row; ROWS='floor newest', KEEP=1
 	$(PYTHON) tests/versions.py $(ROWS) $(if $(KEEP),--keep)

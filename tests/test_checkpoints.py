@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vqtriton
+import vqtriton.vector_quantize_pytorch
 from bench.client_models import foreign
 from vqtriton import VectorQuantize, load_codebooks, to_vector_quantize_pytorch, weights
 
@@ -818,6 +819,51 @@ def test_what_waits_is_written():
     assert not state["_codebook.initted"]
 
 
+def test_lengths_of_cosine_codes_are_in_the_averages():
+    """Their embed has length 1; sum and size say how long the mean of unit vectors is."""
+    sizes, means = torch.rand(1, K) + 0.5, 0.3 * torch.randn(1, K, D)
+    sizes[0, 0] = 0
+    state = their_state() | {"_codebook.cluster_size": sizes}
+    state |= {"_codebook.embed": F.normalize(means, dim=-1)}
+    state |= {"_codebook.embed_avg": means * sizes[..., None]}
+    vq = VectorQuantize(D, K, use_cosine_sim=True)
+    vq.load_state_dict(state)
+    same(vq.codebook[1:], means[0, 1:])
+    # one that nobody chose has no length
+    same(vq.codebook[0], state["_codebook.embed"][0, 0])
+    again = to_vector_quantize_pytorch(vq, eps=0.0)
+    for name in ("embed", "cluster_size"):
+        same(again[f"_codebook.{name}"], state[f"_codebook.{name}"])
+    same(again["_codebook.embed_avg"], state["_codebook.embed_avg"])
+
+
+RESIDUAL_OPTIONS = [{}, {"codebook_dim": 3}, {"shared_codebook": True}, {"use_cosine_sim": True}]
+
+
+@pytest.mark.parametrize("options", RESIDUAL_OPTIONS)
+@pytest.mark.parametrize("groups", [0, 2])
+def test_residual_quantizers_are_written(options, groups):
+    kind = vqtriton.GroupedResidualVectorQuantize if groups else vqtriton.ResidualVectorQuantize
+    arguments = {"groups": groups} if groups else {}
+    rvq = kind(4, K, LEVELS, **arguments, **options)
+    rvq(torch.randn(50, 4))
+    state = to_vector_quantize_pytorch(rvq)
+    start = "rvqs.1." if groups else ""
+    names = {name.removeprefix(start) for name in state if name.startswith(start)}
+    want = {f"layers.{level}.{name}" for level in range(LEVELS) for name in their_state()}
+    if "codebook_dim" in options:
+        want |= {f"project_{way}.{name}" for way in ("in", "out") for name in ("weight", "bias")}
+    assert names == want
+    loaded = load_codebooks(state)[start.rstrip(".")]
+    parts = rvq.rvqs[1] if groups else rvq
+    indices = chosen(9, LEVELS)
+    same(loaded.decode(*indices.unbind(-1)), parts.get_output_from_indices(indices).detach())
+    # copies
+    for tensor in state.values():
+        tensor.zero_()
+    assert all(codes.any() for codes in parts.codebooks)
+
+
 def test_only_a_quantizer_is_written():
     with pytest.raises(TypeError, match="vq is a Linear; it must be a VectorQuantize"):
         to_vector_quantize_pytorch(nn.Linear(2, 2))
@@ -922,3 +968,70 @@ def test_their_waiting_state():
     fresh = theirs(kmeans_init=True)
     fresh.load_state_dict(to_vector_quantize_pytorch(ours))
     assert not fresh._codebook.initted
+
+
+THEIR_PAIRS = {
+    "heads": ("VectorQuantize", {"heads": 2, "codebook_dim": 3}),
+    "separate heads": (
+        "VectorQuantize",
+        {"heads": 2, "codebook_dim": 3, "separate_codebook_per_head": True, "use_cosine_sim": True},
+    ),
+    "projected": ("VectorQuantize", {"codebook_dim": 2}),
+    "layernorm": ("VectorQuantize", {"codebook_dim": 2, "layernorm_after_project_in": True}),
+    "cosine": ("VectorQuantize", {"use_cosine_sim": True}),
+    "levels": ("ResidualVQ", {}),
+    "levels, projected": ("ResidualVQ", {"codebook_dim": 2}),
+    "levels, shared": ("ResidualVQ", {"shared_codebook": True}),
+    "levels, cosine": ("ResidualVQ", {"use_cosine_sim": True}),
+    "levels, sizes": ("ResidualVQ", {"codebook_size": (5, 7, 6), "num_quantizers": 3}),
+    "groups": ("GroupedResidualVQ", {"groups": 2}),
+    "groups, projected": ("GroupedResidualVQ", {"groups": 2, "codebook_dim": 3}),
+}
+
+
+@pytest.mark.parametrize("name", THEIR_PAIRS)
+def test_states_of_theirs_and_ours_both_ways(name):
+    """Theirs into ours, ours into another of theirs: the same tokens and outputs, and steps."""
+    torch.manual_seed(3)
+    # so small that what it smooths does not show
+    eps = 1e-8
+    kind, options = THEIR_PAIRS[name]
+    options = {"dim": 4, "codebook_size": K, **options}
+    if kind != "VectorQuantize":
+        options = {"num_quantizers": LEVELS, **options}
+    build = getattr(vqp(), kind)
+    theirs, fresh = build(decay=DECAY, eps=eps, **options), build(decay=DECAY, eps=eps, **options)
+    for _ in range(4):
+        theirs(torch.randn(2, 50, 4))
+    core = {"VectorQuantize": VectorQuantize, "ResidualVQ": vqtriton.ResidualVQ}
+    # theirs does not divide by the heads
+    own = {"decay": DECAY, **options}
+    ours = core.get(kind, vqtriton.GroupedResidualVQ)(**own)
+    compatible = getattr(vqtriton.vector_quantize_pytorch, kind)(eps=eps, **own)
+    for module in (ours, compatible):
+        assert module.load_state_dict(theirs.state_dict()) == ([], [])
+    fresh.load_state_dict(to_vector_quantize_pytorch(ours, eps=eps), strict=True)
+    state, back = theirs.state_dict(), fresh.state_dict()
+    assert state.keys() == back.keys()
+    for key, tensor in state.items():
+        # codes and projections as they were; averages to rounding, and so lengths
+        if not key.endswith("embed_avg") and not (options.get("use_cosine_sim")):
+            assert torch.equal(back[key], tensor), key
+        else:
+            same(back[key], tensor)
+    x = torch.randn(2, 50, 4)
+    results = [module.eval()(x) for module in (theirs, ours, compatible, fresh)]
+    for quantized, indices, *_ in results[1:]:
+        assert torch.equal(indices, results[0][1])
+        same(quantized.detach(), results[0][0])
+    # and the next step moves all of them alike
+    for module in (theirs, compatible, fresh):
+        module.train()(x)
+    if "shared" in name:
+        # one step there, as many as levels in theirs
+        return
+    after = [to_vector_quantize_pytorch(compatible, eps=eps), fresh.state_dict()]
+    for key, tensor in theirs.state_dict().items():
+        if key.endswith(("embed", "cluster_size")):
+            for other in after:
+                same(other[key], tensor)

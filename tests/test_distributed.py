@@ -613,3 +613,37 @@ def test_a_meter_adds_up_the_ranks(tmp_path: Path) -> None:
     assert torch.equal(found["all perplexity"], metrics.perplexity(alone[0] + alone[1]))
     assert torch.equal(found["all usage"], metrics.usage(alone[0] + alone[1]))
     assert found["idle"].tolist() == [0.0, 0.0, 6.0] + [0.0] * (SIZE - 3)
+
+
+def dropped_levels(rank: int, world_size: int, meeting_point: str) -> dict[str, Tensor]:
+    ranks.join(rank, world_size, meeting_point)
+    results, seen = {}, set()
+    for name, options in {
+        "ema": {"threshold_ema_dead_code": 1},
+        "cosine": {"use_cosine_sim": True},
+        "shared": {"shared_codebook": True},
+    }.items():
+        torch.manual_seed(0)
+        rvq = vqtriton.ResidualVectorQuantize(DIM, SIZE, 6, quantize_dropout=True, **options)
+        # the ranks draw other numbers of levels
+        torch.manual_seed(rank)
+        for step in range(8):
+            indices, loss = rvq(batch(2 * step + rank))[1:]
+            used = int((indices[0] >= 0).sum())
+            seen.add((name, step, used))
+            assert (indices[:, used:] == -1).all()
+            assert not loss[used:].any()
+        results |= {f"{name}: {tensor}": value for tensor, value in state(rvq).items()}
+    drawn = torch.tensor([used for *_, used in sorted(seen)])
+    lowest = drawn.clone()
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(drawn, torch.distributed.ReduceOp.MAX)
+    # or the test is of nothing
+    assert (lowest < drawn).any()
+    return results
+
+
+def test_ranks_may_drop_other_levels(tmp_path: Path) -> None:
+    results = ranks.run(dropped_levels, tmp_path)
+    assert_equal(results)
+    assert all(value.isfinite().all() for value in results[0].values())

@@ -132,6 +132,40 @@ def test_cosine_codes_have_length_one_wherever_they_are_used() -> None:
     )
 
 
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_training_step_looks_for_the_code_of_the_same_direction(update: str) -> None:
+    vq, x = VectorQuantize(8, 16, use_cosine_sim=True, codebook_update=update), rows(64, 8)
+    # of lengths that a search by distance would not see past
+    codes = rows(16, 8, seed=1) * torch.logspace(-1, 1, 16)[:, None]
+    vq.set_codebook(codes)
+    quantized, indices, loss = vq(x)
+    assert torch.equal(indices, vqtriton.nearest_code(x, codes, metric="cosine"))
+    unit = reference.normalized(codes)[indices]
+    assert torch.equal(quantized, unit)
+    weight = 0.25 if update == "ema" else 1.25
+    torch.testing.assert_close(loss, weight * (reference.normalized(x) - unit).square().mean())
+
+
+def test_cosine_levels_average_unit_vectors() -> None:
+    rvq = vqtriton.ResidualVectorQuantize(4, 3, 2, use_cosine_sim=True, decay=0.5)
+    before = [rows(3, 4, seed=5), rows(3, 4, seed=6)]
+    for layer, codes in zip(rvq.layers, before, strict=True):
+        layer.set_codebook(codes, cluster_size=2.0)
+    residual = rows(30, 4, seed=7)
+    _, indices, loss = rvq(residual)
+    for level, codes in enumerate(before):
+        unit, chosen = reference.normalized(residual), indices[:, level]
+        assert torch.equal(chosen, vqtriton.nearest_code(residual, codes, metric="cosine"))
+        of_codes = reference.normalized(codes)
+        want = 0.25 * (unit - of_codes[chosen]).square().mean()
+        torch.testing.assert_close(loss[level], want)
+        for code in range(3):
+            mine = unit[chosen == code]
+            mean = (codes[code] + 0.5 * mine.sum(0)) / (1 + 0.5 * len(mine))
+            torch.testing.assert_close(rvq.layers[level].codebook[code], mean)
+        residual = residual - of_codes[chosen]
+
+
 def test_cosine_codes_follow_the_means_of_unit_vectors() -> None:
     vq = VectorQuantize(3, 2, use_cosine_sim=True, decay=0.5)
     before = rows(2, 3, seed=3)

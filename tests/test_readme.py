@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/codebook.md", "docs/export.md", "docs/residual.md")
+PAGES = (
+    *("README.md", "docs/codebook.md", "docs/export.md", "docs/residual.md"),
+    "docs/vector-quantize-pytorch.md",
+)
 # a fence may be indented, in a list
 FENCE = re.compile(r"^( *)```(.*)$")
 

@@ -366,6 +366,7 @@ WRONG_VALUES = {
     "kmeans_iters": [*WRONG, 2.5, True, -1, float("inf")],
     "threshold_ema_dead_code": [*WRONG, True, -1, float("inf")],
     "channel_last": [*WRONG, "no", 0],
+    "accept_image_fmap": [*WRONG, "no", 0],
     "accept_3d_fmap": [*WRONG, "no", 0],
     "use_cosine_sim": [*WRONG, "no", 0],
     "rotation_trick": [*WRONG, "no", 0],
@@ -441,3 +442,142 @@ def test_exotic_dtype(dtype, bits, file):
     word = dtype if "6_" in dtype else "codebook is "
     # safetensors 0.5 knows fewer dtypes, and names none that it does not know
     refused(file, "" if safetensors.__version__.startswith("0.5.") else word)
+
+
+# --- residual quantizers ---
+
+RESIDUAL = {
+    "levels": (vqtriton.ResidualVectorQuantize, {}),
+    "sizes": (vqtriton.ResidualVectorQuantize, {"codebook_size": (4, 10, 7)}),
+    "projected": (vqtriton.ResidualVectorQuantize, {"codebook_dim": 4, "decay": 0.5}),
+    "shared": (vqtriton.ResidualVectorQuantize, {"shared_codebook": True}),
+    "gradient": (vqtriton.ResidualVectorQuantize, {"codebook_update": "gradient"}),
+    "grouped": (vqtriton.GroupedResidualVectorQuantize, {"groups": 2, "quant_grad_frac": 0.25}),
+    "grouped shared": (
+        vqtriton.GroupedResidualVectorQuantize,
+        {"groups": 3, "shared_codebook": True, "use_cosine_sim": True},
+    ),
+}
+
+
+def trained_residual(name: str):
+    kind, options = RESIDUAL[name]
+    options = {"codebook_size": SIZE, "num_quantizers": 3, **options}
+    rvq = kind(DIM, **options)
+    for _ in range(3):
+        rvq(torch.randn(50, DIM, requires_grad=True))
+    return rvq
+
+
+def rewrite_residual(path: Path, change) -> None:
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {n: opened.get_tensor(n).clone() for n in opened.keys()}  # noqa: SIM118
+    ((key, config),) = metadata.items()
+    config = json.loads(config)
+    change(tensors, config)
+    save_file(tensors, path, {key: json.dumps(config)})
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_round_trip_of_residual_quantizers(name, tmp_path):
+    rvq, path = trained_residual(name), tmp_path / "rvq"
+    vqtriton.save(rvq, path)
+    loaded = vqtriton.load(path)
+    assert type(loaded) is RESIDUAL[name][0]
+    assert not loaded.training
+    assert loaded.config == rvq.config
+    state = rvq.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+    x = torch.randn(40, DIM)
+    for module in (rvq, loaded.train()):
+        torch.manual_seed(1)
+        module.result = module(x)
+    for ours, theirs in zip(loaded.result, rvq.result, strict=True):
+        assert torch.equal(ours, theirs)
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, rvq.state_dict()[key]), key
+
+
+def test_the_class_is_named_and_a_shared_codebook_is_written_once(tmp_path):
+    vqtriton.save(trained_residual("shared"), tmp_path / "rvq")
+    with safe_open(tmp_path / "rvq", framework="pt") as opened:
+        assert [*opened.metadata()] == ["vqtriton.ResidualVectorQuantize"]
+        assert sorted(opened.keys()) == ["layers.0.cluster_size", "layers.0.codebook"]
+    loaded = vqtriton.load(tmp_path / "rvq")
+    assert len({id(layer) for layer in loaded.layers}) == 1
+    assert len(loaded.layers) == 3
+
+
+@pytest.mark.parametrize("name", ["levels", "shared", "grouped"])
+def test_residual_files_that_lie_about_sizes(name, tmp_path):
+    """However large, neither memory nor time is asked for."""
+    path = tmp_path / "rvq"
+    vqtriton.save(trained_residual(name), path)
+    whole = path.read_bytes()
+
+    def check(config: dict, *words: str) -> None:
+        path.write_bytes(whole)
+        rewrite_residual(path, lambda tensors, own: own.update(config))
+        refused(path, *words)
+
+    no_module = "has a configuration that builds no module"
+    for size in (SIZE - 1, 10**12, 2**55):
+        check({"codebook_size": [size] * 3}, "configuration says")
+    check({"dim": 6 * 10**12}, "configuration says")
+    check({"num_quantizers": 10**9}, no_module, "num_quantizers")
+    check({"codebook_size": SIZE, "num_quantizers": 10**9}, no_module, "must be a list")
+    check({"codebook_size": [SIZE] * 2, "num_quantizers": 10**9}, no_module, "num_quantizers")
+    check({"decay": 2.0}, no_module, "decay")
+    check({"extra": 1}, no_module, "extra")
+    if name == "grouped":
+        check({"groups": 10**9, "dim": 10**9}, no_module, "groups")
+    if name != "shared":
+        levels = {"codebook_size": [SIZE] * 10**5, "num_quantizers": 10**5}
+        check(levels, no_module, "codebook_size")
+
+
+def test_residual_files_with_other_tensors(tmp_path):
+    path, weight = tmp_path / "rvq", "layers.1.codebook"
+    vqtriton.save(trained_residual("projected"), path)
+    whole = path.read_bytes()
+
+    def check(change, *words: str) -> None:
+        path.write_bytes(whole)
+        rewrite_residual(path, lambda tensors, config: change(tensors))
+        refused(path, *words)
+
+    for key in (weight, "layers.2.cluster_size", "project_in.weight"):
+        check(lambda tensors, key=key: tensors.pop(key), "expected", key)
+        for bad in (float("nan"), float("inf")):
+            check(lambda tensors, key=key, bad=bad: tensors[key].fill_(bad), key, "holds NaN")
+        check(lambda tensors, key=key: tensors.update({key: tensors[key].half()}), key, "float16")
+    check(lambda tensors: tensors.update({weight: tensors[weight][:3].clone()}), weight, "(3, 4)")
+    check(lambda tensors: tensors.update({"layers.3.codebook": torch.ones(2)}), "layers.3.codebook")
+    # a file of one class is not one of another
+    path.write_bytes(whole)
+    with safe_open(path, framework="pt") as opened:
+        ((_, config),) = opened.metadata().items()
+        tensors = {n: opened.get_tensor(n).clone() for n in opened.keys()}  # noqa: SIM118
+    save_file(tensors, path, {"vqtriton.GroupedResidualVectorQuantize": config})
+    refused(path, "expected", "rvqs.0.layers.0.codebook")
+
+
+def test_residual_quantizers_that_cannot_be_saved(tmp_path):
+    rvq = trained_residual("levels")
+    rvq.layers[1].codebook[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"vq\.layers\.1\.codebook holds NaN"):
+        vqtriton.save(rvq, tmp_path / "rvq")
+    rvq = trained_residual("levels")
+    rvq.quant_grad_frac = 2.0
+    with pytest.raises(ValueError, match="quant_grad_frac"):
+        vqtriton.save(rvq, tmp_path / "rvq")
+
+    class Other(vqtriton.ResidualVectorQuantize):
+        pass
+
+    with pytest.raises(TypeError, match="vq is a Other; it must be a VectorQuantize or a residual"):
+        vqtriton.save(Other(DIM, SIZE, 2), tmp_path / "rvq")
+    assert not list(tmp_path.iterdir())

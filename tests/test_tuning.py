@@ -1079,3 +1079,38 @@ def test_warmup_leaves_the_module_as_it_is(monkeypatch, update) -> None:
         vqtriton.warmup(torch.nn.Linear(2, 2), (3, 4))
     with pytest.raises(ValueError, match="shapes is empty"):
         vqtriton.warmup(vq)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "module",
+    [
+        vqtriton.VectorQuantize(4, 9, heads=2),
+        vqtriton.ResidualVectorQuantize(4, 9, 3, quantize_dropout=True, kmeans_init=True),
+        vqtriton.ResidualVectorQuantize(4, 9, 3, use_cosine_sim=True, accept_image_fmap=True),
+        vqtriton.GroupedResidualVectorQuantize(4, 9, 3, groups=2, codebook_update="gradient"),
+    ],
+    ids=["heads", "residual", "images", "grouped"],
+)
+def test_warmup_of_residual_quantizers(monkeypatch, module) -> None:
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    seen, forward = [], type(module).forward
+
+    def spy(self, x, mask=None):
+        results = forward(self, x, mask=mask)
+        seen.append((self.training, mask is not None, results.indices))
+        return results
+
+    monkeypatch.setattr(type(module), "forward", spy)
+    random = torch.get_rng_state()
+    shape = (3, 4, 5, 2) if module.accept_image_fmap else (3, 7, 4)
+    vqtriton.warmup(module, shape, has_mask=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    steps = [(training, has_mask) for training, has_mask, _ in seen]
+    assert steps == [(True, False), (False, False), (True, True), (False, True)]
+    # all levels, whatever dropout would leave
+    assert all((indices >= 0).all() for _, _, indices in seen)
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vqtriton.functional import normalize
 from vqtriton.quantizers import VectorQuantize
+from vqtriton.residual.grouped import GroupedResidualVectorQuantize
+from vqtriton.residual.quantizers import ResidualVectorQuantize
 from vqtriton.tensors import gather
 from vqtriton.weights import Readers, readers_of
 
@@ -419,45 +422,68 @@ def _tensor(readers: Readers, key: str) -> Tensor:
 
 
 @torch.no_grad()
-def to_vector_quantize_pytorch(vq: VectorQuantize, eps: float = 1e-5) -> dict[str, Tensor]:
+def to_vector_quantize_pytorch(
+    vq: VectorQuantize | ResidualVectorQuantize | GroupedResidualVectorQuantize, eps: float = 1e-5
+) -> dict[str, Tensor]:
     """The state dict of the same quantizer in vector-quantize-pytorch (1.32).
 
-    There, ``VectorQuantize(dim, codebook_size, ...)`` with the same ``decay`` takes it. With
-    "gradient", give it ``learnable_codebook=True, ema_update=False`` as well. Its averages are made
-    so that its next step starts from these codes. The other direction is
-    ``VectorQuantize.load_state_dict``, which takes their state dict as it is.
+    There, ``VectorQuantize``, ``ResidualVQ`` or ``GroupedResidualVQ`` of the same sizes and with
+    the same ``decay`` takes it. With "gradient", give it ``learnable_codebook=True,
+    ema_update=False`` as well. Its averages are made so that its next step starts from these codes.
+    The other direction is ``load_state_dict`` of ours, which takes their state dict as it is.
 
     Args:
         vq: the quantizer.
         eps: the argument ``eps`` that theirs has, by which it smooths the cluster sizes.
 
     Returns:
-        dict: copies, float32, on the device of ``vq``.
+        dict: copies, float32, on the device of ``vq``. H is 1 without separate heads. In residual
+        quantizers the names begin with ``layers.0.``, in grouped ones with ``rvqs.0.layers.0.``.
 
         _codebook.initted: [] bool, whether there are codes.
-        _codebook.cluster_size: [1, K].
-        _codebook.embed_avg: [1, K, D], each code times its smoothed cluster size.
-        _codebook.embed: [1, K, D], the codes.
+        _codebook.cluster_size: [H, K].
+        _codebook.embed_avg: [H, K, D], each code times its smoothed cluster size.
+        _codebook.embed: [H, K, D], the codes; of length 1 with ``use_cosine_sim``.
+        project_in.*, project_out.*: the projections, if there are any.
 
     Raises:
-        TypeError: ``vq`` is not a `VectorQuantize`.
-        ValueError: its codebook is sharded.
+        TypeError: ``vq`` is not such a quantizer.
+        ValueError: a codebook is sharded.
 
     Example:
         >>> vq = vqtriton.VectorQuantize(16, 128)
         >>> theirs = vqtriton.to_vector_quantize_pytorch(vq)
         >>> found = vqtriton.VectorQuantize(16, 128).load_state_dict(theirs)
     """
-    if not isinstance(vq, VectorQuantize):
-        raise TypeError(f"vq is a {type(vq).__name__}; it must be a VectorQuantize")
+    if not isinstance(vq, (VectorQuantize, ResidualVectorQuantize, GroupedResidualVectorQuantize)):
+        raise TypeError(
+            f"vq is a {type(vq).__name__}; it must be a VectorQuantize or a residual quantizer"
+        )
+    state: dict[str, Tensor] = {}
+    # a shared codebook once for each of its levels, as theirs
+    for path, module in vq.named_modules(remove_duplicate=False):
+        if isinstance(module, VectorQuantize):
+            tensors = _their_codebook(module, eps)
+            state |= {_join(path, f"_codebook.{name}"): tensors[name] for name in tensors}
+        elif path.rpartition(".")[2] in ("project_in", "project_out"):
+            for name, tensor in module.state_dict(prefix=f"{path}.").items():
+                state[name] = tensor.to(torch.float32, copy=True)
+    return state
+
+
+def _their_codebook(vq: VectorQuantize, eps: float) -> dict[str, Tensor]:
     if vq._is_sharded:
         raise ValueError("vq.codebook is sharded; give a module that has gathered it")
-    codes, sizes = vq.codebook.detach()[None], vq.cluster_size[None]
-    total = sizes.sum()
-    smoothed = (sizes + eps) / (total + sizes.shape[1] * eps) * total
+    codes, sizes = vq.codebook.detach(), vq.cluster_size
+    if not vq.num_codebooks:
+        codes, sizes = codes[None], sizes[None]
+    total = sizes.sum(-1, keepdim=True)
+    smoothed = (sizes + eps) / (total + vq.codebook_size * eps) * total
     return {
-        "_codebook.initted": vq.is_initialized.as_subclass(Tensor).to(codes.device),
-        "_codebook.cluster_size": sizes.clone(),
-        "_codebook.embed_avg": codes * smoothed[..., None],
-        "_codebook.embed": codes.clone(memory_format=torch.contiguous_format),
+        "initted": vq.is_initialized.as_subclass(Tensor).to(codes.device),
+        "cluster_size": sizes.clone(),
+        "embed_avg": codes * smoothed[..., None],
+        "embed": normalize(codes)
+        if vq.use_cosine_sim
+        else codes.clone(memory_format=torch.contiguous_format),
     }

@@ -116,12 +116,16 @@ class Codebook(nn.Module):
         if self.kmeans_init:
             nn.init.zeros_(codebook)
         else:
-            nn.init.uniform_(codebook, -1 / self.codebook_size, 1 / self.codebook_size)
+            self._draw(codebook)
         if not is_own:
             self._write(codebook)
         # one row each: the codes move with the first rows that choose them
         nn.init.ones_(self.cluster_size)
         self._renew()
+
+    def _draw(self, codebook: Tensor) -> None:
+        """The values of a new codebook; for subclasses as well."""
+        nn.init.uniform_(codebook, -1 / self.codebook_size, 1 / self.codebook_size)
 
     @torch.no_grad()
     def set_codebook(self, codes: Tensor, cluster_size: Tensor | float = 1.0) -> None:
@@ -327,8 +331,8 @@ class Codebook(nn.Module):
     def _take_embed(self, state_dict: dict[str, Any], prefix: str) -> tuple[Any, str]:
         """Renames what a ``VectorQuantize`` of vector-quantize-pytorch has written.
 
-        Their ``embed_avg`` is dropped: it is the codes times their smoothed sizes, and a step here
-        goes on from the codes.
+        Their ``embed_avg`` is the codes times their smoothed sizes, and a step here goes on from
+        the codes: so it is dropped, but for the lengths of codes that are looked for by cosine.
 
         Returns:
             Their flag ``initted``, or None; and why it does not fit, or "".
@@ -337,7 +341,7 @@ class Codebook(nn.Module):
         theirs = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(place)}
         embed, sizes = theirs.pop(f"{place}embed"), theirs.pop(f"{place}cluster_size", None)
         was_started = theirs.pop(f"{place}initted", None)
-        theirs.pop(f"{place}embed_avg", None)
+        embed_avg = theirs.pop(f"{place}embed_avg", None)
         shape, found = self._shape_of("codebook"), tuple(embed.shape)
         if theirs:
             return None, f"{min(theirs)} has no counterpart in a VectorQuantize of vqtriton"
@@ -351,10 +355,17 @@ class Codebook(nn.Module):
             return None, fault
         if was_started is not None and not was_started and not self.kmeans_init:
             return None, f"{place}initted is false: it waits for k-means, as with kmeans_init=True"
-        state_dict[f"{prefix}codebook"] = embed.detach().reshape(shape)
+        codes = self._codes_of_embed(embed.detach(), embed_avg, sizes)
+        state_dict[f"{prefix}codebook"] = codes.reshape(shape)
         if sizes is not None:
             state_dict[f"{prefix}cluster_size"] = sizes.detach().reshape(shape[:-1])
         return was_started, ""
+
+    def _codes_of_embed(
+        self, embed: Tensor, embed_avg: Tensor | None, sizes: Tensor | None
+    ) -> Tensor:
+        """The codes that the three tensors of vector-quantize-pytorch stand for."""
+        return embed
 
     def train(self, mode: bool = True) -> Codebook:
         super().train(mode)

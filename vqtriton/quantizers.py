@@ -292,9 +292,9 @@ class VectorQuantize(LearnedCodebook, Layout):
         if mask is not None and self.heads > 1:
             check_mask(mask, vectors)
             of_rows = mask[..., None].expand(rows.shape[:-1])
-        quantized, indices, loss = self._quantize(rows, of_rows, freeze_codebook or self.frozen)
-        if self.rotation_trick:
-            quantized = rotate(rows, quantized)
+        is_held = freeze_codebook or self.frozen
+        found = self._quantize(rows, of_rows, is_held)
+        quantized, indices, loss = self._routed(rows, found, is_held)
         quantized = self._project_out(quantized)
         if mask is not None and self.project_out is not None:
             quantized = quantized.where(mask[..., None], 0)
@@ -311,6 +311,12 @@ class VectorQuantize(LearnedCodebook, Layout):
         if self.heads > 1:
             codes = codes.flatten(-2)
         return codes if self.project_out is None else self.project_out(codes)
+
+    def _routed(self, rows: Tensor, found: Quantized, is_held: bool) -> Quantized:
+        """What `_quantize` found, with the gradients that ``rows`` get; for subclasses as well."""
+        if not self.rotation_trick:
+            return found
+        return Quantized(rotate(rows, found.quantized), found.indices, found.loss)
 
     def _quantize(self, vectors: Tensor, mask: Tensor | None, is_held: bool) -> Quantized:
         """`forward`, from what ``project_in`` gives to what ``project_out`` takes."""
@@ -330,7 +336,8 @@ class VectorQuantize(LearnedCodebook, Layout):
             "precision": self.precision,
             "backend": self.backend,
         }
-        if changes and self._steps_at_once():
+        # the op searches the codes as they are stored
+        if changes and self._steps_at_once() and not self.use_cosine_sim:
             return vector_quantize_update_(
                 vectors,
                 self.codebook,
@@ -382,6 +389,15 @@ class VectorQuantize(LearnedCodebook, Layout):
         quantized = torch.stack([head.quantized for head in found], -2)
         return Quantized(quantized, torch.stack([head.indices for head in found], -1), loss)
 
+    def _codes_of_embed(
+        self, embed: Tensor, embed_avg: Tensor | None, sizes: Tensor | None
+    ) -> Tensor:
+        """With cosine similarity their codes have length 1; ours are as long as the averages."""
+        if not self.use_cosine_sim or embed_avg is None or sizes is None:
+            return embed
+        length = torch.linalg.vector_norm(embed_avg, dim=-1) / sizes
+        return embed * length.where(sizes > 0, 1)[..., None]
+
     def reset_codes(self, which: Tensor, x: Tensor | None = None) -> None:
         """Gives some codes new values, such as those that nobody chooses.
 
@@ -423,6 +439,9 @@ class VectorQuantize(LearnedCodebook, Layout):
             >>> vq.get_codes_from_indices(torch.tensor([[3, 5, -1]])).shape
             torch.Size([1, 3, 16])
         """
+        return self._codes(indices)
+
+    def _codes(self, indices: Tensor) -> Tensor:
         is_tensor = isinstance(indices, Tensor)
         if not is_tensor or indices.dtype not in INTEGERS:
             kind = indices.dtype if is_tensor else type(indices).__name__
@@ -468,7 +487,7 @@ class VectorQuantize(LearnedCodebook, Layout):
             >>> torch.equal(vq.get_output_from_indices(indices), quantized)
             True
         """
-        codes = self.get_codes_from_indices(indices)
+        codes = self._codes(indices)
         if self.project_out is not None:
             is_masked = indices < 0
             is_masked = is_masked.all(-1) if self.heads > 1 else is_masked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,13 +26,14 @@ def warmup(
     (docs/tuning.md) another batch size may use other kernels.
 
     Args:
-        module: a `VectorQuantize`, on the device where it will run.
+        module: a `VectorQuantize`, `ResidualVectorQuantize` or `GroupedResidualVectorQuantize`, on
+            the device where it will run.
         shapes: the shapes of ``x`` that it will get, a tuple each.
         dtype: the dtype of ``x``.
         has_mask: whether it will also get a mask.
 
     Raises:
-        TypeError: ``module`` is not a `VectorQuantize`, or ``dtype`` is not a floating-point dtype.
+        TypeError: ``module`` is not such a quantizer, or ``dtype`` is not a floating-point dtype.
         ValueError: no shape is given, one is not a shape, or one does not fit the module.
 
     Example:
@@ -39,9 +41,15 @@ def warmup(
         >>> vqtriton.warmup(vq, (8, 49, 64), dtype=torch.bfloat16)
     """
     from vqtriton.quantizers import VectorQuantize
+    from vqtriton.residual.grouped import GroupedResidualVectorQuantize
+    from vqtriton.residual.quantizers import ResidualVectorQuantize
 
-    if not isinstance(module, VectorQuantize):
-        raise TypeError(f"module is a {type(module).__name__}; it must be a VectorQuantize")
+    residual = (ResidualVectorQuantize, GroupedResidualVectorQuantize)
+    if not isinstance(module, (VectorQuantize, *residual)):
+        raise TypeError(
+            f"module is a {type(module).__name__}; it must be a VectorQuantize or a residual "
+            "quantizer"
+        )
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r:.80}; it must be a floating-point torch.dtype")
     if not shapes:
@@ -49,7 +57,9 @@ def warmup(
     for shape in shapes:
         if not (isinstance(shape, Sequence) and all(type(n) is int and n >= 0 for n in shape)):
             raise ValueError(f"shapes has {shape!r:.80}; it must be a tuple of ints, of an x")
-    device = module.codebook.device
+    device = next(
+        part for part in module.modules() if isinstance(part, VectorQuantize)
+    ).codebook.device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
@@ -57,8 +67,13 @@ def warmup(
     ):
         # of a k-means start: the rows are random, and may be fewer than the codes
         warnings.filterwarnings("ignore", ".*codes are copies of others or unused")
-        trial = copy.deepcopy(module)
-        trial.sync_codebook = False
+        trial: Any = copy.deepcopy(module)
+        for part in trial.modules():
+            if isinstance(part, VectorQuantize):
+                part.sync_codebook = False
+            elif isinstance(part, ResidualVectorQuantize):
+                # all levels
+                part.quantize_dropout = False
         for shape in shapes:
             x = torch.randn(tuple(shape), dtype=torch.float32, device=device)
             x = x.to(dtype).requires_grad_()
@@ -67,13 +82,14 @@ def warmup(
             mask = None
             for _ in range(1 + has_mask):
                 with torch.enable_grad():
-                    quantized, indices, loss = trial.train().forward(x, mask)
+                    quantized, _, loss = trial.train().forward(x, mask=mask)
                     leaves = [leaf for leaf in (x, *trial.parameters()) if leaf.requires_grad]
                     # contiguous, as those of a decoder: kernels are compiled for strides
                     upstream = [torch.ones_like(quantized), torch.ones_like(loss)]
                     torch.autograd.grad([quantized, loss], leaves, upstream, allow_unused=True)
                 with torch.no_grad():
-                    trial.eval().forward(x, mask)
-                mask = torch.ones_like(indices, dtype=torch.bool)
+                    trial.eval().forward(x, mask=mask)
+                shape_of_mask = trial._channels_last(x).shape[:-1]
+                mask = torch.ones(shape_of_mask, dtype=torch.bool, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

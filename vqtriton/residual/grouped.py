@@ -45,6 +45,8 @@ class GroupedResidualVectorQuantize(Layout, nn.Module):
 
     # of `ResidualVectorQuantize`
     rvqs: Any
+    # what a group is; for subclasses as well
+    group_class: type[ResidualVectorQuantize] = ResidualVectorQuantize
 
     def __init__(
         self,
@@ -62,9 +64,9 @@ class GroupedResidualVectorQuantize(Layout, nn.Module):
             raise ValueError(f"groups is {groups}; it must divide dim, which is {dim}")
         self.dim = dim
         self.groups = groups
+        options |= {"codebook_size": codebook_size, "num_quantizers": num_quantizers}
         self.rvqs = nn.ModuleList(
-            ResidualVectorQuantize(dim // groups, codebook_size, num_quantizers, **options)
-            for _ in range(groups)
+            self.group_class(dim=dim // groups, **options) for _ in range(groups)
         )
         first = self.rvqs[0]
         self.num_quantizers = first.num_quantizers

@@ -114,6 +114,8 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
     References: Zeghidour et al. 2021, arXiv:2107.03312; Lee et al. 2022, arXiv:2203.01941.
     """
 
+    # what a level is; for subclasses as well
+    level_class: type[VectorQuantize] = VectorQuantize
     project_in: nn.Module | None
     project_out: nn.Module | None
 
@@ -178,9 +180,10 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         self.accept_3d_fmap = accept_3d_fmap
         self.options = options
         self.project_in, self.project_out = projections(dim, self.codebook_dim)
-        levels = [VectorQuantize(self.codebook_dim, size, **options) for size in sizes]
+        own = sizes[:1] if shared_codebook else sizes
+        levels = [self.level_class(self.codebook_dim, size, **options) for size in own]
         # one module in all places: a level is still ``layers[q]``, also in a state dict
-        self.layers = nn.ModuleList(levels[:1] * len(sizes) if shared_codebook else levels)
+        self.layers = nn.ModuleList(levels * len(sizes) if shared_codebook else levels)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ResidualVectorQuantize:
@@ -315,7 +318,7 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         rows = vectors if self.project_in is None else self.project_in(vectors)
         quantize = self._by_layers if self.layers[0].use_cosine_sim else self._at_once
         found = quantize(rows, mask, levels, is_held)
-        quantized = rotate(rows, found.quantized) if self.rotation_trick else found.quantized
+        quantized = found.quantized
         if self.project_out is not None:
             quantized = self.project_out(quantized)
             if mask is not None:
@@ -392,8 +395,13 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         if not (self.training and share > 0 and whole > 1):
             return Levels(whole)
         size = vectors.shape[:1] if self.quantize_dropout_per_sample else (1,)
-        # of a batch on the CPU, as its number of levels is one of Python's
-        is_tensor = self.quantize_dropout_per_sample or torch.compiler.is_compiling()
+        # of a batch on the CPU, as its number of levels is one of Python's; but ranks, which draw
+        # other numbers, have to meet in all levels
+        is_tensor = (
+            self.quantize_dropout_per_sample
+            or torch.compiler.is_compiling()
+            or distributed.world_size() > 1
+        )
         device = vectors.device if is_tensor else torch.device("cpu")
         first, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
         drawn = torch.randint(first, whole, size, dtype=torch.int64, device=device)
@@ -405,6 +413,12 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             return Levels(int(drawn), dropped=whole - int(drawn))
         shape = vectors.shape[:-1]
         return Levels(whole, drawn.view(-1, *[1] * (len(shape) - 1)).expand(shape))
+
+    def _routed(self, rows: Tensor, codebooks: Sequence[Tensor], found: Quantized) -> Quantized:
+        """With the gradient that ``rows`` get through the sum of codes; for subclasses as well."""
+        if not self.rotation_trick:
+            return found
+        return Quantized(rotate(rows, found.quantized), found.indices, found.loss)
 
     def _at_once(
         self,
@@ -443,7 +457,7 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             if any(changing):
                 # backward needs the codes that were chosen from, not what the update makes of them
                 joined = snapshot(joined)
-            searched = joined.split(list(self.codebook_sizes))
+            searched = codebooks = joined.split(list(self.codebook_sizes))
         elif not (any(learning) or needs_grad):
             searched = self._kept(layers, codebooks)
         found = quantize_levels(
@@ -460,15 +474,12 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             precision=first.precision,
             backend=first.backend,
         )
+        found = self._routed(rows, codebooks[:num_levels], found)
         if joined is not None and any(changing):
-            flat, indices = rows.detach().reshape(-1, self.codebook_dim), found.indices
-            if distributed.place_among(first.sync_codebook)[1] > 1:
-                # ranks meet with all levels, whichever each of them has dropped
-                indices = nn.functional.pad(indices, (0, len(layers) - num_levels), value=-1)
-            num = indices.shape[-1]
-            indices = indices.reshape(-1, num)
-            if together is None or num < len(layers):
-                self._update(flat, joined, indices, layers[:num], changing[:num])
+            flat = rows.detach().reshape(-1, self.codebook_dim)
+            indices = found.indices.reshape(-1, num_levels)
+            if together is None or num_levels < len(layers):
+                self._update(flat, joined, indices, layers[:num_levels], changing[:num_levels])
             else:
                 self._update_together(flat, joined, indices, together)
         return found
@@ -489,6 +500,8 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             is_counted = of_level(mask, depths, level)
             share = (1 - self.quant_grad_frac) ** level
             seen = residual if share == 1 else share * residual + (1 - share) * residual.detach()
+            # of length 1 with cosine similarity
+            seen = layer._project_in(seen)
             found = layer._quantize(seen, is_counted, is_held or layer.frozen)
             codes = found.quantized.detach()
             residual, total = residual - codes, total + codes
@@ -497,7 +510,8 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         quantized = straight_through(rows, total.to(rows.dtype))
         if mask is not None:
             quantized = quantized.where(mask[..., None], 0)
-        return Quantized(quantized, torch.stack(indices, -1), torch.stack(losses, -1))
+        found = Quantized(quantized, torch.stack(indices, -1), torch.stack(losses, -1))
+        return self._routed(rows, (), found)
 
     @staticmethod
     def _kept(
