@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from compare_tokens import BATCH
+from sounds import chord
 from token_args import add_flags, check_flags, load_model, need
 from token_report import report
 from torch import Tensor
 from train_args import Parser
-from wav_file import chord, read_wav, resample
+from wav_file import read_wav, resample
 
 
 class Codec(NamedTuple):

@@ -110,6 +110,20 @@ def training_curves(runs: dict[str, list[dict[str, Any]]], codebook_size: int) -
     return _png(figure)
 
 
+def snr_by_levels(rows: Sequence[dict[str, float]]) -> bytes:
+    """Signal-to-noise ratio over the bitrate, a point for each number of levels."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["kbps"] for row in rows], [row["snr_db"] for row in rows], marker="o")
+    for row in rows:
+        place = row["kbps"], row["snr_db"]
+        axes.annotate(f"{row['levels']}", place, (0, 6), textcoords="offset points", ha="center")
+    axes.margins(y=0.2)
+    axes.set(xlabel="kbit/s; at each point the number of levels", ylabel="SNR, dB")
+    axes.set(title="Test sounds from the first levels alone")
+    return _png(figure)
+
+
 def _png(picture: Figure | Image.Image) -> bytes:
     file = io.BytesIO()
     if isinstance(picture, Figure):

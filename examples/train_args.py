@@ -181,16 +181,21 @@ def add_training_flags(parser: Parser, **other_defaults: Any) -> None:
     add("epochs", "passes over the training set; with --resume, more than before")
     add("batch_size", "images a step, over all ranks")
     add("lr", "peak of the OneCycle rate")
+    parser.add("amp", "encoder and decoder in bfloat16", False)
+    parser.add("compile", "with torch.compile", False)
+    add_run_flags(parser, "runs/ and the name of the data")
+    parser.add("log_to", "send the values there as well", choices=("tensorboard", "wandb"))
+
+
+def add_run_flags(parser: Parser, folder: str) -> None:
+    """The flags of every trainer; ``folder`` says where results go by default."""
     parser.add("seed", "of everything random", 0)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add("device", "where to train, as torch calls it", best)
-    parser.add("amp", "encoder and decoder in bfloat16", False)
-    parser.add("compile", "with torch.compile", False)
     parser.begin("results")
-    text = "folder for the results (default: runs/ and the name of the data); a run that is there "
-    parser.add("out", text + "is kept by another name", type=Path)
+    text = f"folder for the results (default: {folder}); a run that is there is kept by another"
+    parser.add("out", f"{text} name", type=Path)
     parser.add("resume", "continue from the checkpoint in --out; without one, start", False)
-    parser.add("log_to", "send the values there as well", choices=("tensorboard", "wandb"))
 
 
 def check(parser: Parser, args: argparse.Namespace) -> None:

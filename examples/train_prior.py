@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from mnist_data import CLASS_NAMES, load
 from run_files import load_checkpoint, with_prefix, write_atomically
 from torch import Tensor, nn
-from train_args import Parser, check_places
-from trainer import Trainer, Values, end_if_complete, shuffled
+from train_args import Parser, add_run_flags, check_places
+from trainer import Trainer, Values, end_if_complete, make_repeatable, shuffled
 from vqvae import VQVAE
 
 SIDE = 7
@@ -276,13 +276,7 @@ def build_parser() -> Parser:
     add("epochs", "passes over the training set; with --resume, more than before", 3)
     add("batch_size", "images a step", 16)
     add("lr", "peak of the OneCycle rate", 3e-3)
-    add("seed", "of everything random", 0)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    add("device", "where to train, as torch calls it", best)
-    parser.begin("results")
-    text = "folder for the results (default: prior in that of --vqvae); a run that is there is kept"
-    add("out", f"{text} by another name", type=Path)
-    add("resume", "continue from the checkpoint in --out; without one, start", False)
+    add_run_flags(parser, "prior in that of --vqvae")
     add("temperature", "of the samples: divides the logits", 1.0)
     add("top_k", "of the samples: choose among so many codes (default: all)", type=int)
     add("samples_per_class", "rows of samples.png", 8)
@@ -292,11 +286,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    # off the CPU an operation without a deterministic form warns, rather than end the run
-    torch.use_deterministic_algorithms(True, warn_only=args.device.type != "cpu")
-    # a help in finding bugs that costs some percent of the time
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(args.seed)
+    make_repeatable(args)
     codebook = args.vqvae_model.vq.codebook.detach().cpu()
     shape = (len(CLASS_NAMES[args.dataset]), args.width, args.depth, args.heads, args.dropout)
     prior = Prior(codebook, *shape).to(args.device)

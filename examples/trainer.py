@@ -28,6 +28,8 @@ import vqtriton
 
 # steps between two looks at the values: each look waits for the device
 LOOK_EVERY = 20
+# the part of the training in which codes are revived; they need some time to settle
+REVIVE_UNTIL = 0.8
 
 Values = dict[str, float]
 Report = Callable[[Values, int], object]
@@ -110,6 +112,12 @@ class Trainer(abc.ABC):
             for begin, end in itertools.pairwise(ends)
             if self.step < end or end == ends[-1]
         )
+
+    @property
+    def revives(self) -> bool:
+        """Whether dead codes are revived in this step."""
+        begin, end = self.cycle
+        return self.step - begin < REVIVE_UNTIL * (end - begin)
 
     def _start_cycle(self) -> None:
         begin, end = self.cycle
@@ -288,6 +296,15 @@ class Trainer(abc.ABC):
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.args.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.args.device)
+
+
+def make_repeatable(args: Namespace) -> None:
+    """A run with the same flags will have the same result."""
+    # off the CPU an operation without a deterministic form warns, rather than end the run
+    torch.use_deterministic_algorithms(True, warn_only=args.device.type != "cpu")
+    # a help in finding bugs that costs some percent of the time
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(args.seed)
 
 
 def end_if_complete(args: Namespace, describe: Callable[[dict[str, Any]], str]) -> None:

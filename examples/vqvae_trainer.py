@@ -16,13 +16,10 @@ from run_files import write_atomically
 from startup import SCRIPT
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from trainer import Report, Trainer, Values, end_if_complete, no_report
+from trainer import Report, Trainer, Values, end_if_complete, make_repeatable, no_report
 from vqvae import VQVAE
 
 import vqtriton
-
-# the part of the training in which codes are revived; they need some time to settle
-REVIVE_UNTIL = 0.8
 
 
 class Images(Protocol):
@@ -77,9 +74,7 @@ class VQVAETrainer(Trainer):
 
     def train_on(self, batch: Tensor, is_looked_at: bool) -> Values:
         args, vq, model = self.args, self.vq, self.model
-        begin, end = self.cycle
-        is_young = self.step - begin < REVIVE_UNTIL * (end - begin)
-        vq.threshold_ema_dead_code = args.threshold_ema_dead_code if is_young else 0
+        vq.threshold_ema_dead_code = args.threshold_ema_dead_code if self.revives else 0
         model.train()
         target = batch.to(args.device).float() / 255
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
@@ -235,11 +230,7 @@ def train(args: Namespace, load: Callable[[], Images], **config: int) -> None:
         # about the weights of a single channel, whose strides can be written in two ways
         warnings.filterwarnings("ignore", "Grad strides do not match")
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    # off the CPU an operation without a deterministic form warns, rather than end the run
-    torch.use_deterministic_algorithms(True, warn_only=args.device.type != "cpu")
-    # a help in finding bugs that costs some percent of the time
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(args.seed)
+    make_repeatable(args)
     try:
         images = load()
     except ValueError as error:

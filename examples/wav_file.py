@@ -1,15 +1,13 @@
-"""WAV files with uncompressed integer samples, and a chord for want of one."""
+"""WAV files with uncompressed integer samples."""
 
 from __future__ import annotations
 
+import io
 import math
 import wave
 from pathlib import Path
 
 import numpy as np
-
-# the first samples of each second of the chord are other notes
-NOTES = (220.0, 246.94, 277.18, 293.66, 329.63, 369.99, 415.3, 440.0)
 
 
 def read_wav(path: Path, seconds: float) -> tuple[np.ndarray, int]:
@@ -43,6 +41,16 @@ def read_wav(path: Path, seconds: float) -> tuple[np.ndarray, int]:
     return (values / 2**31).astype(np.float32), rate
 
 
+def to_wav(samples: np.ndarray, rate: int) -> bytes:
+    """A file of 16 bits PCM, of samples [T] in [-1, 1]; what is beyond is cut off."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        # channels, bytes of a sample, rate; the rest is what it is for PCM
+        writer.setparams((1, 2, rate, 0, "NONE", ""))
+        writer.writeframes((samples.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
+    return file.getvalue()
+
+
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """By the discrete Fourier transform: frequencies that the new rate cannot hold are cut off.
 
@@ -54,15 +62,3 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     new_length = max(1, round(length * new_rate / rate))
     spectrum = np.fft.rfft(samples.astype(np.float64))
     return (np.fft.irfft(spectrum, new_length) * (new_length / length)).astype(np.float32)
-
-
-def chord(seconds: float, rate: int) -> np.ndarray:
-    """Three notes at a time that fade, others in each second, and a little noise; [1, samples]."""
-    time = np.arange(math.ceil(seconds * rate)) / rate
-    second = time.astype(np.int64)
-    total = np.random.default_rng(0).normal(0, 0.005, len(time))
-    for voice in range(3):
-        note = np.take(NOTES, (2 * voice + 3 * second) % len(NOTES))
-        overtones = sum(np.sin(2 * np.pi * k * note * time) / k for k in (1, 2, 3))
-        total += 0.15 * overtones * np.exp(-2 * (time - second))
-    return total[None].astype(np.float32)

@@ -28,7 +28,7 @@ FILES = {
 PROGRAMS = [
     file
     for name, file in FILES.items()
-    if name.startswith(("train", "mnist", "tokens", "bench", "compile"))
+    if name.startswith(("train", "mnist", "tokens", "semantic", "bench", "compile"))
 ]
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}

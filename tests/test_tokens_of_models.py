@@ -24,6 +24,7 @@ encode_audio = importlib.import_module("encode_audio")
 token_args = importlib.import_module("token_args")
 token_report = importlib.import_module("token_report")
 tokenize_images = importlib.import_module("tokenize_images")
+sounds = importlib.import_module("sounds")
 wav_file = importlib.import_module("wav_file")
 
 TINY = {
@@ -153,7 +154,7 @@ def test_audio_of_a_checkpoint_and_a_file(tiny, tmp_path, capsys):
         layer.codebook.embed.normal_()
     model.save_pretrained(tmp_path / "model")
     # another rate and two channels
-    samples = np.repeat(wav_file.chord(1.5, 16000), 2, axis=0)
+    samples = np.repeat(sounds.chord(1.5, 16000), 2, axis=0)
     path = write_wav(tmp_path / "a.wav", samples, 16000)
     flags = [f"--model={tmp_path / 'model'}", f"--wav={path}", f"--out={tmp_path / 'tokens.npz'}"]
     capsys.readouterr()
@@ -309,7 +310,7 @@ def test_resampling_keeps_a_tone(rate, new_rate):
 
 
 def test_a_chord_is_audible_and_in_range():
-    samples = wav_file.chord(2.5, 8000)
+    samples = sounds.chord(2.5, 8000)
     assert samples.shape == (1, 20000)
     assert np.abs(samples).max() < 1
     # no two pieces are alike

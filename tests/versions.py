@@ -42,8 +42,8 @@ ROWS = (
 )
 # no core tests: examples, benchmarks, the checkout itself, what compilers make of the kernels
 NOT_CORE = (
-    "train* mnist* tokens* bench* gpu_* fit layers readme api_page packaging parts versions "
-    "compile sass"
+    "train* mnist* tokens* semantic* bench* gpu_* fit layers readme api_page packaging parts "
+    "versions compile sass"
 )
 # of each kind: what else is left out, as it takes minutes and depends least on versions
 KINDS = {
