@@ -134,9 +134,9 @@ def test_codes_and_errors_of_certain_and_doubtful_rows(case: str, dtype: torch.d
     )
 
 
-@pytest.mark.parametrize("exact", [True, False])
+# without a rescue there is nothing to share
+@pytest.mark.parametrize(("exact", "programs"), [(True, 1), (True, 7), (False, 1)])
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("programs", [1, 7])
 def test_losses_are_added_up(exact: bool, splits: int, programs: int) -> None:
     """Of rows that are certain and in doubt, of each head; those that do not count add nothing."""
     x, codebook = torch.randn(2, 50, 12), torch.randn(2, 300, 12)
@@ -363,9 +363,9 @@ def between_unit_codes(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return ((a + b + (a - b) * t) * lengths).float(), codebook.float()
 
 
-@pytest.mark.parametrize("size", [8, 60])
+# a group alone, whatever its planes; then rivals in other groups, in each kind of planes
+@pytest.mark.parametrize(("size", "dim"), [(8, 12), *((60, dim) for dim in (3, 12, 40))])
 @pytest.mark.parametrize("far", [1.0, 1e6, None])
-@pytest.mark.parametrize("dim", [3, 12, 40])
 def test_doubt_and_thresholds_are_what_the_bounds_say(
     size: int, far: float | None, dim: int
 ) -> None:
