@@ -28,7 +28,7 @@ FILES = {
 PROGRAMS = [
     file
     for name, file in FILES.items()
-    if name.startswith(("train", "mnist", "tokens", "bench", "compile"))
+    if name.startswith(("train", "mnist", "tokens", "bench", "compile", "sass"))
 ]
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
@@ -40,12 +40,16 @@ HAVE_KERNELS = {
 KERNELS = ["-m", "kernel and not slow"]
 # seconds that a part has on a GPU; what is not done by then has failed
 ON_GPU = [*KERNELS, "--session-timeout=180"]
+NO_PROGRAMS = [f"--ignore={file}" for file in PROGRAMS]
+QUICK = ["-m", "not slow"]
 GROUPS = {
     "all": {
-        "package": ["-m", "not slow", *(f"--ignore={file}" for file in PROGRAMS)],
-        "programs": ["-m", "not slow", *PROGRAMS],
+        "package": [*QUICK, *NO_PROGRAMS],
+        "programs": [*QUICK, *PROGRAMS],
         "interpreted": KERNELS,
     },
+    # with those that are slow
+    "ci": {"package": NO_PROGRAMS, "programs": PROGRAMS, "interpreted": KERNELS},
     # a GPU has room for all of them at once
     "gpu": {name: [*ON_GPU, file] for name, file in (CHECKS | HAVE_KERNELS).items()},
     # a walk through its checks without one
