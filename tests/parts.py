@@ -32,10 +32,13 @@ PROGRAMS = [
 ]
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
+TEXTS = {name: Path(file).read_text(encoding="utf-8") for name, file in FILES.items()}
+# what is about the interpreter alone has no test for a GPU
 HAVE_KERNELS = {
-    name: file
-    for name, file in FILES.items()
-    if re.search(r"mark\.(kernel|needs_kernels)\b", Path(file).read_text(encoding="utf-8"))
+    name: FILES[name]
+    for name, text in TEXTS.items()
+    if re.search(r"mark\.(kernel|needs_kernels)\b", text)
+    and not re.search(r"^pytestmark = .*\bneeds_interpreter\b", text, re.M)
 }
 KERNELS = ["-m", "kernel and not slow"]
 # seconds that a part has on a GPU; what is not done by then has failed
