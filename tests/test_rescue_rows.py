@@ -66,13 +66,18 @@ def search(
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-@pytest.mark.parametrize(("dim", "programs"), [(3, 3), (12, 15), (40, 100), (40, 1)])
-def test_exact_when_every_row_is_in_doubt(dim: int, programs: int, metric: str) -> None:
+@pytest.mark.parametrize(
+    ("dim", "programs", "chunk_tiles"), [(3, 3, 1), (12, 15, 8), (40, 100, 8), (40, 1, 1)]
+)
+def test_exact_when_every_row_is_in_doubt(
+    dim: int, programs: int, chunk_tiles: int, metric: str
+) -> None:
     # three tiles of rows; with 15 programs five parts of the codes, which eight tiles do not fill
     x, codebook = data.gaussian(33, 400, dim)
     # no product with it may win, whatever its sign
     codebook[5, 0] = torch.inf
-    rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
+    # of one tile: a list is full when the rivals of a second have come, and all of them count
+    rescue = dataclasses.replace(RESCUE, chunk_tiles=chunk_tiles, programs_per_processor=programs)
     out = search(x[None], codebook[None], NO_BOUND, rescue, metric == "dot")
     assert out.num_doubtful.tolist() == [33]
     assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook, metric=metric))
