@@ -10,7 +10,7 @@ TRITONS := 3.6.0 3.7.1 3.9.0
 OUT := runs/gpu-check
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help venv train test test-compiled test-interpreted test-slow test-clients test-versions lint format api bench sass gpu-check clean
+.PHONY: help venv train test test-compiled test-interpreted test-slow test-all test-targets test-clients test-versions lint format api bench sass gpu-check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,12 @@ test-interpreted: $(READY)
 
 test-slow: $(READY) ## what takes longest: a million rows, several ranks, torch.compile of a training run
 	$(PYTHON) -m pytest -m slow
+
+test-all: $(READY) ## all tests, with those of test-slow
+	$(PYTHON) tests/parts.py ci
+
+test-targets: $(READY) ## every case of every kernel compiled for every target; `make test` has a part of them
+	ALL_TARGETS=1 $(PYTHON) -m pytest tests/test_compile.py
 
 test-clients: $(CLIENTS_READY) ## tests with transformers, diffusers, vector-quantize-pytorch and others installed
 	$(PYTHON) -m pytest tests/test_clients.py tests/test_checkpoints.py tests/test_compat_peer.py \

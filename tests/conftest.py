@@ -9,9 +9,11 @@ whether its kernels are interpreted, so that is a process of its own: ``TRITON_I
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -50,6 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if INTERPRETED:
         # numpy remarks on the NaNs and infinities that the kernels are given on purpose
         config.addinivalue_line("filterwarnings", "ignore:.*encountered in:RuntimeWarning")
+    if INTERPRETED and find_spec("triton"):
+        from quick_interpreter import quick_interpreter
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(quick_interpreter())
+        config.add_cleanup(stack.close)
 
 
 def is_for_another_process(item: pytest.Item) -> bool:

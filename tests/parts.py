@@ -28,24 +28,31 @@ FILES = {
 PROGRAMS = [
     file
     for name, file in FILES.items()
-    if name.startswith(("train", "mnist", "tokens", "semantic", "bench", "compile"))
+    if name.startswith(("train", "mnist", "tokens", "semantic", "bench", "compile", "sass"))
 ]
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
+TEXTS = {name: Path(file).read_text(encoding="utf-8") for name, file in FILES.items()}
+# what is about the interpreter alone has no test for a GPU
 HAVE_KERNELS = {
-    name: file
-    for name, file in FILES.items()
-    if re.search(r"mark\.(kernel|needs_kernels)\b", Path(file).read_text(encoding="utf-8"))
+    name: FILES[name]
+    for name, text in TEXTS.items()
+    if re.search(r"mark\.(kernel|needs_kernels)\b", text)
+    and not re.search(r"^pytestmark = .*\bneeds_interpreter\b", text, re.M)
 }
 KERNELS = ["-m", "kernel and not slow"]
 # seconds that a part has on a GPU; what is not done by then has failed
 ON_GPU = [*KERNELS, "--session-timeout=180"]
+NO_PROGRAMS = [f"--ignore={file}" for file in PROGRAMS]
+QUICK = ["-m", "not slow"]
 GROUPS = {
     "all": {
-        "package": ["-m", "not slow", *(f"--ignore={file}" for file in PROGRAMS)],
-        "programs": ["-m", "not slow", *PROGRAMS],
+        "package": [*QUICK, *NO_PROGRAMS],
+        "programs": [*QUICK, *PROGRAMS],
         "interpreted": KERNELS,
     },
+    # with those that are slow
+    "ci": {"package": NO_PROGRAMS, "programs": PROGRAMS, "interpreted": KERNELS},
     # a GPU has room for all of them at once
     "gpu": {name: [*ON_GPU, file] for name, file in (CHECKS | HAVE_KERNELS).items()},
     # a walk through its checks without one

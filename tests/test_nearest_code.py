@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import zlib
 
 import data
@@ -337,7 +338,13 @@ def test_bad_preparation_is_named(backend: Backend) -> None:
 
 
 @pytest.mark.needs_kernels
-def test_more_dimensions_than_the_bound_covers_are_refused() -> None:
+def test_more_dimensions_than_the_bound_covers_are_refused(monkeypatch) -> None:
+    if INTERPRETED:
+        from vqtriton.kernels import prepare_planes as module
+
+        # eight programs instead of 64, each of which looks at all codes
+        tiles = functools.partial(module.PreparePlanesConfig, block_elements=1 << 17)
+        monkeypatch.setattr(module, "PreparePlanesConfig", tiles)
     # a code in the middle of others that fill fp16: its bias would not fit, and its rows go wrong
     for dim in (4094, 4095):
         corners = torch.sign(torch.randn(16, dim)) * 1.9999

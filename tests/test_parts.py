@@ -134,6 +134,8 @@ def test_a_gpu_is_checked_with_every_file_that_has_kernels() -> None:
     of_gpu = parts.GROUPS["gpu"]
     assert {"gpu_exactness", "gpu_sanitizer", "nearest_code", "code_sums"} <= set(of_gpu)
     assert "train_mnist" not in of_gpu
+    # every test of it is for the interpreter: its part would have none
+    assert "stub_device" not in of_gpu
     # each has a limit, as a borrowed machine is there for minutes
     assert all("--session-timeout=180" in flags for flags in of_gpu.values())
     assert set(parts.CHECKS) == {name for name in parts.FILES if name.startswith("gpu_")}

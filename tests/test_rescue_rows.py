@@ -66,13 +66,18 @@ def search(
 
 
 @pytest.mark.parametrize("metric", ["l2", "dot"])
-@pytest.mark.parametrize(("dim", "programs"), [(3, 3), (12, 15), (40, 100), (40, 1)])
-def test_exact_when_every_row_is_in_doubt(dim: int, programs: int, metric: str) -> None:
+@pytest.mark.parametrize(
+    ("dim", "programs", "chunk_tiles"), [(3, 3, 1), (12, 15, 8), (40, 100, 8), (40, 1, 1)]
+)
+def test_exact_when_every_row_is_in_doubt(
+    dim: int, programs: int, chunk_tiles: int, metric: str
+) -> None:
     # three tiles of rows; with 15 programs five parts of the codes, which eight tiles do not fill
     x, codebook = data.gaussian(33, 400, dim)
     # no product with it may win, whatever its sign
     codebook[5, 0] = torch.inf
-    rescue = dataclasses.replace(RESCUE, programs_per_processor=programs)
+    # of one tile: a list is full when the rivals of a second have come, and all of them count
+    rescue = dataclasses.replace(RESCUE, chunk_tiles=chunk_tiles, programs_per_processor=programs)
     out = search(x[None], codebook[None], NO_BOUND, rescue, metric == "dot")
     assert out.num_doubtful.tolist() == [33]
     assert torch.equal(out.indices[0].cpu(), oracle.nearest_code(x, codebook, metric=metric))
@@ -134,9 +139,9 @@ def test_codes_and_errors_of_certain_and_doubtful_rows(case: str, dtype: torch.d
     )
 
 
-@pytest.mark.parametrize("exact", [True, False])
+# without a rescue there is nothing to share
+@pytest.mark.parametrize(("exact", "programs"), [(True, 1), (True, 7), (False, 1)])
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("programs", [1, 7])
 def test_losses_are_added_up(exact: bool, splits: int, programs: int) -> None:
     """Of rows that are certain and in doubt, of each head; those that do not count add nothing."""
     x, codebook = torch.randn(2, 50, 12), torch.randn(2, 300, 12)
@@ -363,9 +368,9 @@ def between_unit_codes(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return ((a + b + (a - b) * t) * lengths).float(), codebook.float()
 
 
-@pytest.mark.parametrize("size", [8, 60])
+# a group alone, whatever its planes; then rivals in other groups, in each kind of planes
+@pytest.mark.parametrize(("size", "dim"), [(8, 12), *((60, dim) for dim in (3, 12, 40))])
 @pytest.mark.parametrize("far", [1.0, 1e6, None])
-@pytest.mark.parametrize("dim", [3, 12, 40])
 def test_doubt_and_thresholds_are_what_the_bounds_say(
     size: int, far: float | None, dim: int
 ) -> None:

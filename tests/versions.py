@@ -43,7 +43,7 @@ ROWS = (
 # no core tests: examples, benchmarks, the checkout itself, what compilers make of the kernels
 NOT_CORE = (
     "train* mnist* tokens* semantic* bench* gpu_* fit layers readme api_page packaging parts "
-    "versions compile sass"
+    "versions compile sass quick_interpreter"
 )
 # of each kind: what else is left out, as it takes minutes and depends least on versions
 KINDS = {
