@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import vqtriton
-from vqtriton import GroupedResidualVectorQuantize, ResidualVectorQuantize, VectorQuantize
+from bench.devices import allocator_peak
+from vqtriton import (
+    GroupedResidualVectorQuantize,
+    ResidualVectorQuantize,
+    VectorQuantize,
+    torch_backend,
+)
 
 DIM, SIZE, LEVELS = 6, 12, 4
 
@@ -473,3 +479,24 @@ def test_groups_drop_as_many_levels() -> None:
         GroupedResidualVectorQuantize(DIM, SIZE, LEVELS, groups=4)
     with pytest.raises(ValueError, match=r"indices has shape .*it must be \[3, ..., q\]"):
         rvq.get_output_from_indices(indices[:2])
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_step_holds_neither_distances_nor_all_residuals(update: str) -> None:
+    n, k, d, q = 20_000, 256, 64, 24
+    rvq = ResidualVectorQuantize(
+        d, k, q, codebook_update=update, threshold_ema_dead_code=0.5, commitment_weight=1.0
+    )
+    x, grad = rows(n, d, requires_grad=True), rows(n, d, seed=1)
+    leaves = [x, *rvq.parameters()]
+
+    def step() -> object:
+        found = rvq(x)
+        of_loss = torch.ones_like(found.loss)
+        grads = torch.autograd.grad([found.quantized, found.loss], leaves, [grad, of_loss])
+        return found, grads
+
+    step()
+    # a block of scores is held as well, whatever the sizes are
+    limit = 4 * (6 * n * d + 6 * n * q + 8 * q * k * d) + 2 * 4 * torch_backend.BLOCK_SCORES
+    assert allocator_peak(step) < limit < 4 * min(q * n * d, q * n * k)
