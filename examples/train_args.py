@@ -33,6 +33,8 @@ QUANTIZER = {
     "kmeans_iters": "iterations of that",
     "threshold_ema_dead_code": "revive codes that fewer vectors a step choose, until 80 %% of "
     f"training; 0 is never (default: {REVIVE_BELOW} · indices of a batch / K)",
+    "use_cosine_sim": "search by direction, with vectors and codes of length 1",
+    "rotation_trick": "rotate the gradient of a vector as its code is from it",
     "sync_codebook": "learn from the vectors of all ranks",
     "precision": "exact, or fast, which has no certificate",
     "backend": "auto, triton or torch",
