@@ -106,15 +106,14 @@ def _search_row(
     found = tl.sum(tl.where(lanes == lane, code, 0), 0)
     # written so that a NaN, from infinities, is in doubt
     if (cost_gap(best, second, D, False) > least_gap) == 0:
-        x_rows_ptr = x_row_ptr + tl.zeros((1,), tl.int64)
         least_64 = tl.full((1,), float("inf"), tl.float64)
         # index 0 for a row that has no finite distance
         index = tl.zeros((1,), tl.int32)
         for start in range(0, groups, GROUPS_64):
-            group = start + tl.arange(0, GROUPS_64)[None, :]
+            others_64 = start + tl.arange(0, GROUPS_64)[None, :]
             least_64, index = nearest_of_groups(
-                x_rows_ptr, codebook_ptr, group, group < groups, least_64, index, K, end_d, 1,
-                D, False, GROUP, 4,
+                x_row_ptr + tl.zeros((1,), tl.int64), codebook_ptr, others_64, others_64 < groups,
+                least_64, index, K, end_d, 1, D, False, GROUP, 4,
             )  # fmt: skip
         found = tl.sum(index, 0)
     return found
@@ -143,8 +142,8 @@ def _settle_rows(
     is_pair = (is_rival & (known > 0)[:, None]).to(tl.int32)
     flat = tl.reshape(is_pair, (BLOCK_N * CLASSES,))
     num_pairs = tl.sum(flat, 0)
-    rank = tl.cumsum(flat, 0) - flat
-    tl.store(pairs_ptr + rank.to(tl.int64), tl.arange(0, BLOCK_N * CLASSES), mask=flat > 0)
+    place = tl.cumsum(flat, 0) - flat
+    tl.store(pairs_ptr + place.to(tl.int64), tl.arange(0, BLOCK_N * CLASSES), mask=flat > 0)
     if num_unknown > 0:
         rank = tl.cumsum(unknown, 0) - unknown
         tl.store(listed_ptr + rank.to(tl.int64), tl.arange(0, BLOCK_N), mask=unknown > 0)
@@ -158,10 +157,9 @@ def _settle_rows(
         tl.store(found_ptr + row, found)
     if num_pairs > 0:
         for start in range(0, num_pairs, PAIRS):
-            place = start + tl.arange(0, PAIRS)
             # pairs beyond the last are the last again, so that loads need no mask
-            place = tl.minimum(place, num_pairs - 1).to(tl.int64)
-            slot = tl.load(pairs_ptr + place).to(tl.int64)
+            offs_pair = tl.minimum(start + tl.arange(0, PAIRS), num_pairs - 1)
+            slot = tl.load(pairs_ptr + offs_pair.to(tl.int64)).to(tl.int64)
             row = slot // CLASSES
             cost, first = _costs_of_groups(
                 rows_ptr + row * D, codebook_ptr, tl.load(groups_ptr + slot), row >= 0,
@@ -173,10 +171,10 @@ def _settle_rows(
             tl.store(codes_ptr + slot, first + member)
         tl.debug_barrier()
         # what is not a pair was not written
-        is_pair = is_pair > 0
-        cost = tl.load(costs_ptr + offs_class, mask=is_pair, other=float("inf"))
-        second = tl.load(seconds_ptr + offs_class, mask=is_pair, other=float("inf"))
-        code = tl.load(codes_ptr + offs_class, mask=is_pair, other=0)
+        is_there = is_pair > 0
+        cost = tl.load(costs_ptr + offs_class, mask=is_there, other=float("inf"))
+        second = tl.load(seconds_ptr + offs_class, mask=is_there, other=float("inf"))
+        code = tl.load(codes_ptr + offs_class, mask=is_there, other=0)
         least, winner = tl.min(cost, 1, return_indices=True)
         is_winner = tl.arange(0, CLASSES)[None, :] == winner[:, None]
         others = tl.minimum(tl.where(is_winner, float("inf"), cost), second)
@@ -190,29 +188,28 @@ def _settle_rows(
         if num_hard > 0:
             # groups that hold a code that may be the nearest
             is_tied = (cost_gap(least[:, None], cost, D, False) > least_gap) == 0
-            tied = (is_tied & is_pair & (hard > 0)[:, None]).to(tl.int32)
+            tied = (is_tied & is_there & (hard > 0)[:, None]).to(tl.int32)
             group = tl.load(groups_ptr + offs_class)
-            rank = tl.cumsum(tied, 1) - tied
-            place = offs_n[:, None] * CLASSES + rank
-            tl.store(pairs_ptr + place, group, mask=tied > 0)
+            offs_tied = offs_n[:, None] * CLASSES + (tl.cumsum(tied, 1) - tied)
+            tl.store(pairs_ptr + offs_tied, group, mask=tied > 0)
             tl.store(counts_ptr + offs_n, tl.sum(tied, 1))
             rank = tl.cumsum(hard, 0) - hard
             tl.store(listed_ptr + rank.to(tl.int64), tl.arange(0, BLOCK_N), mask=hard > 0)
             tl.debug_barrier()
             for start in range(0, num_hard, HARD_N):
-                place = tl.minimum(start + tl.arange(0, HARD_N), num_hard - 1).to(tl.int64)
-                row = tl.load(listed_ptr + place).to(tl.int64)
+                offs_hard = tl.minimum(start + tl.arange(0, HARD_N), num_hard - 1)
+                row = tl.load(listed_ptr + offs_hard.to(tl.int64)).to(tl.int64)
                 count = tl.load(counts_ptr + row)
                 least_64 = tl.full((HARD_N,), float("inf"), tl.float64)
                 # index 0 for a row that has no finite distance
                 index = tl.zeros((HARD_N,), tl.int32)
                 for i in range(0, tl.max(count, 0), _PAIR):
-                    offs_tied = i + tl.arange(0, _PAIR)[None, :]
-                    is_listed = offs_tied < count[:, None]
-                    tied_ptrs = pairs_ptr + (row[:, None] * CLASSES + offs_tied)
-                    group = tl.load(tied_ptrs, mask=is_listed, other=0)
+                    offs_list = i + tl.arange(0, _PAIR)[None, :]
+                    is_listed = offs_list < count[:, None]
+                    list_ptrs = pairs_ptr + (row[:, None] * CLASSES + offs_list)
+                    listed = tl.load(list_ptrs, mask=is_listed, other=0)
                     least_64, index = nearest_of_groups(
-                        rows_ptr + row * D, codebook_ptr, group, is_listed, least_64, index,
+                        rows_ptr + row * D, codebook_ptr, listed, is_listed, least_64, index,
                         K, end_d, 1, D, False, GROUP, 4,
                     )  # fmt: skip
                 tl.store(found_ptr + row, index)
@@ -386,15 +383,16 @@ def residual_quantize_kernel(
     for start_d in range(0, end_d, COPY_D):
         offs_d = (start_d + tl.arange(0, COPY_D)).to(tl.int64)[None, :]
         is_element = is_valid[:, None] & (offs_d < D)
-        index = tl.load(indices_ptr + offs_n * levels, mask=is_valid, other=0)
-        codes_ptrs = codebook_ptr + index[:, None] * D + offs_d
+        first_index = tl.load(indices_ptr + offs_n * levels, mask=is_valid, other=0)
+        codes_ptrs = codebook_ptr + first_index[:, None] * D + offs_d
         total = tl.load(codes_ptrs, mask=is_element, other=0.0)
         for first_level in range(1, levels, TOGETHER):
-            for i in tl.static_range(TOGETHER):
-                level = tl.cast(first_level + i, tl.int64)
-                is_level = is_valid & (level < levels)
-                index = tl.load(indices_ptr + (offs_n * levels + level), mask=is_level, other=0)
-                codes_ptrs = codebook_ptr + (level * K + index)[:, None] * D + offs_d
+            for ahead in tl.static_range(TOGETHER):
+                next_level = tl.cast(first_level + ahead, tl.int64)
+                is_level = is_valid & (next_level < levels)
+                index_ptrs = indices_ptr + (offs_n * levels + next_level)
+                next_index = tl.load(index_ptrs, mask=is_level, other=0)
+                codes_ptrs = codebook_ptr + (next_level * K + next_index)[:, None] * D + offs_d
                 code = tl.load(codes_ptrs, mask=is_level[:, None] & (offs_d < D), other=0.0)
                 # to add 0 would change the sign of -0
                 total = tl.where(is_level[:, None], total + code, total)
