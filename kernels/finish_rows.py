@@ -103,7 +103,7 @@ def take_codes(
 
 
 @triton.jit
-def _not_finite(x_rows_ptr, end_d, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def not_finite(x_rows_ptr, end_d, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Whether a row has a NaN or an infinity."""
     found = tl.zeros(x_rows_ptr.shape, tl.int32)
     for start_d in range(0, end_d, BLOCK_D):
@@ -180,7 +180,7 @@ def nearest_of_group(
     # no distance of a row that is not finite is finite
     is_bad = least == float("inf")
     if tl.max(is_bad.to(tl.int32), 0) > 0:
-        is_bad = is_bad & _not_finite(x_rows_ptr, end_d, stride_xd, D, BLOCK_D)
+        is_bad = is_bad & not_finite(x_rows_ptr, end_d, stride_xd, D, BLOCK_D)
     return tl.where(is_bad, 0, first + member), is_bad, cost, least, member
 
 

@@ -13,6 +13,7 @@ decides.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,6 @@ from torch import Tensor
 from vqtriton.kernels.code_planes import CodePlanes, OwnBound, ScreenBound
 from vqtriton.kernels.finish_rows import (
     cost_gap,
-    group_costs,
     judge,
     least_of_others,
     nearest_of_group,
@@ -31,7 +31,8 @@ from vqtriton.kernels.finish_rows import (
 )
 from vqtriton.kernels.grids import cdiv, next_power_of_2
 from vqtriton.kernels.launch import launch
-from vqtriton.kernels.rescue_rows import PAIR, nearest_of_groups
+from vqtriton.kernels.rescue_rows import PAIR
+from vqtriton.kernels.residual_level import ResidualLevelConfig, add_codes, quantize_few
 from vqtriton.kernels.row_planes import (
     plane_constants,
     register_limit,
@@ -40,181 +41,19 @@ from vqtriton.kernels.row_planes import (
     scale_ratio,
     tile_scores,
 )
-from vqtriton.kernels.screen_codes import best_group, classes_of, keep_best, kept_groups
-from vqtriton.kernels.screen_tiles import ScreenCodesConfig, architecture, num_processors
+from vqtriton.kernels.screen_codes import (
+    best_group,
+    check_tiles,
+    classes_of,
+    keep_best,
+    kept_groups,
+)
+from vqtriton.kernels.screen_tiles import ScreenCodesConfig, architecture
+from vqtriton.kernels.settle_rows import settle_rows
 
-_PAIR = tl.constexpr(PAIR)
 # numbers of a row that pass from the screen to the finish: fp32, and int32 without the kept groups
 FLOATS, INTS = 5, 4
 _FLOATS, _INTS = tl.constexpr(FLOATS), tl.constexpr(INTS)
-# levels whose codes are loaded at a time, when they are added up
-TOGETHER = tl.constexpr(4)
-
-
-@triton.jit
-def _two_least(cost):
-    """least [R], the smallest of costs [GROUP, R]; member [R] int32, its place; others [R]."""
-    members = tl.arange(0, cost.shape[0])[:, None]
-    least = tl.min(cost, 0)
-    member = tl.min(tl.where(cost == least[None, :], members, cost.shape[0]), 0)
-    return least, member, least_of_others(cost, member)
-
-
-@triton.jit
-def _costs_of_groups(
-    x_rows_ptr, codebook_ptr, group, is_group, row_scale, K, end_d,
-    D: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr, BLOCK_D: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    """`group_costs` of a group for each row, and the first code; each code belongs to one group."""
-    own = group * GROUP
-    first = tl.maximum(tl.minimum(own, K - GROUP), 0)
-    cost = group_costs(
-        x_rows_ptr, codebook_ptr, first, row_scale, None, K, end_d, 1,
-        D, False, GROUP, IS_SMALL, BLOCK_D, AHEAD,
-    )  # fmt: skip
-    is_own = (first[None, :] + tl.arange(0, GROUP)[:, None] >= own[None, :]) & is_group[None, :]
-    return tl.where(is_own, cost, float("inf")), first
-
-
-@triton.jit
-def _search_row(
-    x_row_ptr, codebook_ptr, row_scale, least_gap, K, end_d,
-    D: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr, PAIRS: tl.constexpr,
-    PAIR_D: tl.constexpr, AHEAD: tl.constexpr, GROUPS_64: tl.constexpr,
-):  # fmt: skip
-    """The nearest code of one row among all codes, int32."""
-    groups = (K + GROUP - 1) // GROUP
-    lanes = tl.arange(0, PAIRS)
-    x_rows_ptr = x_row_ptr + tl.zeros((PAIRS,), tl.int64)
-    row_scales = tl.zeros((PAIRS,), tl.float32) + row_scale
-    least = tl.full((PAIRS,), float("inf"), tl.float32)
-    second = tl.full((PAIRS,), float("inf"), tl.float32)
-    code = tl.zeros((PAIRS,), tl.int32)
-    for start in range(0, groups, PAIRS):
-        group = start + lanes
-        cost, first = _costs_of_groups(
-            x_rows_ptr, codebook_ptr, group, group < groups, row_scales, K, end_d,
-            D, GROUP, IS_SMALL, PAIR_D, AHEAD,
-        )  # fmt: skip
-        cost_least, member, others = _two_least(cost)
-        second = tl.minimum(tl.maximum(least, cost_least), tl.minimum(second, others))
-        code = tl.where(cost_least < least, first + member, code)
-        least = tl.minimum(least, cost_least)
-    best, lane = tl.min(least, 0, return_indices=True)
-    second = tl.min(tl.minimum(second, tl.where(lanes == lane, float("inf"), least)), 0)
-    found = tl.sum(tl.where(lanes == lane, code, 0), 0)
-    # written so that a NaN, from infinities, is in doubt
-    if (cost_gap(best, second, D, False) > least_gap) == 0:
-        least_64 = tl.full((1,), float("inf"), tl.float64)
-        # index 0 for a row that has no finite distance
-        index = tl.zeros((1,), tl.int32)
-        for start in range(0, groups, GROUPS_64):
-            others_64 = start + tl.arange(0, GROUPS_64)[None, :]
-            least_64, index = nearest_of_groups(
-                x_row_ptr + tl.zeros((1,), tl.int64), codebook_ptr, others_64, others_64 < groups,
-                least_64, index, K, end_d, 1, D, False, GROUP, 4,
-            )  # fmt: skip
-        found = tl.sum(index, 0)
-    return found
-
-
-@triton.jit
-def _settle_rows(
-    doubt, is_known, is_rival, rows_ptr, codebook_ptr, row_scale_ptr, groups_ptr, pairs_ptr,
-    codes_ptr, costs_ptr, seconds_ptr, counts_ptr, listed_ptr, found_ptr, least_gap, K, end_d,
-    D: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr, BLOCK_N: tl.constexpr,
-    CLASSES: tl.constexpr, PAIRS: tl.constexpr, PAIR_D: tl.constexpr, AHEAD: tl.constexpr,
-    HARD_N: tl.constexpr, GROUPS_64: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_N] int32, the nearest codes of the rows in doubt.
-
-    ``is_known`` [BLOCK_N]: all codes that may be the nearest are in the kept groups that
-    ``is_rival`` [BLOCK_N, CLASSES] tells. The pointers are those of the tile: residual rows
-    ``rows_ptr``, kept groups ``groups_ptr``, and scratch.
-    """
-    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
-    offs_class = offs_n[:, None] * CLASSES + tl.arange(0, CLASSES)[None, :]
-    known = doubt * is_known.to(tl.int32)
-    unknown = doubt - known
-    num_unknown = tl.sum(unknown, 0)
-    # pairs of a row and a group
-    is_pair = (is_rival & (known > 0)[:, None]).to(tl.int32)
-    flat = tl.reshape(is_pair, (BLOCK_N * CLASSES,))
-    num_pairs = tl.sum(flat, 0)
-    place = tl.cumsum(flat, 0) - flat
-    tl.store(pairs_ptr + place.to(tl.int64), tl.arange(0, BLOCK_N * CLASSES), mask=flat > 0)
-    if num_unknown > 0:
-        rank = tl.cumsum(unknown, 0) - unknown
-        tl.store(listed_ptr + rank.to(tl.int64), tl.arange(0, BLOCK_N), mask=unknown > 0)
-    tl.debug_barrier()
-    for i in range(0, num_unknown):
-        row = tl.load(listed_ptr + tl.cast(i, tl.int64)).to(tl.int64)
-        found = _search_row(
-            rows_ptr + row * D, codebook_ptr, tl.load(row_scale_ptr + row), least_gap, K, end_d,
-            D, GROUP, IS_SMALL, PAIRS, PAIR_D, AHEAD, GROUPS_64,
-        )  # fmt: skip
-        tl.store(found_ptr + row, found)
-    if num_pairs > 0:
-        for start in range(0, num_pairs, PAIRS):
-            # pairs beyond the last are the last again, so that loads need no mask
-            offs_pair = tl.minimum(start + tl.arange(0, PAIRS), num_pairs - 1)
-            slot = tl.load(pairs_ptr + offs_pair.to(tl.int64)).to(tl.int64)
-            row = slot // CLASSES
-            cost, first = _costs_of_groups(
-                rows_ptr + row * D, codebook_ptr, tl.load(groups_ptr + slot), row >= 0,
-                tl.load(row_scale_ptr + row), K, end_d, D, GROUP, IS_SMALL, PAIR_D, AHEAD,
-            )  # fmt: skip
-            least, member, others = _two_least(cost)
-            tl.store(costs_ptr + slot, least)
-            tl.store(seconds_ptr + slot, others)
-            tl.store(codes_ptr + slot, first + member)
-        tl.debug_barrier()
-        # what is not a pair was not written
-        is_there = is_pair > 0
-        cost = tl.load(costs_ptr + offs_class, mask=is_there, other=float("inf"))
-        second = tl.load(seconds_ptr + offs_class, mask=is_there, other=float("inf"))
-        code = tl.load(codes_ptr + offs_class, mask=is_there, other=0)
-        least, winner = tl.min(cost, 1, return_indices=True)
-        is_winner = tl.arange(0, CLASSES)[None, :] == winner[:, None]
-        others = tl.minimum(tl.where(is_winner, float("inf"), cost), second)
-        others = tl.min(others, 1)
-        # written so that a NaN, from infinities, is in doubt
-        is_hard = (cost_gap(least, others, D, False) > least_gap) == 0
-        hard = known * is_hard.to(tl.int32)
-        code = tl.sum(tl.where(is_winner, code, 0), 1)
-        tl.store(found_ptr + offs_n, code, mask=known > hard)
-        num_hard = tl.sum(hard, 0)
-        if num_hard > 0:
-            # groups that hold a code that may be the nearest
-            is_tied = (cost_gap(least[:, None], cost, D, False) > least_gap) == 0
-            tied = (is_tied & is_there & (hard > 0)[:, None]).to(tl.int32)
-            group = tl.load(groups_ptr + offs_class)
-            offs_tied = offs_n[:, None] * CLASSES + (tl.cumsum(tied, 1) - tied)
-            tl.store(pairs_ptr + offs_tied, group, mask=tied > 0)
-            tl.store(counts_ptr + offs_n, tl.sum(tied, 1))
-            rank = tl.cumsum(hard, 0) - hard
-            tl.store(listed_ptr + rank.to(tl.int64), tl.arange(0, BLOCK_N), mask=hard > 0)
-            tl.debug_barrier()
-            for start in range(0, num_hard, HARD_N):
-                offs_hard = tl.minimum(start + tl.arange(0, HARD_N), num_hard - 1)
-                row = tl.load(listed_ptr + offs_hard.to(tl.int64)).to(tl.int64)
-                count = tl.load(counts_ptr + row)
-                least_64 = tl.full((HARD_N,), float("inf"), tl.float64)
-                # index 0 for a row that has no finite distance
-                index = tl.zeros((HARD_N,), tl.int32)
-                for i in range(0, tl.max(count, 0), _PAIR):
-                    offs_list = i + tl.arange(0, _PAIR)[None, :]
-                    is_listed = offs_list < count[:, None]
-                    list_ptrs = pairs_ptr + (row[:, None] * CLASSES + offs_list)
-                    listed = tl.load(list_ptrs, mask=is_listed, other=0)
-                    least_64, index = nearest_of_groups(
-                        rows_ptr + row * D, codebook_ptr, listed, is_listed, least_64, index,
-                        K, end_d, 1, D, False, GROUP, 4,
-                    )  # fmt: skip
-                tl.store(found_ptr + row, index)
-    tl.debug_barrier()
-    return tl.load(found_ptr + offs_n, mask=doubt > 0, other=0)
 
 
 # a program must not be compiled for each batch size
@@ -359,7 +198,7 @@ def residual_quantize_kernel(
             is_rival = (tl.load(scores_ptr + offs_kept) < threshold[:, None]) == 0
             # the screen's scores are not needed any more
             tl.debug_barrier()
-            found = _settle_rows(
+            found = settle_rows(
                 doubt, tl.load(others_ptr + rows) < threshold, is_rival,
                 residual_ptr + level % 2 * residual_size, level_codebook_ptr, row_scale_ptr,
                 groups_ptr, pairs_ptr, found_codes_ptr, scores_ptr, seconds_ptr, counts_ptr,
@@ -380,25 +219,10 @@ def residual_quantize_kernel(
         tl.store(errors_ptr + offs_out, sq_error, mask=row_mask)
         tl.debug_barrier()
 
-    for start_d in range(0, end_d, COPY_D):
-        offs_d = (start_d + tl.arange(0, COPY_D)).to(tl.int64)[None, :]
-        is_element = is_valid[:, None] & (offs_d < D)
-        first_index = tl.load(indices_ptr + offs_n * levels, mask=is_valid, other=0)
-        codes_ptrs = codebook_ptr + first_index[:, None] * D + offs_d
-        total = tl.load(codes_ptrs, mask=is_element, other=0.0)
-        for first_level in range(1, levels, TOGETHER):
-            for ahead in tl.static_range(TOGETHER):
-                next_level = tl.cast(first_level + ahead, tl.int64)
-                is_level = is_valid & (next_level < levels)
-                index_ptrs = indices_ptr + (offs_n * levels + next_level)
-                next_index = tl.load(index_ptrs, mask=is_level, other=0)
-                codes_ptrs = codebook_ptr + (next_level * K + next_index)[:, None] * D + offs_d
-                code = tl.load(codes_ptrs, mask=is_level[:, None] & (offs_d < D), other=0.0)
-                # to add 0 would change the sign of -0
-                total = tl.where(is_level[:, None], total + code, total)
-        quantized_ptrs = quantized_ptr + offs_n[:, None] * D + offs_d
-        total = total.to(quantized_ptr.dtype.element_ty)
-        tl.store(quantized_ptrs, total, mask=row_mask[:, None] & (offs_d < D))
+    add_codes(
+        codebook_ptr, indices_ptr, quantized_ptr, offs_n, is_valid, row_mask, K, levels, end_d,
+        D, COPY_D,
+    )  # fmt: skip
 
 
 class ResidualQuantized(NamedTuple):
@@ -409,25 +233,30 @@ class ResidualQuantized(NamedTuple):
     errors: Tensor  # [N, Q] fp32, squared norms of what each level leaves, 0 where masked
 
 
-def config_for(x: Tensor, inner: int) -> ScreenCodesConfig:
+@dataclass(frozen=True)
+class ResidualQuantizeConfig:
+    """Tiles of both ways."""
+
+    chain: ScreenCodesConfig = field(default_factory=ScreenCodesConfig)
+    few: ResidualLevelConfig = field(default_factory=ResidualLevelConfig)
+
+
+def config_for(x: Tensor, inner: int) -> ResidualQuantizeConfig:
     """The default tiles for x [N, D] and planes of ``inner`` columns."""
-    is_few = cdiv(x.shape[0], 128) < 2 * num_processors(x.device)
-    return residual_quantize_config(architecture(x.device), inner, is_few=is_few)
+    return residual_quantize_config(architecture(x.device), inner)
 
 
-def residual_quantize_config(
-    target: str, inner: int, *, is_few: bool = True
-) -> ScreenCodesConfig:
+def residual_quantize_config(target: str, inner: int) -> ResidualQuantizeConfig:
     """Tiles that neither spill nor overflow shared memory; sm_80's fit 99 KiB, for sm_86 and up.
 
     Args:
         target: a key of `vqtriton.kernels.screen_tiles.ACCUMULATOR_ORDER`.
         inner: columns of the planes.
-        is_few: so few rows that smaller tiles are to fill the processors.
     """
-    return ScreenCodesConfig(
+    chain = ScreenCodesConfig(
         block_n=64, block_k=128, num_warps=8, num_stages=2, max_registers=255, finish_ahead=2
     )
+    return ResidualQuantizeConfig(chain)
 
 
 def residual_quantize(
@@ -438,7 +267,7 @@ def residual_quantize(
     own_bound: OwnBound,
     *,
     mask: Tensor | None = None,
-    config: ScreenCodesConfig | None = None,
+    config: ResidualQuantizeConfig | None = None,
 ) -> ResidualQuantized:
     """The nearest code of x, then that of the difference in the next codebook, and so on.
 
@@ -447,7 +276,7 @@ def residual_quantize(
         codebooks: [Q, K, D] float32, contiguous. A codebook with fewer codes than others is filled
             up with infinities: a code that is not finite is never chosen.
         planes: of ``codebooks``, for distances.
-        screen_bound: `vqtriton.planes.screen_bound` for these planes and ``config.block_k``.
+        screen_bound: `vqtriton.planes.screen_bound` for these planes and ``config.chain.block_k``.
         own_bound: `vqtriton.screening.error_bound` for D in float32.
         mask: [N] bool, False for rows that get index -1, zeros and no error.
         config: tiles.
@@ -455,15 +284,37 @@ def residual_quantize(
     Raises:
         ValueError: the tiles do not fit the planes.
     """
+    num_rows, dim = x.shape
+    levels = codebooks.shape[0]
+    config = config or config_for(x, planes.codes.shape[2])
+    found = ResidualQuantized(
+        torch.empty((num_rows, dim), dtype=x.dtype, device=x.device),
+        torch.empty((num_rows, levels), dtype=torch.int64, device=x.device),
+        torch.empty((num_rows, levels), dtype=torch.float32, device=x.device),
+    )
+    mask = None if mask is None else mask.contiguous()
+    with torch.cuda.device_of(x):
+        if num_rows <= config.few.most_rows:
+            quantize_few(x, codebooks, planes, own_bound, mask, found, config.few)
+        else:
+            _quantize_many(x, codebooks, planes, screen_bound, own_bound, mask, found, config.chain)
+    return found
+
+
+def _quantize_many(
+    x: Tensor,
+    codebooks: Tensor,
+    planes: CodePlanes,
+    screen_bound: ScreenBound,
+    own_bound: OwnBound,
+    mask: Tensor | None,
+    found: ResidualQuantized,
+    config: ScreenCodesConfig,
+) -> None:
+    """All levels in one launch."""
     (num_rows, dim), (levels, size, _) = x.shape, codebooks.shape
-    padded_size, inner = planes.codes.shape[1:]
-    config = config or config_for(x, inner)
-    chunk = planes.group * planes.lanes
-    if config.block_k % chunk or padded_size % config.block_k:
-        raise ValueError(
-            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
-            f"divide the padded number of codes, {padded_size}"
-        )
+    padded_size = planes.codes.shape[1]
+    check_tiles(planes, config)
     tiles = cdiv(num_rows, config.block_n)
     num_groups, num_classes = classes_of(planes, config)
     classes = planes.lanes * num_classes
@@ -471,57 +322,50 @@ def residual_quantize(
     elements, width = 4 * 32 * config.num_warps, next_power_of_2(dim)
     pair_d = min(32, width)
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    found = ResidualQuantized(
-        empty(num_rows, dim, dtype=x.dtype),
-        empty(num_rows, levels, dtype=torch.int64),
-        empty(num_rows, levels, dtype=torch.float32),
-    )
     constants = plane_constants(planes, config.block_d, config.hold_rows)
     del constants["IS_DOT"]
-    with torch.cuda.device_of(x):
-        launch(
-            residual_quantize_kernel,
-            (tiles,),
-            x,
-            None if mask is None else mask.contiguous(),
-            codebooks,
-            *planes.tensors,
-            found.indices,
-            found.quantized,
-            found.errors,
-            empty(2, tiles * config.block_n, dim, dtype=torch.float32),
-            empty(tiles, (2 * classes + FLOATS) * config.block_n, dtype=torch.float32),
-            empty(tiles, (3 * classes + INTS) * config.block_n, dtype=torch.int32),
-            *screen_bound,
-            *own_bound,
-            num_rows,
-            size,
-            padded_size,
-            planes.norms.shape[1],
-            levels,
-            *x.stride(),
-            **constants,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            CLASSES=classes,
-            LOG_MERGED=(num_groups // num_classes).bit_length() - 1,
-            HAS_MASK=mask is not None,
-            # fewer codes than a group
-            IS_SMALL=size < planes.group,
-            FINISH_D=min(width, max(1, elements // config.block_n)),
-            COPY_D=min(width, max(1, 4 * elements // config.block_n)),
-            AHEAD=config.finish_ahead,
-            PAIRS=elements // pair_d,
-            PAIR_D=pair_d,
-            HARD_N=max(1, 32 * config.num_warps // (PAIR * planes.group)),
-            GROUPS_64=max(1, 32 * config.num_warps // planes.group),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            # a fused multiply-add rounds once where the definition rounds twice
-            enable_fp_fusion=False,
-            **register_limit(config.max_registers),
-        )
-    return found
+    launch(
+        residual_quantize_kernel,
+        (tiles,),
+        x,
+        mask,
+        codebooks,
+        *planes.tensors,
+        found.indices,
+        found.quantized,
+        found.errors,
+        scratch(2, tiles * config.block_n, dim),
+        scratch(tiles, (2 * classes + FLOATS) * config.block_n),
+        scratch(tiles, (3 * classes + INTS) * config.block_n, dtype=torch.int32),
+        *screen_bound,
+        *own_bound,
+        num_rows,
+        size,
+        padded_size,
+        planes.norms.shape[1],
+        levels,
+        *x.stride(),
+        **constants,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        CLASSES=classes,
+        LOG_MERGED=(num_groups // num_classes).bit_length() - 1,
+        HAS_MASK=mask is not None,
+        # fewer codes than a group
+        IS_SMALL=size < planes.group,
+        FINISH_D=min(width, max(1, elements // config.block_n)),
+        COPY_D=min(width, max(1, 4 * elements // config.block_n)),
+        AHEAD=config.finish_ahead,
+        PAIRS=elements // pair_d,
+        PAIR_D=pair_d,
+        HARD_N=max(1, 32 * config.num_warps // (PAIR * planes.group)),
+        GROUPS_64=max(1, 32 * config.num_warps // planes.group),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        # a fused multiply-add rounds once where the definition rounds twice
+        enable_fp_fusion=False,
+        **register_limit(config.max_registers),
+    )

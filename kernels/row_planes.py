@@ -68,7 +68,7 @@ def scale_ratio(row_scale, scale):
 
 
 @triton.jit
-def _choose_scale(
+def choose_scale(
     x_rows_ptr, mean_ptr, scale, stride_xd, D: tl.constexpr, IS_DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def row_planes(
     """
     FULL: tl.constexpr = INNER // BLOCK_D
     WIDTH: tl.constexpr = BLOCK_D if FULL > 0 else TAIL
-    row_scale, ratio = _choose_scale(
+    row_scale, ratio = choose_scale(
         x_rows_ptr, mean_ptr, scale, stride_xd, D, IS_DOT, BLOCK_N,
         WIDTH // 4 if SPLIT else min(WIDTH, LOAD_D),
     )  # fmt: skip

@@ -282,6 +282,19 @@ class Parts(NamedTuple):
     codes: int  # codes in each part; the last may have fewer
 
 
+def check_tiles(planes: CodePlanes, config: ScreenCodesConfig) -> None:
+    """
+    Raises:
+        ValueError: the tiles do not fit the planes.
+    """
+    size, chunk = planes.codes.shape[1], planes.group * planes.lanes
+    if config.block_k % chunk or size % config.block_k:
+        raise ValueError(
+            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
+            f"divide the padded number of codes, {size}"
+        )
+
+
 def parts_of(
     heads: int, num_rows: int, planes: CodePlanes, config: ScreenCodesConfig, splits: int | None
 ) -> Parts:
@@ -291,12 +304,7 @@ def parts_of(
         ValueError: the tiles do not fit the planes, or there are too many heads.
     """
     size, inner = planes.codes.shape[1:]
-    chunk = planes.group * planes.lanes
-    if config.block_k % chunk or size % config.block_k:
-        raise ValueError(
-            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
-            f"divide the padded number of codes, {size}"
-        )
+    check_tiles(planes, config)
     tiles = size // config.block_k
     if splits is None:
         programs = heads * cdiv(num_rows, config.block_n)
