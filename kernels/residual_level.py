@@ -202,8 +202,8 @@ def residual_level_kernel(
         )  # fmt: skip
         if pid == 0:
             offs_out = rows * levels + (level_64 - 1)
-            index = tl.where(is_valid, index, -1).to(tl.int64)
-            tl.store(indices_ptr + offs_out, index, mask=row_mask)
+            written = tl.where(is_valid, index, -1).to(tl.int64)
+            tl.store(indices_ptr + offs_out, written, mask=row_mask)
             tl.store(errors_ptr + offs_out, sq_error, mask=row_mask)
     tl.debug_barrier()
     if level == levels:

@@ -39,6 +39,7 @@ from vqtriton.kernels.row_planes import (
     row_error,
     row_planes,
     scale_ratio,
+    store_row_planes,
     tile_scores,
 )
 from vqtriton.kernels.screen_codes import (
@@ -71,6 +72,7 @@ def residual_quantize_kernel(
     quantized_ptr,  # [N, D] as x, out
     errors_ptr,     # [N, Q] fp32, out
     residual_ptr,   # [2, N', D] fp32, scratch; N' are the rows of all tiles
+    planes_ptr,     # [N', INNER] fp16, scratch unless HOLD_ROWS
     floats_ptr,     # [T, (2·CLASSES + FLOATS)·BLOCK_N] fp32, scratch
     ints_ptr,       # [T, (3·CLASSES + INTS)·BLOCK_N] int32, scratch
     bound_products, bound_bias, bound_distances, bound_tiny,
@@ -131,10 +133,20 @@ def residual_quantize_kernel(
         left_rows_ptr = residual_ptr + (level + 1) % 2 * residual_size + rows * D
         mean_level_ptr = mean_ptr + level * D
         scale = tl.load(scale_ptr + level)
-        planes, row_scale, ratio, high, low, rest = row_planes(
-            x_rows_ptr, mean_level_ptr, scale, 1,
-            D, False, INNER, SPLIT, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_D, TAIL, LOAD_D,
-        )  # fmt: skip
+        planes = ()
+        screened_rows_ptr = x_rows_ptr
+        if HOLD_ROWS:
+            planes, row_scale, ratio, high, low, rest = row_planes(
+                x_rows_ptr, mean_level_ptr, scale, 1,
+                D, False, INNER, SPLIT, BIAS_COLUMNS, True, BLOCK_N, BLOCK_D, TAIL, LOAD_D,
+            )  # fmt: skip
+        else:
+            screened_rows_ptr = planes_ptr + offs_n * INNER
+            row_scale, ratio, high, low, rest = store_row_planes(
+                x_rows_ptr, screened_rows_ptr, mean_level_ptr, scale, 1,
+                D, INNER, BIAS_COLUMNS, BLOCK_N, BLOCK_D, LOAD_D,
+            )  # fmt: skip
+            tl.debug_barrier()
         error = row_error(
             high, low, rest, ratio, norms_ptr, level, num_norms,
             bound_products, bound_bias, bound_distances, bound_tiny,
@@ -152,7 +164,7 @@ def residual_quantize_kernel(
             # of the whole tile: else the loads do not know that they are aligned
             start_k = tl.multiple_of(tl.cast(start, tl.int64), BLOCK_K)
             scores = tile_scores(
-                planes, x_rows_ptr, mean_level_ptr, row_scale, ratio, codes_ptr + level_k * INNER,
+                planes, screened_rows_ptr, None, row_scale, ratio, codes_ptr + level_k * INNER,
                 offset_ptr + level_k, start_k, 1,
                 D, INNER, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_K, BLOCK_D, TAIL,
             )  # fmt: skip
@@ -325,6 +337,9 @@ def _quantize_many(
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
+    planes_of_rows = None
+    if not config.hold_rows:
+        planes_of_rows = scratch(tiles * config.block_n, planes.codes.shape[2], dtype=torch.float16)
     constants = plane_constants(planes, config.block_d, config.hold_rows)
     del constants["IS_DOT"]
     launch(
@@ -338,6 +353,7 @@ def _quantize_many(
         found.quantized,
         found.errors,
         scratch(2, tiles * config.block_n, dim),
+        planes_of_rows,
         scratch(tiles, (2 * classes + FLOATS) * config.block_n),
         scratch(tiles, (3 * classes + INTS) * config.block_n, dtype=torch.int32),
         *screen_bound,

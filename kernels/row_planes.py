@@ -209,6 +209,34 @@ def row_planes(
 
 
 @triton.jit
+def store_row_planes(
+    x_rows_ptr, plane_rows_ptr, mean_ptr, scale, stride_xd,
+    D: tl.constexpr, INNER: tl.constexpr, BIAS_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, LOAD_D: tl.constexpr,
+):  # fmt: skip
+    """As `row_planes`, of more than 8 dimensions, but the planes go to ``plane_rows_ptr``.
+
+    These are the addresses of [INNER] fp16 each. Afterwards `tile_scores` can load them.
+    """
+    DIMS: tl.constexpr = min(BLOCK_D, LOAD_D)
+    row_scale, ratio = choose_scale(
+        x_rows_ptr, mean_ptr, scale, stride_xd, D, False, BLOCK_N, DIMS
+    )  # fmt: skip
+    high_sq = tl.zeros((BLOCK_N,), tl.float32)
+    rest_sq = tl.zeros((BLOCK_N,), tl.float32)
+    for start_d in range(0, INNER, DIMS):
+        plane, high, _, rest = _split_rows(
+            x_rows_ptr, mean_ptr, row_scale, ratio, start_d, stride_xd,
+            D, False, BIAS_COLUMNS, DIMS, LOAD_D, INNER == D,
+        )  # fmt: skip
+        offs = (start_d + tl.arange(0, DIMS)).to(tl.int64)
+        tl.store(plane_rows_ptr[:, None] + offs[None, :], plane)
+        high_sq += high
+        rest_sq += rest
+    return row_scale, ratio, tl.sqrt(high_sq), tl.zeros_like(ratio), tl.sqrt(rest_sq)
+
+
+@triton.jit
 def largest_norm(norms_ptr, head, num_norms, WHICH: tl.constexpr):
     """One of the four of `vqtriton.kernels.code_planes.CodePlanes`."""
     offs = tl.arange(0, MOST_NORMS)
@@ -239,7 +267,10 @@ def tile_scores(
     D: tl.constexpr, INNER: tl.constexpr, BIAS_COLUMNS: tl.constexpr, HOLD_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, BLOCK_K] fp32 scores of the codes in the columns from ``start_k`` (int64) on."""
+    """[BLOCK_N, BLOCK_K] fp32 scores of the codes in the columns from ``start_k`` (int64) on.
+
+    Without a mean, ``x_rows_ptr`` are planes of `store_row_planes`.
+    """
     FULL: tl.constexpr = INNER // BLOCK_D
     columns = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_full = columns[None, :] * INNER + tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
@@ -255,14 +286,18 @@ def tile_scores(
             scores = tl.dot(planes[FULL], codes, scores)
     else:
         for start_d in range(0, INNER, BLOCK_D):
-            # subnormals stay: their residual was measured as if they were flushed
-            y = _load_rows(
-                x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D, BLOCK_D, INNER == D
-            )
-            plane = y.to(tl.float16)
-            if BIAS_COLUMNS:
-                column = start_d + tl.arange(0, BLOCK_D) - D
-                plane = tl.where((column < 0)[None, :], plane, _bias_weights(column, ratio))
+            if mean_ptr is None:
+                offs = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
+                plane = tl.load(x_rows_ptr[:, None] + offs[None, :])
+            else:
+                # subnormals stay: their residual was measured as if they were flushed
+                y = _load_rows(
+                    x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D, BLOCK_D, INNER == D
+                )
+                plane = y.to(tl.float16)
+                if BIAS_COLUMNS:
+                    column = start_d + tl.arange(0, BLOCK_D) - D
+                    plane = tl.where((column < 0)[None, :], plane, _bias_weights(column, ratio))
             codes = tl.load(tile_ptr + (tl.cast(start_d, tl.int64) + offs_full))
             scores = tl.dot(plane, codes, scores)
     if not BIAS_COLUMNS:
