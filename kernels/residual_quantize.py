@@ -342,6 +342,8 @@ def _quantize_many(
         planes_of_rows = scratch(tiles * config.block_n, planes.codes.shape[2], dtype=torch.float16)
     constants = plane_constants(planes, config.block_d, config.hold_rows)
     del constants["IS_DOT"]
+    # a plane is put together from four parts at most
+    constants["LOAD_D"] = max(constants["LOAD_D"], constants["BLOCK_D"] // 4)
     launch(
         residual_quantize_kernel,
         (tiles,),

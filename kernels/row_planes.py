@@ -301,9 +301,10 @@ def tile_scores(
             codes = tl.load(tile_ptr + (tl.cast(start_d, tl.int64) + offs_full))
             scores = tl.dot(plane, codes, scores)
     if not BIAS_COLUMNS:
-        # a difference: a sum would become the accumulator's start, a move per score and one
-        # more term for the tensor cores to truncate
-        scores -= tl.load(offset_ptr + start_k + columns)[None, :] * ratio[:, None]
+        # no sum: it would become the accumulator's start, a move per score and one more term for
+        # the tensor cores to truncate
+        offset = tl.broadcast_to(tl.load(offset_ptr + start_k + columns)[None, :], scores.shape)
+        scores = tl.fma(offset, -ratio[:, None], scores)
     return scores
 
 
