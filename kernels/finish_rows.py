@@ -147,7 +147,7 @@ def group_costs(
             else:
                 # rounded once; centred, it would be rounded three times
                 difference = tl.fma(codes, -row_scale[None, :, None], x)
-                terms += difference * difference
+                terms = tl.fma(difference, difference, terms)
     cost = tl.sum(terms, 2)
     is_finite = cost < float("inf")
     if IS_DOT:

@@ -13,7 +13,7 @@ decides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqtriton.kernels.code_planes import CodePlanes, OwnBound, ScreenBound
+from vqtriton.kernels.constants import WIDE_GROUP
 from vqtriton.kernels.finish_rows import (
     cost_gap,
     judge,
@@ -34,6 +35,7 @@ from vqtriton.kernels.launch import launch
 from vqtriton.kernels.rescue_rows import PAIR
 from vqtriton.kernels.residual_level import ResidualLevelConfig, add_codes, quantize_few
 from vqtriton.kernels.row_planes import (
+    MOST_NORMS,
     plane_constants,
     register_limit,
     row_error,
@@ -52,9 +54,14 @@ from vqtriton.kernels.screen_codes import (
 from vqtriton.kernels.screen_tiles import ScreenCodesConfig, architecture
 from vqtriton.kernels.settle_rows import settle_rows
 
-# numbers of a row that pass from the screen to the finish: fp32, and int32 without the kept groups
-FLOATS, INTS = 5, 4
+# codes in a group of the planes that it takes fewest instructions with: the finish reads a group of
+# codes for each row of each level
+GROUP = WIDE_GROUP
+# scratch of a row: numbers of fp32 and of int32, besides those of its kept groups
+FLOATS, INTS = 3, 3
 _FLOATS, _INTS = tl.constexpr(FLOATS), tl.constexpr(INTS)
+# levels that are looked at together
+TOGETHER = tl.constexpr(16)
 
 
 # a program must not be compiled for each batch size
@@ -73,8 +80,8 @@ def residual_quantize_kernel(
     errors_ptr,     # [N, Q] fp32, out
     residual_ptr,   # [2, N', D] fp32, scratch; N' are the rows of all tiles
     planes_ptr,     # [N', INNER] fp16, scratch unless HOLD_ROWS
-    floats_ptr,     # [T, (2·CLASSES + FLOATS)·BLOCK_N] fp32, scratch
-    ints_ptr,       # [T, (3·CLASSES + INTS)·BLOCK_N] int32, scratch
+    floats_ptr,     # [T, (2·CLASSES + FLOATS)·BLOCK_N + 4·Q] fp32, scratch
+    ints_ptr,       # [T, (4·CLASSES + INTS)·BLOCK_N] int32, scratch
     bound_products, bound_bias, bound_distances, bound_tiny,
     own_products, own_distances, own_tiny,
     N, K, padded_K, num_norms, levels, stride_xn, stride_xd,
@@ -102,21 +109,29 @@ def residual_quantize_kernel(
     residual_ptr += first_n * D
     offs_kept = rows[:, None] * CLASSES + tl.arange(0, CLASSES)[None, :]
     # scratch of the tile
-    scores_ptr = floats_ptr + pid * (2 * KEPT + _FLOATS * BLOCK_N)
-    seconds_ptr = scores_ptr + tl.full((), KEPT, tl.int64)
-    error_ptr = scores_ptr + tl.full((), 2 * KEPT, tl.int64)
+    costs_ptr = floats_ptr + pid * (2 * KEPT + _FLOATS * BLOCK_N + 4 * levels)
+    seconds_ptr = costs_ptr + tl.full((), KEPT, tl.int64)
+    error_ptr = costs_ptr + tl.full((), 2 * KEPT, tl.int64)
     row_scale_ptr = error_ptr + tl.full((), BLOCK_N, tl.int64)
     norm_ptr = error_ptr + tl.full((), 2 * BLOCK_N, tl.int64)
-    second_ptr = error_ptr + tl.full((), 3 * BLOCK_N, tl.int64)
-    others_ptr = error_ptr + tl.full((), 4 * BLOCK_N, tl.int64)
-    groups_ptr = ints_ptr + pid * (3 * KEPT + _INTS * BLOCK_N)
-    pairs_ptr = groups_ptr + tl.full((), KEPT, tl.int64)
-    found_codes_ptr = groups_ptr + tl.full((), 2 * KEPT, tl.int64)
-    chosen_ptr = groups_ptr + tl.full((), 3 * KEPT, tl.int64)
-    counts_ptr = chosen_ptr + tl.full((), BLOCK_N, tl.int64)
-    listed_ptr = chosen_ptr + tl.full((), 2 * BLOCK_N, tl.int64)
-    found_ptr = chosen_ptr + tl.full((), 3 * BLOCK_N, tl.int64)
+    maxima_ptr = error_ptr + tl.full((), _FLOATS * BLOCK_N, tl.int64)
+    best_ptr = ints_ptr + pid * (4 * KEPT + _INTS * BLOCK_N)
+    others_ptr = best_ptr + tl.full((), KEPT, tl.int64)
+    tile_ptr = best_ptr + tl.full((), 2 * KEPT, tl.int64)
+    groups_ptr = best_ptr + tl.full((), 3 * KEPT, tl.int64)
+    counts_ptr = best_ptr + tl.full((), 4 * KEPT, tl.int64)
+    listed_ptr = counts_ptr + tl.full((), BLOCK_N, tl.int64)
+    found_ptr = counts_ptr + tl.full((), 2 * BLOCK_N, tl.int64)
 
+    # the largest norms of each level
+    for start in range(0, levels, TOGETHER):
+        offs_level = (start + tl.arange(0, TOGETHER)).to(tl.int64)
+        offs_norm = tl.arange(0, MOST_NORMS)[None, :]
+        is_norm = (offs_level < levels)[:, None] & (offs_norm < num_norms)
+        for which in tl.static_range(4):
+            norms_ptrs = norms_ptr + ((offs_level[:, None] * num_norms + offs_norm) * 4 + which)
+            largest = tl.max(tl.load(norms_ptrs, mask=is_norm, other=0.0), 1)
+            tl.store(maxima_ptr + (offs_level * 4 + which), largest, mask=offs_level < levels)
     # rows that do not count are zeros
     for start_d in range(0, end_d, COPY_D):
         offs_d = (start_d + tl.arange(0, COPY_D)).to(tl.int64)[None, :]
@@ -148,7 +163,7 @@ def residual_quantize_kernel(
             )  # fmt: skip
             tl.debug_barrier()
         error = row_error(
-            high, low, rest, ratio, norms_ptr, level, num_norms,
+            high, low, rest, ratio, maxima_ptr, level, None,
             bound_products, bound_bias, bound_distances, bound_tiny,
         )  # fmt: skip
         tl.store(error_ptr + rows, error)
@@ -172,20 +187,22 @@ def residual_quantize_kernel(
                 scores, start, best, others, tile, BLOCK_N, BLOCK_K, GROUP, LANES, VEC, CLASSES,
                 MERGED, LOG_MERGED,
             )  # fmt: skip
-        groups, best, others = kept_groups(best, others, tile, GROUP, LANES, CLASSES, MERGED)
-        chosen, second = best_group(groups, best, others)
-        tl.store(groups_ptr + offs_kept, groups)
-        tl.store(scores_ptr + offs_kept, best.to(tl.float32, bitcast=True))
-        tl.store(others_ptr + rows, others.to(tl.float32, bitcast=True))
-        tl.store(second_ptr + rows, second)
-        tl.store(chosen_ptr + rows, chosen)
+        # from here on few threads share a row
+        tl.store(best_ptr + offs_kept, best)
+        tl.store(others_ptr + offs_kept, others)
+        tl.store(tile_ptr + offs_kept, tile)
         tl.debug_barrier()
+        groups, best, others = kept_groups(
+            tl.load(best_ptr + offs_kept), tl.load(others_ptr + offs_kept),
+            tl.load(tile_ptr + offs_kept), GROUP, LANES, CLASSES, MERGED,
+        )  # fmt: skip
+        chosen, second = best_group(groups, best, others)
 
         level_codebook_ptr = codebook_ptr + level * K * D
         row_scale = tl.load(row_scale_ptr + rows)
         ratio = scale_ratio(row_scale, scale)
         # whole groups, also where the last is not: codes of another one do no harm
-        first = tl.maximum(tl.minimum(tl.load(chosen_ptr + rows) * GROUP, K - GROUP), 0)
+        first = tl.maximum(tl.minimum(chosen * GROUP, K - GROUP), 0)
         index, is_bad, cost, least, member = nearest_of_group(
             x_rows_ptr, level_codebook_ptr, first, row_scale, scale, K, end_d, 1,
             D, False, GROUP, IS_SMALL, FINISH_D, AHEAD,
@@ -195,26 +212,24 @@ def residual_quantize_kernel(
         score, sq_error = take_codes(
             x_rows_ptr, level_codebook_ptr + index.to(tl.int64) * D, left_rows_ptr, mean_level_ptr,
             row_scale, scale, 0.5 * ratio, is_valid, rows >= 0, end_d, 1,
-            D, False, True, True, True, True, FINISH_D,
+            D, False, True, True, True, True, COPY_D,
         )  # fmt: skip
         # a bad row is certain
         score = tl.where(tl.abs(score) < float("inf"), score, float("-inf"))
         doubt, threshold = judge(
-            tl.load(second_ptr + rows), tl.where(is_bad, float("inf"), score),
+            second, tl.where(is_bad, float("inf"), score),
             tl.where(is_bad, float("inf"), gap), tl.load(error_ptr + rows),
-            tl.load(norm_ptr + rows), ratio, is_valid, scale, norms_ptr, num_norms,
+            tl.load(norm_ptr + rows), ratio, is_valid, scale, maxima_ptr, None,
             own_products, own_distances, own_tiny, K, level, False, GROUP,
         )  # fmt: skip
         if tl.sum(doubt, 0) > 0:
             # written so that a NaN is a rival
-            is_rival = (tl.load(scores_ptr + offs_kept) < threshold[:, None]) == 0
-            # the screen's scores are not needed any more
-            tl.debug_barrier()
+            is_rival = (best.to(tl.float32, bitcast=True) < threshold[:, None]) == 0
             found = settle_rows(
-                doubt, tl.load(others_ptr + rows) < threshold, is_rival,
+                doubt, others.to(tl.float32, bitcast=True) < threshold, is_rival, groups,
                 residual_ptr + level % 2 * residual_size, level_codebook_ptr, row_scale_ptr,
-                groups_ptr, pairs_ptr, found_codes_ptr, scores_ptr, seconds_ptr, counts_ptr,
-                listed_ptr, found_ptr, own_tiny, K, end_d,
+                groups_ptr, best_ptr, others_ptr, costs_ptr, seconds_ptr, counts_ptr, listed_ptr,
+                found_ptr, own_tiny, K, end_d,
                 D, GROUP, IS_SMALL, BLOCK_N, CLASSES, PAIRS, PAIR_D, AHEAD, HARD_N, GROUPS_64,
             )  # fmt: skip
             is_new = (doubt > 0) & (found != index)
@@ -223,7 +238,7 @@ def residual_quantize_kernel(
                 _score, new_error = take_codes(
                     x_rows_ptr, level_codebook_ptr + index.to(tl.int64) * D, left_rows_ptr,
                     None, None, None, None, is_valid, is_new, end_d, 1,
-                    D, False, False, True, True, False, FINISH_D,
+                    D, False, False, True, True, False, COPY_D,
                 )  # fmt: skip
                 sq_error = tl.where(is_new, new_error, sq_error)
         offs_out = offs_n * levels + level
@@ -265,9 +280,21 @@ def residual_quantize_config(target: str, inner: int) -> ResidualQuantizeConfig:
         target: a key of `vqtriton.kernels.screen_tiles.ACCUMULATOR_ORDER`.
         inner: columns of the planes.
     """
-    chain = ScreenCodesConfig(
-        block_n=64, block_k=128, num_warps=8, num_stages=2, max_registers=255, finish_ahead=2
-    )
+    chain = ScreenCodesConfig(block_n=64, block_k=128, block_d=64, num_warps=8, num_stages=2)
+    is_large = target in ("sm_90", "sm_100")
+    if inner > 128 or inner & (inner - 1):
+        # rows and codes arrive together
+        chain = replace(chain, hold_rows=False, block_d=min(64, inner & -inner), num_stages=3)
+    else:
+        # one product a tile: of the first of several, Triton would divide the tile in another way
+        chain = replace(chain, block_d=inner)
+    if is_large:
+        chain = replace(chain, block_k=256, num_stages=3)
+    ahead = 2 if is_large else 1
+    chain = replace(chain, max_registers=255, finish_ahead=ahead)
+    if target == "gfx942":
+        # a thread of fewer has more registers
+        chain = replace(chain, num_warps=4)
     return ResidualQuantizeConfig(chain)
 
 
@@ -287,7 +314,7 @@ def residual_quantize(
         x: [N, D] float32 / float16 / bfloat16, N >= 1, any strides.
         codebooks: [Q, K, D] float32, contiguous. A codebook with fewer codes than others is filled
             up with infinities: a code that is not finite is never chosen.
-        planes: of ``codebooks``, for distances.
+        planes: of ``codebooks``, for distances, best in groups of `GROUP`.
         screen_bound: `vqtriton.planes.screen_bound` for these planes and ``config.chain.block_k``.
         own_bound: `vqtriton.screening.error_bound` for D in float32.
         mask: [N] bool, False for rows that get index -1, zeros and no error.
@@ -356,8 +383,8 @@ def _quantize_many(
         found.errors,
         scratch(2, tiles * config.block_n, dim),
         planes_of_rows,
-        scratch(tiles, (2 * classes + FLOATS) * config.block_n),
-        scratch(tiles, (3 * classes + INTS) * config.block_n, dtype=torch.int32),
+        scratch(tiles, (2 * classes + FLOATS) * config.block_n + 4 * levels),
+        scratch(tiles, (4 * classes + INTS) * config.block_n, dtype=torch.int32),
         *screen_bound,
         *own_bound,
         num_rows,

@@ -116,12 +116,12 @@ def _split_rows(
         y = _load_rows(x_rows_ptr, mean_ptr, row_scale, first_d, stride_xd, D, DIMS, EVEN)
         high = _to_plane(y)
         rest = y - high.to(tl.float32)
-        high_sq += high.to(tl.float32) * high.to(tl.float32)
+        high_sq = tl.fma(high.to(tl.float32), high.to(tl.float32), high_sq)
         offs_d = first_d + tl.arange(0, DIMS)
         if SPLIT:
             low = _to_plane(rest)
             rest -= low.to(tl.float32)
-            low_sq += low.to(tl.float32) * low.to(tl.float32)
+            low_sq = tl.fma(low.to(tl.float32), low.to(tl.float32), low_sq)
             # four columns a dimension, so that a thread puts them together without moving data
             weights = _bias_weights(offs_d, ratio).to(tl.float32)
             low, high = low.to(tl.float32), high.to(tl.float32)
@@ -132,7 +132,7 @@ def _split_rows(
             high = plane.to(tl.float16)
         elif BIAS_COLUMNS and not EVEN:
             high = tl.where((offs_d < D)[None, :], high, _bias_weights(offs_d - D, ratio))
-        rest_sq += rest * rest
+        rest_sq = tl.fma(rest, rest, rest_sq)
         # ruff's form of this is not one that Triton takes
         parts = parts + (high,)  # noqa: RUF005
     plane = _side_by_side(parts, ratio.shape[0], WIDTH, len(parts))
@@ -238,7 +238,16 @@ def store_row_planes(
 
 @triton.jit
 def largest_norm(norms_ptr, head, num_norms, WHICH: tl.constexpr):
-    """One of the four of `vqtriton.kernels.code_planes.CodePlanes`."""
+    """One of the four of `vqtriton.kernels.code_planes.CodePlanes`; the only row if no number."""
+    if num_norms is None:
+        largest = tl.load(norms_ptr + head * 4 + WHICH)
+    else:
+        largest = _largest_of(norms_ptr, head, num_norms, WHICH)
+    return largest
+
+
+@triton.jit
+def _largest_of(norms_ptr, head, num_norms, WHICH: tl.constexpr):
     offs = tl.arange(0, MOST_NORMS)
     norms_ptrs = norms_ptr + ((head * num_norms + offs) * 4 + WHICH)
     return tl.max(tl.load(norms_ptrs, mask=offs < num_norms, other=0.0), 0)

@@ -86,7 +86,7 @@ def _search_row(
 
 @triton.jit
 def settle_rows(
-    doubt, is_known, is_rival, rows_ptr, codebook_ptr, row_scale_ptr, groups_ptr, pairs_ptr,
+    doubt, is_known, is_rival, groups, rows_ptr, codebook_ptr, row_scale_ptr, groups_ptr, pairs_ptr,
     codes_ptr, costs_ptr, seconds_ptr, counts_ptr, listed_ptr, found_ptr, least_gap, K, end_d,
     D: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr, BLOCK_N: tl.constexpr,
     CLASSES: tl.constexpr, PAIRS: tl.constexpr, PAIR_D: tl.constexpr, AHEAD: tl.constexpr,
@@ -95,8 +95,8 @@ def settle_rows(
     """[BLOCK_N] int32, the nearest codes of the rows in doubt.
 
     ``is_known`` [BLOCK_N]: all codes that may be the nearest are in the kept groups that
-    ``is_rival`` [BLOCK_N, CLASSES] tells. The pointers are those of the tile: residual rows
-    ``rows_ptr``, kept groups ``groups_ptr``, and scratch.
+    ``is_rival`` tells, as ``groups`` [BLOCK_N, CLASSES]. ``rows_ptr`` has the rows, and the other
+    pointers are scratch.
     """
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     offs_class = offs_n[:, None] * CLASSES + tl.arange(0, CLASSES)[None, :]
@@ -105,10 +105,13 @@ def settle_rows(
     num_unknown = tl.sum(unknown, 0)
     # pairs of a row and a group
     is_pair = (is_rival & (known > 0)[:, None]).to(tl.int32)
-    flat = tl.reshape(is_pair, (BLOCK_N * CLASSES,))
-    num_pairs = tl.sum(flat, 0)
-    place = tl.cumsum(flat, 0) - flat
-    tl.store(pairs_ptr + place.to(tl.int64), tl.arange(0, BLOCK_N * CLASSES), mask=flat > 0)
+    of_row = tl.sum(is_pair, 1)
+    num_pairs = tl.sum(of_row, 0)
+    # all have read what the screen left there
+    tl.debug_barrier()
+    tl.store(groups_ptr + offs_class, groups)
+    place = (tl.cumsum(of_row, 0) - of_row)[:, None] + (tl.cumsum(is_pair, 1) - is_pair)
+    tl.store(pairs_ptr + place.to(tl.int64), offs_class.to(tl.int32), mask=is_pair > 0)
     if num_unknown > 0:
         rank = tl.cumsum(unknown, 0) - unknown
         tl.store(listed_ptr + rank.to(tl.int64), tl.arange(0, BLOCK_N), mask=unknown > 0)
@@ -154,9 +157,8 @@ def settle_rows(
             # groups that hold a code that may be the nearest
             is_tied = (cost_gap(least[:, None], cost, D, False) > least_gap) == 0
             tied = (is_tied & is_there & (hard > 0)[:, None]).to(tl.int32)
-            group = tl.load(groups_ptr + offs_class)
             offs_tied = offs_n[:, None] * CLASSES + (tl.cumsum(tied, 1) - tied)
-            tl.store(pairs_ptr + offs_tied, group, mask=tied > 0)
+            tl.store(pairs_ptr + offs_tied, groups, mask=tied > 0)
             tl.store(counts_ptr + offs_n, tl.sum(tied, 1))
             rank = tl.cumsum(hard, 0) - hard
             tl.store(listed_ptr + rank.to(tl.int64), tl.arange(0, BLOCK_N), mask=hard > 0)
