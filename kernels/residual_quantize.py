@@ -107,7 +107,6 @@ def residual_quantize_kernel(
     end_d = tl.minimum(K, 1) * D
     residual_size = tl.num_programs(0).to(tl.int64) * BLOCK_N * D
     residual_ptr += first_n * D
-    offs_kept = rows[:, None] * CLASSES + tl.arange(0, CLASSES)[None, :]
     # scratch of the tile
     costs_ptr = floats_ptr + pid * (2 * KEPT + _FLOATS * BLOCK_N + 4 * levels)
     seconds_ptr = costs_ptr + tl.full((), KEPT, tl.int64)
@@ -144,6 +143,10 @@ def residual_quantize_kernel(
 
     for i in range(0, levels):
         level = tl.cast(i, tl.int64)
+        # 0, but the compiler does not know: it would compute all addresses before the loop over the
+        # levels, and there are too few registers to keep them
+        rows = tl.arange(0, BLOCK_N).to(tl.int64) + level // levels
+        offs_kept = rows[:, None] * CLASSES + tl.arange(0, CLASSES)[None, :]
         x_rows_ptr = residual_ptr + level % 2 * residual_size + rows * D
         left_rows_ptr = residual_ptr + (level + 1) % 2 * residual_size + rows * D
         mean_level_ptr = mean_ptr + level * D
@@ -156,7 +159,7 @@ def residual_quantize_kernel(
                 D, False, INNER, SPLIT, BIAS_COLUMNS, True, BLOCK_N, BLOCK_D, TAIL, LOAD_D,
             )  # fmt: skip
         else:
-            screened_rows_ptr = planes_ptr + offs_n * INNER
+            screened_rows_ptr = planes_ptr + (first_n + rows) * INNER
             row_scale, ratio, high, low, rest = store_row_planes(
                 x_rows_ptr, screened_rows_ptr, mean_level_ptr, scale, 1,
                 D, INNER, BIAS_COLUMNS, BLOCK_N, BLOCK_D, LOAD_D,
@@ -241,7 +244,7 @@ def residual_quantize_kernel(
                     D, False, False, True, True, False, COPY_D,
                 )  # fmt: skip
                 sq_error = tl.where(is_new, new_error, sq_error)
-        offs_out = offs_n * levels + level
+        offs_out = (first_n + rows) * levels + level
         tl.store(indices_ptr + offs_out, tl.where(is_valid, index, -1).to(tl.int64), mask=row_mask)
         tl.store(errors_ptr + offs_out, sq_error, mask=row_mask)
         tl.debug_barrier()
@@ -282,7 +285,7 @@ def residual_quantize_config(target: str, inner: int) -> ResidualQuantizeConfig:
     """
     chain = ScreenCodesConfig(block_n=64, block_k=128, block_d=64, num_warps=8, num_stages=2)
     is_large = target in ("sm_90", "sm_100")
-    if inner > 128 or inner & (inner - 1):
+    if inner > (128 if is_large else 64) or inner & (inner - 1):
         # rows and codes arrive together
         chain = replace(chain, hold_rows=False, block_d=min(64, inner & -inner), num_stages=3)
     else:
@@ -402,7 +405,7 @@ def _quantize_many(
         # fewer codes than a group
         IS_SMALL=size < planes.group,
         FINISH_D=min(width, max(1, elements // config.block_n)),
-        COPY_D=min(width, max(1, 4 * elements // config.block_n)),
+        COPY_D=min(width, max(1, 2 * config.finish_ahead * elements // config.block_n)),
         AHEAD=config.finish_ahead,
         PAIRS=elements // pair_d,
         PAIR_D=pair_d,

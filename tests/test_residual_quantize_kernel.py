@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from backends import EXACT_DTYPES
-from conftest import DEVICE
+from conftest import DEVICE, INTERPRETED
 from torch import Tensor
 
 from vqtriton.planes import ScreenBound, prepare_planes, screen_bound
@@ -87,81 +87,96 @@ def equal(one: ResidualQuantized, other: ResidualQuantized) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one[:2], other[:2], strict=True))
 
 
+# two planes, a plane with the bias, one without it; K on both sides of the edges of tiles
+SHAPES = {
+    "two planes": (257, 3, 7),
+    "bias": (63, 16, 4),
+    "no bias": (65, 64, 1),
+    "ragged": (5, 100, 4),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_the_levels_one_by_one(way: str, shape: str) -> None:
+    k, dim, levels = SHAPES[shape]
+    # many rows are two tiles
+    x, codebooks = make_data("gaussian", 17 if way == "many" else 3, k, dim, levels)
+    expect(quantize(x, codebooks, WAYS[way]), x, codebooks)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("case", "k", "dim", "levels"),
+    "case",
     [
-        *(("gaussian", 257, 3, 7), ("gaussian", 65, 8, 4), ("gaussian", 300, 16, 4)),
-        *(("gaussian", 64, 64, 1), ("gaussian", 70, 100, 4), ("gaussian", 5, 8, 4)),
-        *(("gaussian", 1, 16, 2), ("duplicates", 70, 16, 4), ("lattice", 65, 3, 7)),
-        *(("not_finite", 70, 8, 4), ("far_from_the_origin", 65, 64, 2), ("midpoints", 129, 16, 2)),
-        *(("near_overflow", 65, 16, 2), ("beyond_float32", 65, 8, 2), ("subnormal", 65, 16, 2)),
-        *(("collapsed", 33, 16, 2), ("ulp_ties_of_float64", 65, 8, 2), ("far_rows", 65, 16, 2)),
-        *(("permuted_codes", 33, 8, 2), ("very_different_norms", 65, 16, 2)),
+        *("not_finite", "far_from_the_origin", "midpoints", "near_overflow", "beyond_float32"),
+        *("subnormal", "lattice", "duplicates", "ulp_ties_of_float64", "permuted_codes"),
+        *("very_different_norms", "far_rows", "no_finite_code"),
     ],
 )
-@pytest.mark.parametrize("way", WAYS)
-def test_equals_the_levels_one_by_one(way: str, case: str, k: int, dim: int, levels: int) -> None:
-    x, codebooks = make_data(
-        case, 33 if way == "many" and case == "gaussian" else 5, k, dim, levels
-    )
+def test_equals_the_levels_one_by_one_on_hard_data(way: str, case: str) -> None:
+    x, codebooks = make_data(case, 12 if way == "many" else 3, 33, 8 if len(case) % 2 else 12, 2)
     expect(quantize(x, codebooks, WAYS[way]), x, codebooks)
 
 
 @pytest.mark.parametrize("case", ["gaussian", "near_ties", "duplicates"])
-@pytest.mark.parametrize("dim", [8, 100])
-def test_exact_when_every_row_is_in_doubt(case: str, dim: int) -> None:
-    x, codebooks = make_data(case, 5, 70, dim, 2)
+def test_exact_when_every_row_is_in_doubt(case: str) -> None:
+    x, codebooks = make_data(case, 5, 70, 12, 2)
     expect(quantize(x, codebooks, bound=NO_BOUND), x, codebooks)
 
 
 def test_exact_when_half_of_the_rows_are_in_doubt() -> None:
-    x, codebooks = make_data("near_ties", 40, 100, 16, 3)
+    x, codebooks = make_data("near_ties", 16, 100, 16, 2)
     first = codebooks[0]
     # half way between two codes of different groups
-    x[::2] = (first[:80:4] + first[20:100:4]) / 2
+    x[::2] = (first[:32:4] + first[20:52:4]) / 2
     expect(quantize(x, codebooks), x, codebooks)
     expect(quantize(x, codebooks, group=8), x, codebooks)
 
 
 @pytest.mark.parametrize("dim", [16, 100])
 def test_tiles_change_nothing(dim: int) -> None:
-    x, codebooks = make_data("gaussian", 40, 257, dim, 3)
+    x, codebooks = make_data("gaussian", 20, 129, dim, 2)
     out = quantize(x, codebooks)
-    expect(out, x, codebooks)
     for tiles in (STREAMED, dataclasses.replace(TILES, block_n=32, classes=1, finish_ahead=4)):
         assert equal(out, quantize(x, codebooks, dataclasses.replace(MANY, chain=tiles)))
 
 
 def test_parts_of_the_codes_change_nothing() -> None:
-    x, codebooks = make_data("duplicates", 3, 257, 16, 3)
+    x, codebooks = make_data("duplicates", 3, 70, 8, 2)
     out = quantize(x, codebooks)
-    for parts, elements in ((1, 64), (1, 8192), (9, 256), (300, 64)):
+    expect(out, x, codebooks)
+    for parts, elements in ((1, 64), (1, 1024), (300, 64)):
         few = ResidualLevelConfig(most_rows=16, most_parts=parts, block_elements=elements)
         assert equal(out, quantize(x, codebooks, dataclasses.replace(FEW, few=few)))
 
 
 def test_prefix_of_levels_is_the_prefix_of_the_whole() -> None:
-    x, codebooks = make_data("gaussian", 20, 70, 16, 5)
+    x, codebooks = make_data("gaussian", 7, 70, 16, 5)
     whole = quantize(x, codebooks)
-    for config, rows in ((MANY, 20), (FEW, 4)):
+    for config, rows in ((MANY, 7), (FEW, 3)):
         part = quantize(x[:rows], codebooks[:3], config)
         assert torch.equal(part.indices, whole.indices[:rows, :3])
         expect(part, x[:rows], codebooks[:3])
 
 
 def test_rows_one_by_one_are_those_of_the_batch() -> None:
-    x, codebooks = make_data("duplicates", 18, 70, 8, 3)
+    x, codebooks = make_data("duplicates", 18, 33, 8, 2)
     together = quantize(x, codebooks)
-    for n in (0, 3, 16, 17):
+    for n in (0, 15, 17):
         for config in WAYS.values():
             alone = quantize(x[n : n + 1], codebooks, config)
             assert equal(alone, ResidualQuantized(*(t[n : n + 1] for t in together)))
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize(
+    # the interpreter truncates where a GPU rounds
+    "dtype",
+    EXACT_DTYPES[:2] if INTERPRETED else EXACT_DTYPES,
+)
 def test_masked_rows_get_nothing_and_dtypes_are_kept(way: str, dtype: torch.dtype) -> None:
-    x, codebooks = make_data("not_finite", 9, 70, 12, 2)
+    x, codebooks = make_data("not_finite", 9, 33, 12, 2)
     # columns one after the other
     x = x.to(dtype).T.contiguous().T
     mask = torch.arange(9) % 3 > 0
@@ -171,9 +186,17 @@ def test_masked_rows_get_nothing_and_dtypes_are_kept(way: str, dtype: torch.dtyp
     assert (out.indices[~mask] == -1).all()
     assert (out.quantized[~mask] == 0).all()
     assert (out.errors[~mask] == 0).all()
-    nothing = quantize(x, codebooks, WAYS[way], torch.zeros_like(mask))
-    assert (nothing.indices == -1).all()
-    assert (nothing.quantized == 0).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16_rows_have_the_tokens_of_their_values(way: str) -> None:
+    x, codebooks = make_data("gaussian", 3, 33, 12, 2)
+    x = x.bfloat16()
+    out = quantize(x, codebooks, WAYS[way], torch.tensor([True, False, True]))
+    _, indices, _ = oracle.residual_quantize(x, codebooks)
+    assert out.quantized.dtype == torch.bfloat16
+    assert torch.equal(out.indices[::2], indices[::2])
+    assert (out.indices[1] == -1).all()
 
 
 @pytest.mark.parametrize("way", WAYS)
