@@ -293,11 +293,13 @@ def residual_quantize_config(target: str, inner: int) -> ResidualQuantizeConfig:
         chain = replace(chain, block_d=inner)
     if is_large:
         chain = replace(chain, block_k=256, num_stages=3)
-    ahead = 2 if is_large else 1
-    chain = replace(chain, max_registers=255, finish_ahead=ahead)
+    chain = replace(chain, max_registers=255, finish_ahead=2 if is_large else 1)
     if target == "gfx942":
         # a thread of fewer has more registers
         chain = replace(chain, num_warps=4)
+    if target == "sm_80":
+        # each class costs registers, and twice as many lanes have classes there
+        chain = replace(chain, classes=2)
     return ResidualQuantizeConfig(chain)
 
 

@@ -100,6 +100,14 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ),
     ),
     (
+        (sass_kernels.record_residual_quantize,),
+        ("residual_quantize", "residual_level"),
+        (
+            *((8, FLOAT32, "contiguous"), (128, FLOAT16, "strided")),
+            (1024, BFLOAT16, "contiguous"),
+        ),
+    ),
+    (
         (record_planes,),
         ("code_peaks", "planes"),
         (
@@ -153,7 +161,7 @@ def is_compiled_for(case: str, target: str) -> bool:
     if re.match(r"screen_codes(-IS_DOT)?-\d+-rows-\d{1,3}-|finish_parts.*-64-rows", case):
         # without its finish a screen needs less than with it; few rows need less than many
         return target == "sm_90"
-    has_dots = case.startswith(("screen_codes", *FINISHING))
+    has_dots = case.startswith(("screen_codes", "residual_quantize", *FINISHING))
     return has_dots or target in ("sm_90", "gfx942") or "-1024-" in case or "-4094-" in case
 
 
@@ -179,7 +187,8 @@ def test_offsets_are_int64(case: str) -> None:
 
 
 RESCUES = [case for case in CASES if case.startswith("rescue_rows")]
-SCREENS = [case for case in CASES if case.startswith("screen_codes")]
+SCREENS = [case for case in CASES if case.startswith(("screen_codes", "residual_quantize"))]
+RESIDUALS = [case for case in CASES if case.startswith("residual")]
 
 
 @pytest.mark.parametrize("case", RESCUES + SCREENS)
@@ -191,7 +200,7 @@ def test_dots_are_those_that_gpus_take(case: str) -> None:
     assert all(int(inner) >= 16 for pair in dots for inner in pair)
 
 
-@pytest.mark.parametrize("case", RESCUES)
+@pytest.mark.parametrize("case", RESCUES + RESIDUALS)
 def test_canonical_distance_is_not_fused(case: str) -> None:
     # a fused multiply-add would round once where the definition of the distance rounds twice
     sass = compiled(case, "sm_90").assembly
@@ -203,7 +212,7 @@ def test_canonical_distance_is_not_fused(case: str) -> None:
 def test_batch_size_is_not_part_of_the_program() -> None:
     names = {"N", "K", "padded_K", "tiles", "codes_per_split", "splits", "codes_per_part"}
     names |= {"num_rows", "num_chunks", "chunk_rows", "num_sums", "num_norms", "known_spans"}
-    names |= {"known_tiles", "codes_per_program"}
+    names |= {"known_tiles", "codes_per_program", "levels", "level", "parts"}
     found = set()
     for launch in all_launches("sm_90").values():
         for param in launch.kernel.params:
