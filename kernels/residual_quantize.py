@@ -283,17 +283,17 @@ def residual_quantize_config(target: str, inner: int) -> ResidualQuantizeConfig:
         target: a key of `vqtriton.kernels.screen_tiles.ACCUMULATOR_ORDER`.
         inner: columns of the planes.
     """
-    chain = ScreenCodesConfig(block_n=64, block_k=128, block_d=64, num_warps=8, num_stages=2)
-    is_large = target in ("sm_90", "sm_100")
-    if inner > (128 if is_large else 64) or inner & (inner - 1):
+    chain = ScreenCodesConfig(
+        block_n=64, block_k=128, block_d=64, num_warps=8, num_stages=2, max_registers=255
+    )
+    if inner > (128 if target == "sm_90" else 64) or inner & (inner - 1):
         # rows and codes arrive together
         chain = replace(chain, hold_rows=False, block_d=min(64, inner & -inner), num_stages=3)
     else:
         # one product a tile: of the first of several, Triton would divide the tile in another way
         chain = replace(chain, block_d=inner)
-    if is_large:
-        chain = replace(chain, block_k=256, num_stages=3)
-    chain = replace(chain, max_registers=255, finish_ahead=2 if is_large else 1)
+    if target == "sm_90":
+        chain = replace(chain, block_k=256, num_stages=3, finish_ahead=2)
     if target == "gfx942":
         # a thread of fewer has more registers
         chain = replace(chain, num_warps=4)

@@ -240,7 +240,7 @@ def store_row_planes(
 def largest_norm(norms_ptr, head, num_norms, WHICH: tl.constexpr):
     """One of the four of `vqtriton.kernels.code_planes.CodePlanes`; the only row if no number."""
     if num_norms is None:
-        largest = tl.load(norms_ptr + head * 4 + WHICH)
+        largest = tl.load(norms_ptr + (head * 4 + WHICH))
     else:
         largest = _largest_of(norms_ptr, head, num_norms, WHICH)
     return largest
