@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,8 @@ from vqtriton.kernels import (
     nearest_code,
     normalize_rows,
     residual_grad_x,
+    residual_level,
+    residual_quantize,
     rotate_grad,
     screen_codes,
     screen_tiles,
@@ -255,6 +257,32 @@ def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
     ]
 
 
+def record_residual_quantize(x: torch.Tensor, target: str) -> list[Launch]:
+    """Of many rows and of few, with a mask and without."""
+    target = accumulator_of(target)
+    lanes, vec = screen_tiles.ACCUMULATOR_ORDER[target]
+    codebooks = codebook_of(x.shape[1]).repeat(2, 8, 1)
+    planes = prepare_planes(codebooks, group=residual_quantize.GROUP, lanes=lanes, vec=vec)
+    config = residual_quantize.residual_quantize_config(target, planes.codes.shape[2])
+    config = replace(config, few=replace(config.few, most_parts=128))
+    few = x[: config.few.most_rows]
+    return [
+        launch
+        for rows, mask in ((x, None), (few, torch.ones(len(few), dtype=torch.bool)))
+        for launch in launches_of(
+            (residual_level, residual_quantize),
+            residual_quantize.residual_quantize,
+            rows,
+            codebooks,
+            planes,
+            screen_bound(planes, config.chain.block_k),
+            error_bound(x.shape[1], torch.float32),
+            mask=mask,
+            config=config,
+        )
+    ]
+
+
 def record_normalize_rows(x: torch.Tensor, target: str) -> list[Launch]:
     return launches_of((normalize_rows,), normalize_rows.normalize_rows, x)
 
@@ -300,6 +328,10 @@ KERNELS = (
             ((8, torch.float32), (64, torch.float32), (512, torch.float16)),
         )
         for name in ("finish_parts", "rescue_rows")
+    ),
+    *(
+        Kernel(name, record_residual_quantize, tuple((d, torch.float32) for d in dims))
+        for name, dims in (("residual_quantize", (8, 128, 512)), ("residual_level", (256,)))
     ),
     Kernel("normalize_rows", record_normalize_rows, ((64, torch.float32),)),
     Kernel(

@@ -65,11 +65,12 @@ def take_codes(
     x_rows_ptr, code_rows_ptr, quantized_rows_ptr, mean_ptr, row_scale, scale, half_ratio,
     is_valid, row_mask, end_d, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, SCORE: tl.constexpr, GATHER: tl.constexpr,
-    HAS_MASK: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUBTRACT: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """For each row the score of a code, and its squared distance; if GATHER, the code is written.
 
-    All rows can be read, also beyond ``row_mask``. If HAS_MASK, those that are not valid get zeros.
+    If SUBTRACT, what is written is the row less the code. All rows can be read, also beyond
+    ``row_mask``. If HAS_MASK, those that are not valid get zeros.
 
     Returns:
         score [R] fp32, if SCORE: y·e − ratio·‖e‖²/2, or y·e; sq_error [R] fp32, if GATHER.
@@ -91,9 +92,10 @@ def take_codes(
             if HAS_MASK:
                 x = tl.where(is_valid[:, None], x, 0.0)
                 code = tl.where(is_valid[:, None], code, 0.0)
+            written = x - code if SUBTRACT else code
             tl.store(
                 quantized_rows_ptr[:, None] + offs_d,
-                code.to(quantized_rows_ptr.dtype.element_ty),
+                written.to(quantized_rows_ptr.dtype.element_ty),
                 mask=row_mask[:, None] & (offs_d < D),
             )
             sq_error += (x - code) * (x - code)
@@ -101,7 +103,7 @@ def take_codes(
 
 
 @triton.jit
-def _not_finite(x_rows_ptr, end_d, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def not_finite(x_rows_ptr, end_d, stride_xd, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Whether a row has a NaN or an infinity."""
     found = tl.zeros(x_rows_ptr.shape, tl.int32)
     for start_d in range(0, end_d, BLOCK_D):
@@ -112,7 +114,7 @@ def _not_finite(x_rows_ptr, end_d, stride_xd, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def _costs(
+def group_costs(
     x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr,
     BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
@@ -145,7 +147,7 @@ def _costs(
             else:
                 # rounded once; centred, it would be rounded three times
                 difference = tl.fma(codes, -row_scale[None, :, None], x)
-                terms += difference * difference
+                terms = tl.fma(difference, difference, terms)
     cost = tl.sum(terms, 2)
     is_finite = cost < float("inf")
     if IS_DOT:
@@ -153,6 +155,50 @@ def _costs(
     if IS_SMALL:
         is_finite = is_finite & (members < num_codes)[:, None]
     return tl.where(is_finite, cost, float("inf"))
+
+
+@triton.jit
+def nearest_of_group(
+    x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
+    D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr,
+    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The nearest code of each row among those from ``first`` on, by float32 distances.
+
+    Returns:
+        index [R] int32, 0 for a row that is not finite; is_bad [R] bool, whether it is; cost
+        [GROUP, R] of `group_costs`; least [R], the smallest cost; member [R] int32, its place.
+    """
+    cost = group_costs(
+        x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
+        D, IS_DOT, GROUP, IS_SMALL, BLOCK_D, AHEAD,
+    )  # fmt: skip
+    members = tl.arange(0, GROUP)[:, None]
+    least = tl.min(cost, 0)
+    # the lowest index keeps a tie
+    member = tl.min(tl.where(cost == least[None, :], members, GROUP), 0)
+    # no distance of a row that is not finite is finite
+    is_bad = least == float("inf")
+    if tl.max(is_bad.to(tl.int32), 0) > 0:
+        is_bad = is_bad & not_finite(x_rows_ptr, end_d, stride_xd, D, BLOCK_D)
+    return tl.where(is_bad, 0, first + member), is_bad, cost, least, member
+
+
+@triton.jit
+def least_of_others(cost, member):
+    """The smallest cost of [GROUP, R] but that of the member [R]."""
+    members = tl.arange(0, cost.shape[0])[:, None]
+    return tl.min(tl.where(members == member[None, :], float("inf"), cost), 0)
+
+
+@triton.jit
+def cost_gap(least, others, D: tl.constexpr, IS_DOT: tl.constexpr):
+    """By how much other costs exceed the least one, less what both may err by."""
+    gap = others - least
+    if not IS_DOT:
+        # see docs/exactness.md
+        gap -= (2.1 * (D + 12) * 5.960464477539063e-08) * least
+    return gap
 
 
 @triton.jit
@@ -189,19 +235,10 @@ def finish_rows(
         # whole groups, also where the last is not: codes of another one do no harm
         first = tl.load(chosen_ptr + (first_place + place)) * GROUP
         first = tl.maximum(tl.minimum(first, num_codes - GROUP), 0)
-        cost = _costs(
+        index, is_bad, cost, least, member = nearest_of_group(
             x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
             D, IS_DOT, GROUP, IS_SMALL, FINISH_D, AHEAD,
         )  # fmt: skip
-        members = tl.arange(0, GROUP)[:, None]
-        least = tl.min(cost, 0)
-        # the lowest index keeps a tie
-        member = tl.min(tl.where(cost == least[None, :], members, GROUP), 0)
-        # no distance of a row that is not finite is finite
-        is_bad = least == float("inf")
-        if tl.max(is_bad.to(tl.int32), 0) > 0:
-            is_bad = is_bad & _not_finite(x_rows_ptr, end_d, stride_xd, D, FINISH_D)
-        index = tl.where(is_bad, 0, first + member)
         is_valid = row_mask
         if HAS_MASK:
             is_valid = is_valid & (tl.load(mask_ptr + offs_row) != 0)
@@ -213,22 +250,60 @@ def finish_rows(
         score, sq_error = take_codes(
             x_rows_ptr, codebook_ptr + index.to(tl.int64) * D, quantized_rows_ptr,
             mean_ptr, row_scale, scale, half_ratio, is_valid, row_mask, end_d, stride_xd,
-            D, IS_DOT, EXACT, GATHER, HAS_MASK, FINISH_D,
+            D, IS_DOT, EXACT, GATHER, False, HAS_MASK, FINISH_D,
         )  # fmt: skip
         if GATHER:
             loss = tl.where(is_bad & is_valid, float("nan"), weight * sq_error)
             tl.store(losses_ptr + offs_row, loss, mask=row_mask)
         tl.store(rows_ptr + (first_place + place), offs_n.to(tl.int32))
         if EXACT:
-            others = tl.min(tl.where(members == member[None, :], float("inf"), cost), 0)
-            gap = others - least
-            if not IS_DOT:
-                # what both distances may err by: see docs/exactness.md
-                gap -= (2.1 * (D + 12) * 5.960464477539063e-08) * least
+            gap = cost_gap(least, least_of_others(cost, member), D, IS_DOT)
             # a bad row is certain
             score = tl.where(tl.abs(score) < float("inf"), score, float("-inf"))
             tl.store(gaps_ptr + (first_place + place), tl.where(is_bad, float("inf"), gap))
             tl.store(best_ptr + (first_place + place), tl.where(is_bad, float("inf"), score))
+
+
+@triton.jit
+def judge(
+    second, best, gap, error, norm, ratio, is_valid, scale, norms_ptr, num_norms,
+    bound_products, bound_distances, bound_tiny, num_codes, head,
+    IS_DOT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Which rows are in doubt; what does not begin with scale is [R], or a pointer.
+
+    ``second`` is the largest score, as screened, of a group that was not chosen; ``best`` the score
+    of the winner, +inf for a row that is certain; ``gap`` that of `cost_gap` in the group.
+
+    Returns:
+        doubt [R] int32; threshold [R] fp32, what a rival's screened score must reach.
+    """
+    max_norm = largest_norm(norms_ptr, head, num_norms, 0)
+    # the constant in the screen's scores
+    shift = largest_norm(norms_ptr, head, num_norms, 3)
+    if IS_DOT:
+        own_error = bound_products * max_norm * norm + bound_tiny
+        # the scores here are without the constant: beside it they would lose digits
+        second -= shift
+        least_gap = 2 * own_error
+    else:
+        own_error = bound_products * max_norm * (norm + 0.5 * ratio * max_norm)
+        own_error += bound_distances * norm * (norm / ratio) + bound_tiny
+        best += ratio * shift
+        least_gap = tl.zeros_like(own_error) + bound_tiny
+    # code − mean may overflow, though it does not in float64, where the scale was chosen
+    own_error = tl.where(scale < 6.018531076210112e-36, float("inf"), own_error)
+    # there is no other group; the screen says 0
+    second = tl.where(num_codes <= GROUP, float("-inf"), second)
+    # written so that a NaN or an infinite error leaves the row in doubt
+    is_certain = (best - second > error + own_error) & (gap > least_gap)
+    is_certain = is_certain | (best == float("inf"))
+    doubt = (is_valid & (is_certain == 0)).to(tl.int32)
+    if IS_DOT:
+        best += shift
+    # the last term: two subtractions are rounded
+    threshold = best - (error + own_error + 2.384185791015625e-07 * tl.abs(best))
+    return doubt, threshold
 
 
 @triton.jit
@@ -264,31 +339,10 @@ def certify(
         ratio = scale_ratio(tl.load(row_scale_ptr + offs_row), scale)
         best = tl.load(best_ptr + places)
         gap = tl.load(gaps_ptr + places)
-        max_norm = largest_norm(norms_ptr, head, num_norms, 0)
-        # the constant in the screen's scores
-        shift = largest_norm(norms_ptr, head, num_norms, 3)
-        if IS_DOT:
-            own_error = bound_products * max_norm * norm + bound_tiny
-            # the scores here are without the constant: beside it they would lose digits
-            second -= shift
-            least_gap = 2 * own_error
-        else:
-            own_error = bound_products * max_norm * (norm + 0.5 * ratio * max_norm)
-            own_error += bound_distances * norm * (norm / ratio) + bound_tiny
-            best += ratio * shift
-            least_gap = tl.zeros_like(own_error) + bound_tiny
-        # code − mean may overflow, though it does not in float64, where the scale was chosen
-        own_error = tl.where(scale < 6.018531076210112e-36, float("inf"), own_error)
-        # there is no other group; the screen says 0
-        second = tl.where(num_codes <= GROUP, float("-inf"), second)
-        # written so that a NaN or an infinite error leaves the row in doubt
-        is_certain = (best - second > error + own_error) & (gap > least_gap)
-        is_certain = is_certain | (best == float("inf"))
-        doubt = (is_valid & (is_certain == 0)).to(tl.int32)
-        if IS_DOT:
-            best += shift
-        # the last term: two subtractions are rounded
-        threshold = best - (error + own_error + 2.384185791015625e-07 * tl.abs(best))
+        doubt, threshold = judge(
+            second, best, gap, error, norm, ratio, is_valid, scale, norms_ptr, num_norms,
+            bound_products, bound_distances, bound_tiny, num_codes, head, IS_DOT, GROUP,
+        )  # fmt: skip
     if GATHER:
         losses = tl.load(losses_ptr + offs_row)
         certain = tl.where(row_mask & (doubt == 0), losses, 0.0).to(tl.float64)

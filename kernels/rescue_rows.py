@@ -67,7 +67,7 @@ def _add_in_order(distances, terms):
 
 
 @triton.jit
-def _nearest_of_groups(
+def nearest_of_groups(
     x_rows_ptr, codebook_ptr, groups, is_listed, least, index,
     K, end_d, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, MOST_CHUNKS: tl.constexpr,
@@ -150,7 +150,7 @@ def _write_found(
         _score, sq_error = take_codes(
             x_ptr + row * stride_xn, codebook_ptr + index * D, quantized_ptr + (offs_h + row) * D,
             None, None, None, None, is_row, is_row, end_d, stride_xd,
-            D, False, False, True, False, GATHER_D,
+            D, False, False, True, False, False, GATHER_D,
         )  # fmt: skip
         losses = weight * sq_error
         tl.store(losses_ptr + offs_h + row, losses, mask=is_row)
@@ -223,7 +223,7 @@ def _settle_known(
             is_listed = offs_rival < count[:, None]
             groups_ptrs = rivals_ptr + (offs_list[:, None] * CLASSES + offs_rival)
             groups = tl.load(groups_ptrs, mask=is_listed, other=0)
-            least, index = _nearest_of_groups(
+            least, index = nearest_of_groups(
                 x_rows_ptr, codebook_ptr, groups, is_listed, least, index,
                 K, end_d, stride_xd, D, IS_DOT, GROUP, 4,
             )  # fmt: skip
@@ -381,7 +381,7 @@ def rescue_rows_kernel(
                         is_listed = offs_list < count[:, None]
                         list_ptrs = list_rows_ptr[:, None] + offs_list.to(tl.int64)
                         listed = tl.load(list_ptrs, mask=is_listed, other=0)
-                        least, index = _nearest_of_groups(
+                        least, index = nearest_of_groups(
                             x_rows_ptr, codebook_ptr, listed, is_listed,
                             least, index, K, end_d, stride_xd, D, IS_DOT, GROUP, SEARCH_CHUNKS,
                         )  # fmt: skip

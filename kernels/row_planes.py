@@ -68,7 +68,7 @@ def scale_ratio(row_scale, scale):
 
 
 @triton.jit
-def _choose_scale(
+def choose_scale(
     x_rows_ptr, mean_ptr, scale, stride_xd, D: tl.constexpr, IS_DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
@@ -116,12 +116,12 @@ def _split_rows(
         y = _load_rows(x_rows_ptr, mean_ptr, row_scale, first_d, stride_xd, D, DIMS, EVEN)
         high = _to_plane(y)
         rest = y - high.to(tl.float32)
-        high_sq += high.to(tl.float32) * high.to(tl.float32)
+        high_sq = tl.fma(high.to(tl.float32), high.to(tl.float32), high_sq)
         offs_d = first_d + tl.arange(0, DIMS)
         if SPLIT:
             low = _to_plane(rest)
             rest -= low.to(tl.float32)
-            low_sq += low.to(tl.float32) * low.to(tl.float32)
+            low_sq = tl.fma(low.to(tl.float32), low.to(tl.float32), low_sq)
             # four columns a dimension, so that a thread puts them together without moving data
             weights = _bias_weights(offs_d, ratio).to(tl.float32)
             low, high = low.to(tl.float32), high.to(tl.float32)
@@ -132,7 +132,7 @@ def _split_rows(
             high = plane.to(tl.float16)
         elif BIAS_COLUMNS and not EVEN:
             high = tl.where((offs_d < D)[None, :], high, _bias_weights(offs_d - D, ratio))
-        rest_sq += rest * rest
+        rest_sq = tl.fma(rest, rest, rest_sq)
         # ruff's form of this is not one that Triton takes
         parts = parts + (high,)  # noqa: RUF005
     plane = _side_by_side(parts, ratio.shape[0], WIDTH, len(parts))
@@ -168,7 +168,7 @@ def row_planes(
     """
     FULL: tl.constexpr = INNER // BLOCK_D
     WIDTH: tl.constexpr = BLOCK_D if FULL > 0 else TAIL
-    row_scale, ratio = _choose_scale(
+    row_scale, ratio = choose_scale(
         x_rows_ptr, mean_ptr, scale, stride_xd, D, IS_DOT, BLOCK_N,
         WIDTH // 4 if SPLIT else min(WIDTH, LOAD_D),
     )  # fmt: skip
@@ -209,8 +209,45 @@ def row_planes(
 
 
 @triton.jit
+def store_row_planes(
+    x_rows_ptr, plane_rows_ptr, mean_ptr, scale, stride_xd,
+    D: tl.constexpr, INNER: tl.constexpr, BIAS_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, LOAD_D: tl.constexpr,
+):  # fmt: skip
+    """As `row_planes`, of more than 8 dimensions, but the planes go to ``plane_rows_ptr``.
+
+    These are the addresses of [INNER] fp16 each. Afterwards `tile_scores` can load them.
+    """
+    DIMS: tl.constexpr = min(BLOCK_D, LOAD_D)
+    row_scale, ratio = choose_scale(
+        x_rows_ptr, mean_ptr, scale, stride_xd, D, False, BLOCK_N, DIMS
+    )  # fmt: skip
+    high_sq = tl.zeros((BLOCK_N,), tl.float32)
+    rest_sq = tl.zeros((BLOCK_N,), tl.float32)
+    for start_d in range(0, INNER, DIMS):
+        plane, high, _, rest = _split_rows(
+            x_rows_ptr, mean_ptr, row_scale, ratio, start_d, stride_xd,
+            D, False, BIAS_COLUMNS, DIMS, LOAD_D, INNER == D,
+        )  # fmt: skip
+        offs = (start_d + tl.arange(0, DIMS)).to(tl.int64)
+        tl.store(plane_rows_ptr[:, None] + offs[None, :], plane)
+        high_sq += high
+        rest_sq += rest
+    return row_scale, ratio, tl.sqrt(high_sq), tl.zeros_like(ratio), tl.sqrt(rest_sq)
+
+
+@triton.jit
 def largest_norm(norms_ptr, head, num_norms, WHICH: tl.constexpr):
-    """One of the four of `vqtriton.kernels.code_planes.CodePlanes`."""
+    """One of the four of `vqtriton.kernels.code_planes.CodePlanes`; the only row if no number."""
+    if num_norms is None:
+        largest = tl.load(norms_ptr + (head * 4 + WHICH))
+    else:
+        largest = _largest_of(norms_ptr, head, num_norms, WHICH)
+    return largest
+
+
+@triton.jit
+def _largest_of(norms_ptr, head, num_norms, WHICH: tl.constexpr):
     offs = tl.arange(0, MOST_NORMS)
     norms_ptrs = norms_ptr + ((head * num_norms + offs) * 4 + WHICH)
     return tl.max(tl.load(norms_ptrs, mask=offs < num_norms, other=0.0), 0)
@@ -239,7 +276,10 @@ def tile_scores(
     D: tl.constexpr, INNER: tl.constexpr, BIAS_COLUMNS: tl.constexpr, HOLD_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, BLOCK_K] fp32 scores of the codes in the columns from ``start_k`` (int64) on."""
+    """[BLOCK_N, BLOCK_K] fp32 scores of the codes in the columns from ``start_k`` (int64) on.
+
+    Without a mean, ``x_rows_ptr`` are planes of `store_row_planes`.
+    """
     FULL: tl.constexpr = INNER // BLOCK_D
     columns = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_full = columns[None, :] * INNER + tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
@@ -255,20 +295,25 @@ def tile_scores(
             scores = tl.dot(planes[FULL], codes, scores)
     else:
         for start_d in range(0, INNER, BLOCK_D):
-            # subnormals stay: their residual was measured as if they were flushed
-            y = _load_rows(
-                x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D, BLOCK_D, INNER == D
-            )
-            plane = y.to(tl.float16)
-            if BIAS_COLUMNS:
-                column = start_d + tl.arange(0, BLOCK_D) - D
-                plane = tl.where((column < 0)[None, :], plane, _bias_weights(column, ratio))
+            if mean_ptr is None:
+                offs = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
+                plane = tl.load(x_rows_ptr[:, None] + offs[None, :])
+            else:
+                # subnormals stay: their residual was measured as if they were flushed
+                y = _load_rows(
+                    x_rows_ptr, mean_ptr, row_scale, start_d, stride_xd, D, BLOCK_D, INNER == D
+                )
+                plane = y.to(tl.float16)
+                if BIAS_COLUMNS:
+                    column = start_d + tl.arange(0, BLOCK_D) - D
+                    plane = tl.where((column < 0)[None, :], plane, _bias_weights(column, ratio))
             codes = tl.load(tile_ptr + (tl.cast(start_d, tl.int64) + offs_full))
             scores = tl.dot(plane, codes, scores)
     if not BIAS_COLUMNS:
-        # a difference: a sum would become the accumulator's start, a move per score and one
-        # more term for the tensor cores to truncate
-        scores -= tl.load(offset_ptr + start_k + columns)[None, :] * ratio[:, None]
+        # no sum: it would become the accumulator's start, a move per score and one more term for
+        # the tensor cores to truncate
+        offset = tl.broadcast_to(tl.load(offset_ptr + start_k + columns)[None, :], scores.shape)
+        scores = tl.fma(offset, -ratio[:, None], scores)
     return scores
 
 

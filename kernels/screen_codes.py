@@ -70,6 +70,69 @@ def _two_best(a, ROWS: tl.constexpr, NUM: tl.constexpr, LOG_NUM: tl.constexpr, L
     return tl.reshape(best, (ROWS, LANES)), tl.reshape(second, (ROWS, LANES))
 
 
+@triton.jit
+def keep_best(
+    scores, start, best, others, tile,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr, CLASSES: tl.constexpr, MERGED: tl.constexpr, LOG_MERGED: tl.constexpr,
+):  # fmt: skip
+    """best and tile [BLOCK_N, CLASSES], others [BLOCK_N, LANES or CLASSES], after a tile's scores.
+
+    Bits as int32: the best score of each class, with the position of its group in the lowest bits,
+    and the largest score of a group that is not kept. ``tile`` is the start of the best's tile.
+    """
+    # groups that a lane has in a tile
+    NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
+    # the first of equal scores is the largest
+    position = MERGED - 1 - tl.arange(0, MERGED)
+    # the columns are ordered so that a thread holds whole groups on the targets it was chosen
+    # for; on others the same reductions move data between threads
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = tl.reshape(bits, (BLOCK_N, NUM, GROUP // VEC, LANES, VEC))
+    # one chain of maxima per group, which compilers turn into maxima of three
+    bits = tl.reshape(tl.permute(bits, (0, 1, 3, 2, 4)), (BLOCK_N, NUM, LANES, GROUP))
+    group_bits = tl.max(bits, 3)
+    group_bits = tl.reshape(group_bits, (BLOCK_N, CLASSES // LANES, MERGED, LANES))
+    if MERGED > 1:
+        group_bits = (group_bits & (0 - MERGED)) | position[None, None, :, None]
+    group_bits = tl.permute(group_bits, (0, 2, 1, 3))
+    group_bits = tl.reshape(group_bits, (BLOCK_N, MERGED, CLASSES))
+    tile_best, tile_second = _two_best(group_bits, BLOCK_N, MERGED, LOG_MERGED, CLASSES)
+    tile = tl.where(tile_best > best, start, tile)
+    left = tl.maximum(tile_second, tl.minimum(best, tile_best))
+    if others.shape[1] < CLASSES:
+        left = tl.max(tl.reshape(left, (BLOCK_N, CLASSES // LANES, LANES)), 1)
+    others = tl.maximum(others, left)
+    best = tl.maximum(best, tile_best)
+    return best, others, tile
+
+
+@triton.jit
+def kept_groups(
+    best, others, tile,
+    GROUP: tl.constexpr, LANES: tl.constexpr, CLASSES: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """After all tiles: groups [BLOCK_N, CLASSES], their scores' bits, and others [BLOCK_N]."""
+    classes = tl.arange(0, CLASSES)[None, :]
+    within = (classes // LANES) * MERGED + (MERGED - 1 - (best & (MERGED - 1)))
+    groups = tile // GROUP + within * LANES + classes % LANES
+    best = best & (0 - MERGED)
+    # negative scores are not in order: whatever they are, zero is above them
+    others = tl.maximum(tl.max(others, 1) & (0 - MERGED), 0)
+    return groups, best, others
+
+
+@triton.jit
+def best_group(groups, best, others):
+    """The best of the kept groups, [BLOCK_N] int32, and the largest score outside of it, fp32."""
+    classes = tl.arange(0, groups.shape[1])[None, :]
+    _row_best, winner = tl.max(best, 1, return_indices=True)
+    is_winner = classes == winner[:, None]
+    second = tl.max(tl.where(is_winner, -2147483648, best), 1)
+    second = tl.maximum(others, second).to(tl.float32, bitcast=True)
+    return tl.sum(tl.where(is_winner, groups, 0), 1), second
+
+
 # a program must not be compiled for each batch size
 @triton.jit(do_not_specialize=["num_codes", "num_sums", "N", "K", "num_norms", "codes_per_split"])
 def screen_codes_kernel(
@@ -134,11 +197,8 @@ def screen_codes_kernel(
         tl.store(row_scale_ptr + head * N + offs_n, row_scale, mask=row_mask)
         tl.store(norm_ptr + head * N + offs_n, norm, mask=row_mask)
 
-    # groups that a lane has in a tile, and how many of these share a class
-    NUM: tl.constexpr = BLOCK_K // (GROUP * LANES)
-    MERGED: tl.constexpr = NUM * LANES // CLASSES
-    # the first of equal scores is the largest
-    position = MERGED - 1 - tl.arange(0, MERGED)
+    # groups of a lane in a tile that share a class
+    MERGED: tl.constexpr = BLOCK_K // (GROUP * CLASSES)
     best = tl.full((BLOCK_N, CLASSES), -2147483648, tl.int32)
     others = tl.full((BLOCK_N, LANES), -2147483648, tl.int32)
     tile = tl.zeros((BLOCK_N, CLASSES), tl.int32)
@@ -156,39 +216,16 @@ def screen_codes_kernel(
             stride_xd, D, INNER, BIAS_COLUMNS, HOLD_ROWS, BLOCK_N, BLOCK_K, BLOCK_D, TAIL,
         )  # fmt: skip
 
-        # the columns are ordered so that a thread holds whole groups on the targets it was chosen
-        # for; on others the same reductions move data between threads
-        bits = scores.to(tl.int32, bitcast=True)
-        bits = tl.reshape(bits, (BLOCK_N, NUM, GROUP // VEC, LANES, VEC))
-        # one chain of maxima per group, which compilers turn into maxima of three
-        bits = tl.reshape(tl.permute(bits, (0, 1, 3, 2, 4)), (BLOCK_N, NUM, LANES, GROUP))
-        group_bits = tl.max(bits, 3)
-        group_bits = tl.reshape(group_bits, (BLOCK_N, CLASSES // LANES, MERGED, LANES))
-        if MERGED > 1:
-            group_bits = (group_bits & (0 - MERGED)) | position[None, None, :, None]
-        group_bits = tl.permute(group_bits, (0, 2, 1, 3))
-        group_bits = tl.reshape(group_bits, (BLOCK_N, MERGED, CLASSES))
-        tile_best, tile_second = _two_best(group_bits, BLOCK_N, MERGED, LOG_MERGED, CLASSES)
-        tile = tl.where(tile_best > best, start, tile)
-        left = tl.maximum(tile_second, tl.minimum(best, tile_best))
-        left = tl.max(tl.reshape(left, (BLOCK_N, CLASSES // LANES, LANES)), 1)
-        others = tl.maximum(others, left)
-        best = tl.maximum(best, tile_best)
+        best, others, tile = keep_best(
+            scores, start, best, others, tile, BLOCK_N, BLOCK_K, GROUP, LANES, VEC, CLASSES,
+            MERGED, LOG_MERGED,
+        )  # fmt: skip
 
-    classes = tl.arange(0, CLASSES)[None, :]
-    within = (classes // LANES) * MERGED + (MERGED - 1 - (best & (MERGED - 1)))
-    groups = tile // GROUP + within * LANES + classes % LANES
-    best = best & (0 - MERGED)
-    # negative scores are not in order: whatever they are, zero is above them
-    others = tl.maximum(tl.max(others, 1) & (0 - MERGED), 0)
+    groups, best, others = kept_groups(best, others, tile, GROUP, LANES, CLASSES, MERGED)
     if FINISH:
-        _row_best, winner = tl.max(best, 1, return_indices=True)
-        is_winner = classes == winner[:, None]
-        second = tl.max(tl.where(is_winner, -2147483648, best), 1)
-        second = tl.maximum(others, second).to(tl.float32, bitcast=True)
+        group, second = best_group(groups, best, others)
         finish_rows(
-            x_ptr + head * stride_xh, tl.sum(tl.where(is_winner, groups, 0), 1), mean_ptr, scale,
-            row_scale_ptr,
+            x_ptr + head * stride_xh, group, mean_ptr, scale, row_scale_ptr,
             codebook_ptr, mask_ptr, indices_ptr, quantized_ptr, losses_ptr, chosen_ptr, best_ptr,
             gaps_ptr, rows_ptr, weight, num_codes, head, N, stride_xn, stride_xd,
             D, IS_DOT, GROUP, EXACT, HAS_MASK, GATHER, BLOCK_N, IS_SMALL, FINISH_N, FINISH_D,
@@ -218,7 +255,7 @@ def screen_codes_kernel(
     else:
         offs_out = (split * tl.num_programs(2) + head) * N + offs_n
         offs_class = (head * N + offs_n) * tl.num_programs(1) + split
-        offs_class = offs_class[:, None] * CLASSES + classes
+        offs_class = offs_class[:, None] * CLASSES + tl.arange(0, CLASSES)[None, :]
         tl.store(groups_ptr + offs_class, groups, mask=row_mask[:, None])
         tl.store(scores_ptr + offs_class, best.to(tl.float32, bitcast=True), mask=row_mask[:, None])
         tl.store(others_ptr + offs_out, others.to(tl.float32, bitcast=True), mask=row_mask)
@@ -245,6 +282,19 @@ class Parts(NamedTuple):
     codes: int  # codes in each part; the last may have fewer
 
 
+def check_tiles(planes: CodePlanes, config: ScreenCodesConfig) -> None:
+    """
+    Raises:
+        ValueError: the tiles do not fit the planes.
+    """
+    size, chunk = planes.codes.shape[1], planes.group * planes.lanes
+    if config.block_k % chunk or size % config.block_k:
+        raise ValueError(
+            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
+            f"divide the padded number of codes, {size}"
+        )
+
+
 def parts_of(
     heads: int, num_rows: int, planes: CodePlanes, config: ScreenCodesConfig, splits: int | None
 ) -> Parts:
@@ -254,12 +304,7 @@ def parts_of(
         ValueError: the tiles do not fit the planes, or there are too many heads.
     """
     size, inner = planes.codes.shape[1:]
-    chunk = planes.group * planes.lanes
-    if config.block_k % chunk or size % config.block_k:
-        raise ValueError(
-            f"block_k is {config.block_k}; it must be a multiple of group * lanes = {chunk} and "
-            f"divide the padded number of codes, {size}"
-        )
+    check_tiles(planes, config)
     tiles = size // config.block_k
     if splits is None:
         programs = heads * cdiv(num_rows, config.block_n)

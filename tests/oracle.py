@@ -58,3 +58,20 @@ def code_sums(x: Tensor, indices: Tensor, codebook_size: int) -> tuple[Tensor, T
             sums[index] += row
             counts[index] += 1
     return torch.from_numpy(sums), torch.from_numpy(counts)
+
+
+def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, D], codebooks [Q, K, D] -> quantized as x, indices [N, Q], float64 errors [N, Q].
+
+    What is left after a level, and the sum of the codes, are float32.
+    """
+    left = x.detach().cpu().float().numpy()
+    quantized, indices, errors = None, [], []
+    with np.errstate(all="ignore"):
+        for codebook in codebooks.detach().cpu().float():
+            indices.append(nearest_code(torch.from_numpy(left), codebook))
+            codes = codebook.numpy()[indices[-1].numpy()]
+            quantized = codes if quantized is None else quantized + codes
+            left = left - codes
+            errors.append(torch.from_numpy(np.square(left.astype(np.float64)).sum(1)))
+    return torch.from_numpy(quantized).to(x.dtype), torch.stack(indices, 1), torch.stack(errors, 1)

@@ -12,7 +12,12 @@ from collections.abc import Callable
 import torch
 
 from vqtriton import ops, torch_backend, triton_backend
-from vqtriton.planes import inner_size, prepare_planes, screen_bound
+from vqtriton.planes import (
+    inner_size,
+    prepare_planes,
+    prepare_planes_with_kernels,
+    screen_bound,
+)
 from vqtriton.residual import torch_backend as residual_torch
 from vqtriton.residual import triton_backend as residual_triton
 from vqtriton.screening import error_bound
@@ -106,6 +111,36 @@ def residuals(device: torch.device | str) -> None:
     torch.testing.assert_close(found.cpu(), residual_torch.residual_grad_x(*on_cpu), equal_nan=True)
 
 
+def residual(device: torch.device | str) -> None:
+    """Of many rows and of few."""
+    from vqtriton.kernels.residual_quantize import GROUP, config_for, residual_quantize
+    from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture
+
+    x, codebook, _ = make_data(device)
+    codebooks = torch.stack([codebook, codebook / 2, codebook / 4])
+    lanes, vec = ACCUMULATOR_ORDER[architecture(x.device)]
+    prepared = prepare_planes_with_kernels(codebooks, group=GROUP, lanes=lanes, vec=vec)
+    config = config_for(x, prepared.codes.shape[2])
+    mask = torch.arange(ROWS, device=device) % 5 > 0
+    left, want = x.cpu(), []
+    for codes in codebooks.cpu():
+        want.append(torch_backend.nearest_code(left, codes, "exact"))
+        left = left - codes[want[-1]]
+    for rows in (ROWS, config.few.most_rows):
+        out = residual_quantize(
+            x[:rows],
+            codebooks,
+            prepared,
+            screen_bound(prepared, config.chain.block_k),
+            error_bound(DIM, torch.float32),
+            mask=mask[:rows],
+            config=config,
+        )
+        expect(out.indices, torch.stack(want, 1).where(mask.cpu()[:, None], -1)[:rows])
+        errors = left.square().sum(1).where(mask.cpu(), 0)
+        expect(out.errors[:, 2], errors[:rows])
+
+
 def normalized(device: torch.device | str) -> None:
     x, _, _ = make_data(device)
     expect(triton_backend.normalize_rows(x), torch_backend.normalize_rows(x.cpu()))
@@ -180,6 +215,7 @@ CASES: dict[str, Case] = {
         sums,
     ),
     "atomic_sums": atomic_sums,
+    **dict.fromkeys(("residual_quantize", "residual_level"), residual),
     "normalize_rows": normalized,
     "rotate_grad": rotated,
     "residual_grad_x": residuals,

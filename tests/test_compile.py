@@ -107,6 +107,14 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ),
     ),
     (
+        (sass_kernels.record_residual_quantize,),
+        ("residual_quantize", "residual_level"),
+        (
+            *((8, FLOAT32, "contiguous"), (128, FLOAT16, "strided")),
+            (1024, BFLOAT16, "contiguous"),
+        ),
+    ),
+    (
         (record_planes,),
         ("code_peaks", "planes"),
         (
@@ -115,7 +123,7 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
         ),
     ),
 )
-FLAGS = ("IS_GRAD", "IS_EMA", "REVIVES", "IS_SMALL", "FINISH", "IS_DOT")
+FLAGS = ("IS_GRAD", "IS_CHAIN", "IS_EMA", "REVIVES", "IS_SMALL", "FINISH", "IS_DOT")
 
 
 @functools.cache
@@ -162,6 +170,7 @@ NEAREST_TO_LIMITS = (
     "finish_parts-128-rows-100-float32-strided",
     "rescue_rows-8-bfloat16-strided",
     "rescue_rows-IS_DOT-64-float16-strided",
+    "residual_quantize-128-float16-strided",
 )
 
 
@@ -171,7 +180,7 @@ def is_compiled_for(case: str, target: str) -> bool:
         return False
     if ALL_TARGETS or target == "sm_90":
         return True
-    if case.startswith(("screen_codes", *FINISHING)):
+    if case.startswith(("screen_codes", "residual_quantize", *FINISHING)):
         return case in NEAREST_TO_LIMITS
     # what has no dot is compiled alike for all GPUs of a maker: the widest rows will do there
     return target in ("sm_80", "gfx942") and ("-1024-" in case or "-4094-" in case)
@@ -208,7 +217,8 @@ def test_offsets_are_int64(case: str) -> None:
 
 
 RESCUES = [case for case in CASES if case.startswith("rescue_rows")]
-SCREENS = [case for case in CASES if case.startswith("screen_codes")]
+SCREENS = [case for case in CASES if case.startswith(("screen_codes", "residual_quantize"))]
+RESIDUALS = [case for case in CASES if case.startswith("residual")]
 
 
 @pytest.mark.parametrize("case", RESCUES + SCREENS)
@@ -220,7 +230,7 @@ def test_dots_are_those_that_gpus_take(case: str) -> None:
     assert all(int(inner) >= 16 for pair in dots for inner in pair)
 
 
-@pytest.mark.parametrize("case", RESCUES)
+@pytest.mark.parametrize("case", RESCUES + RESIDUALS)
 def test_canonical_distance_is_not_fused(case: str) -> None:
     # a fused multiply-add would round once where the definition of the distance rounds twice
     sass = compiled(case, "sm_90").assembly
@@ -233,7 +243,7 @@ def test_canonical_distance_is_not_fused(case: str) -> None:
 def test_batch_size_is_not_part_of_the_program() -> None:
     names = {"N", "K", "padded_K", "tiles", "codes_per_split", "splits", "codes_per_part"}
     names |= {"num_rows", "num_chunks", "chunk_rows", "num_sums", "num_norms", "known_spans"}
-    names |= {"known_tiles", "codes_per_program"}
+    names |= {"known_tiles", "codes_per_program", "levels", "level", "parts"}
     found = set()
     for launch in all_launches("sm_90").values():
         for param in launch.kernel.params:
