@@ -258,7 +258,7 @@ def record_prepare_planes(x: torch.Tensor, target: str) -> list[Launch]:
 
 
 def record_residual_quantize(x: torch.Tensor, target: str) -> list[Launch]:
-    """Of many rows and of few, with a mask and without."""
+    """Of many rows and of few, with depths and without."""
     target = accumulator_of(target)
     lanes, vec = screen_tiles.ACCUMULATOR_ORDER[target]
     codebooks = codebook_of(x.shape[1]).repeat(2, 8, 1)
@@ -268,7 +268,7 @@ def record_residual_quantize(x: torch.Tensor, target: str) -> list[Launch]:
     few = x[: config.few.most_rows]
     return [
         launch
-        for rows, mask in ((x, None), (few, torch.ones(len(few), dtype=torch.bool)))
+        for rows, depths in ((x, None), (few, torch.ones(len(few), dtype=torch.int64)))
         for launch in launches_of(
             (residual_level, residual_quantize),
             residual_quantize.residual_quantize,
@@ -277,7 +277,7 @@ def record_residual_quantize(x: torch.Tensor, target: str) -> list[Launch]:
             planes,
             screen_bound(planes, config.chain.block_k),
             error_bound(x.shape[1], torch.float32),
-            mask=mask,
+            depths=depths,
             config=config,
         )
     ]

@@ -62,7 +62,8 @@ def add_codes(
                 next_level = tl.cast(first_level + ahead, tl.int64)
                 is_level = is_valid & (next_level < levels)
                 index_ptrs = indices_ptr + (offs_n * levels + next_level)
-                next_index = tl.load(index_ptrs, mask=is_level, other=0)
+                next_index = tl.load(index_ptrs, mask=is_level, other=-1)
+                is_level = next_index >= 0
                 codes_ptrs = codebook_ptr + (next_level * K + next_index)[:, None] * D + offs_d
                 code = tl.load(codes_ptrs, mask=is_level[:, None] & (offs_d < D), other=0.0)
                 # to add 0 would change the sign of -0
@@ -137,7 +138,7 @@ def _merge_parts(
 @triton.jit(do_not_specialize=["N", "K", "levels", "level", "parts", "codes_per_part"])
 def residual_level_kernel(
     x_ptr,          # [N, D] fp32 / fp16 / bf16
-    mask_ptr,       # [N] bool, if HAS_MASK: False for rows that do not count
+    depths_ptr,     # [N] int64, if HAS_DEPTHS: how many levels a row has
     codebook_ptr,   # [Q, K, D] fp32, contiguous
     mean_ptr,       # [Q, D] fp32, of `vqtriton.kernels.code_planes.CodePlanes`, as the next
     scale_ptr,      # [Q] fp32
@@ -150,7 +151,7 @@ def residual_level_kernel(
     codes_ptr,      # [2, ROWS, P] int32, scratch: its code
     least_gap,
     N, K, levels, level, parts, codes_per_part, stride_xn, stride_xd,
-    D: tl.constexpr, HAS_MASK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, HAS_DEPTHS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COPY_D: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -163,8 +164,12 @@ def residual_level_kernel(
     rows = tl.arange(0, ROWS).to(tl.int64)
     row_mask = rows < N
     is_valid = row_mask
-    if HAS_MASK:
-        is_valid = is_valid & (tl.load(mask_ptr + rows, mask=row_mask, other=0) != 0)
+    # rows that have the level before this one
+    is_counted = row_mask
+    if HAS_DEPTHS:
+        depth = tl.load(depths_ptr + rows, mask=row_mask, other=0)
+        is_valid = is_valid & (depth > 0)
+        is_counted = depth >= level
     # it is D, but the compiler does not know: unrolled, loops need too many registers
     end_d = tl.minimum(K, 1) * D
     level_64 = tl.cast(level, tl.int64)
@@ -192,17 +197,17 @@ def residual_level_kernel(
         before_rows_ptr = residual_ptr + (of_before + pid * ROWS) * D
         index = _merge_parts(
             before_rows_ptr, before_ptr, costs_ptr + of_before, seconds_ptr + of_before,
-            codes_ptr + of_before, is_valid, least_gap, N, K, parts, codes_per_part, end_d,
+            codes_ptr + of_before, is_counted, least_gap, N, K, parts, codes_per_part, end_d,
             D, ROWS, PARTS, COPY_D, GROUP, GROUPS,
         )  # fmt: skip
         _score, sq_error = take_codes(
             before_rows_ptr + rows * D, before_ptr + index.to(tl.int64) * D, rows_ptr + rows * D,
-            None, None, None, None, is_valid, rows >= 0, end_d, 1,
+            None, None, None, None, is_counted, rows >= 0, end_d, 1,
             D, False, False, True, True, True, COPY_D,
         )  # fmt: skip
         if pid == 0:
             offs_out = rows * levels + (level_64 - 1)
-            written = tl.where(is_valid, index, -1).to(tl.int64)
+            written = tl.where(is_counted, index, -1).to(tl.int64)
             tl.store(indices_ptr + offs_out, written, mask=row_mask)
             tl.store(errors_ptr + offs_out, sq_error, mask=row_mask)
     tl.debug_barrier()
@@ -249,7 +254,7 @@ def quantize_few(
     codebooks: Tensor,
     planes: CodePlanes,
     own_bound: OwnBound,
-    mask: Tensor | None,
+    depths: Tensor | None,
     found: tuple[Tensor, Tensor, Tensor],
     config: ResidualLevelConfig,
 ) -> None:
@@ -270,7 +275,7 @@ def quantize_few(
 
     tensors = (
         x,
-        mask,
+        depths,
         codebooks,
         planes.mean,
         planes.scale,
@@ -296,7 +301,7 @@ def quantize_few(
             codes_per_part,
             *x.stride(),
             D=dim,
-            HAS_MASK=mask is not None,
+            HAS_DEPTHS=depths is not None,
             ROWS=rows,
             PARTS=next_power_of_2(parts),
             BLOCK_K=block_k,

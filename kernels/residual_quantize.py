@@ -68,7 +68,7 @@ TOGETHER = tl.constexpr(16)
 @triton.jit(do_not_specialize=["N", "K", "padded_K", "num_norms", "levels"])
 def residual_quantize_kernel(
     x_ptr,          # [N, D] fp32 / fp16 / bf16
-    mask_ptr,       # [N] bool, if HAS_MASK: False for rows that do not count
+    depths_ptr,     # [N] int64, if HAS_DEPTHS: how many levels a row has
     codebook_ptr,   # [Q, K, D] fp32, contiguous
     codes_ptr,      # [Q, padded_K, INNER] fp16, of `CodePlanes`, as the next four
     offset_ptr,     # [Q, padded_K] fp32
@@ -88,7 +88,7 @@ def residual_quantize_kernel(
     D: tl.constexpr, INNER: tl.constexpr, SPLIT: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, HOLD_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
-    LOAD_D: tl.constexpr, CLASSES: tl.constexpr, LOG_MERGED: tl.constexpr, HAS_MASK: tl.constexpr,
+    LOAD_D: tl.constexpr, CLASSES: tl.constexpr, LOG_MERGED: tl.constexpr, HAS_DEPTHS: tl.constexpr,
     IS_SMALL: tl.constexpr, FINISH_D: tl.constexpr, COPY_D: tl.constexpr, AHEAD: tl.constexpr,
     PAIRS: tl.constexpr, PAIR_D: tl.constexpr, HARD_N: tl.constexpr, GROUPS_64: tl.constexpr,
 ):  # fmt: skip
@@ -101,8 +101,8 @@ def residual_quantize_kernel(
     offs_n = first_n + rows
     row_mask = offs_n < N
     is_valid = row_mask
-    if HAS_MASK:
-        is_valid = is_valid & (tl.load(mask_ptr + offs_n, mask=row_mask, other=0) != 0)
+    if HAS_DEPTHS:
+        is_valid = is_valid & (tl.load(depths_ptr + offs_n, mask=row_mask, other=0) > 0)
     # it is D, but the compiler does not know: unrolled, loops need too many registers
     end_d = tl.minimum(K, 1) * D
     residual_size = tl.num_programs(0).to(tl.int64) * BLOCK_N * D
@@ -147,6 +147,9 @@ def residual_quantize_kernel(
         # levels, and there are too few registers to keep them
         rows = tl.arange(0, BLOCK_N).to(tl.int64) + level // levels
         offs_kept = rows[:, None] * CLASSES + tl.arange(0, CLASSES)[None, :]
+        is_counted = is_valid
+        if HAS_DEPTHS:
+            is_counted = tl.load(depths_ptr + offs_n, mask=row_mask, other=0) > level
         x_rows_ptr = residual_ptr + level % 2 * residual_size + rows * D
         left_rows_ptr = residual_ptr + (level + 1) % 2 * residual_size + rows * D
         mean_level_ptr = mean_ptr + level * D
@@ -211,10 +214,10 @@ def residual_quantize_kernel(
             D, False, GROUP, IS_SMALL, FINISH_D, AHEAD,
         )  # fmt: skip
         gap = cost_gap(least, least_of_others(cost, member), D, False)
-        # rows that do not count stay zeros
+        # rows that have no level leave zeros
         score, sq_error = take_codes(
             x_rows_ptr, level_codebook_ptr + index.to(tl.int64) * D, left_rows_ptr, mean_level_ptr,
-            row_scale, scale, 0.5 * ratio, is_valid, rows >= 0, end_d, 1,
+            row_scale, scale, 0.5 * ratio, is_counted, rows >= 0, end_d, 1,
             D, False, True, True, True, True, COPY_D,
         )  # fmt: skip
         # a bad row is certain
@@ -222,7 +225,7 @@ def residual_quantize_kernel(
         doubt, threshold = judge(
             second, tl.where(is_bad, float("inf"), score),
             tl.where(is_bad, float("inf"), gap), tl.load(error_ptr + rows),
-            tl.load(norm_ptr + rows), ratio, is_valid, scale, maxima_ptr, None,
+            tl.load(norm_ptr + rows), ratio, is_counted, scale, maxima_ptr, None,
             own_products, own_distances, own_tiny, K, level, False, GROUP,
         )  # fmt: skip
         if tl.sum(doubt, 0) > 0:
@@ -240,12 +243,14 @@ def residual_quantize_kernel(
                 index = tl.where(is_new, found, index)
                 _score, new_error = take_codes(
                     x_rows_ptr, level_codebook_ptr + index.to(tl.int64) * D, left_rows_ptr,
-                    None, None, None, None, is_valid, is_new, end_d, 1,
+                    None, None, None, None, is_counted, is_new, end_d, 1,
                     D, False, False, True, True, False, COPY_D,
                 )  # fmt: skip
                 sq_error = tl.where(is_new, new_error, sq_error)
         offs_out = (first_n + rows) * levels + level
-        tl.store(indices_ptr + offs_out, tl.where(is_valid, index, -1).to(tl.int64), mask=row_mask)
+        tl.store(
+            indices_ptr + offs_out, tl.where(is_counted, index, -1).to(tl.int64), mask=row_mask
+        )
         tl.store(errors_ptr + offs_out, sq_error, mask=row_mask)
         tl.debug_barrier()
 
@@ -258,9 +263,9 @@ def residual_quantize_kernel(
 class ResidualQuantized(NamedTuple):
     """What `residual_quantize` returns."""
 
-    quantized: Tensor  # [N, D] in the dtype of x, the sum of the codes, zeros where masked
-    indices: Tensor  # [N, Q] int64, -1 where masked
-    errors: Tensor  # [N, Q] fp32, squared norms of what each level leaves, 0 where masked
+    quantized: Tensor  # [N, D] in the dtype of x, the sum of the codes
+    indices: Tensor  # [N, Q] int64, -1 where a row has no level
+    errors: Tensor  # [N, Q] fp32, squared norms of what each level leaves, 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -310,7 +315,7 @@ def residual_quantize(
     screen_bound: ScreenBound,
     own_bound: OwnBound,
     *,
-    mask: Tensor | None = None,
+    depths: Tensor | None = None,
     config: ResidualQuantizeConfig | None = None,
 ) -> ResidualQuantized:
     """The nearest code of x, then that of the difference in the next codebook, and so on.
@@ -322,7 +327,8 @@ def residual_quantize(
         planes: of ``codebooks``, for distances, best in groups of `GROUP`.
         screen_bound: `vqtriton.planes.screen_bound` for these planes and ``config.chain.block_k``.
         own_bound: `vqtriton.screening.error_bound` for D in float32.
-        mask: [N] bool, False for rows that get index -1, zeros and no error.
+        depths: [N] int64, how many levels each row has; None: all. Later ones have index -1, no
+            code and no error.
         config: tiles.
 
     Raises:
@@ -336,12 +342,14 @@ def residual_quantize(
         torch.empty((num_rows, levels), dtype=torch.int64, device=x.device),
         torch.empty((num_rows, levels), dtype=torch.float32, device=x.device),
     )
-    mask = None if mask is None else mask.contiguous()
+    depths = None if depths is None else depths.contiguous()
     with torch.cuda.device_of(x):
         if num_rows <= config.few.most_rows:
-            quantize_few(x, codebooks, planes, own_bound, mask, found, config.few)
+            quantize_few(x, codebooks, planes, own_bound, depths, found, config.few)
         else:
-            _quantize_many(x, codebooks, planes, screen_bound, own_bound, mask, found, config.chain)
+            _quantize_many(
+                x, codebooks, planes, screen_bound, own_bound, depths, found, config.chain
+            )
     return found
 
 
@@ -351,7 +359,7 @@ def _quantize_many(
     planes: CodePlanes,
     screen_bound: ScreenBound,
     own_bound: OwnBound,
-    mask: Tensor | None,
+    depths: Tensor | None,
     found: ResidualQuantized,
     config: ScreenCodesConfig,
 ) -> None:
@@ -380,7 +388,7 @@ def _quantize_many(
         residual_quantize_kernel,
         (tiles,),
         x,
-        mask,
+        depths,
         codebooks,
         *planes.tensors,
         found.indices,
@@ -403,7 +411,7 @@ def _quantize_many(
         BLOCK_K=config.block_k,
         CLASSES=classes,
         LOG_MERGED=(num_groups // num_classes).bit_length() - 1,
-        HAS_MASK=mask is not None,
+        HAS_DEPTHS=depths is not None,
         # fewer codes than a group
         IS_SMALL=size < planes.group,
         FINISH_D=min(width, max(1, elements // config.block_n)),

@@ -133,7 +133,7 @@ def residual(device: torch.device | str) -> None:
             prepared,
             screen_bound(prepared, config.chain.block_k),
             error_bound(DIM, torch.float32),
-            mask=mask[:rows],
+            depths=3 * mask[:rows],
             config=config,
         )
         expect(out.indices, torch.stack(want, 1).where(mask.cpu()[:, None], -1)[:rows])

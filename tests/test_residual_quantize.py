@@ -73,8 +73,10 @@ def test_tokens_are_those_of_the_definition(backend: Backend, dtype: torch.dtype
             rows, codes, reduction="none", backend=backend.name, commitment_weight=1, **options
         )
         assert torch.equal(found.indices.cpu(), indices)
-        assert torch.equal(found.quantized.cpu(), quantized)
-        assert found.quantized.dtype == dtype
+        # the interpreter cuts bfloat16, where a GPU rounds
+        is_cut = INTERPRETED and dtype == torch.bfloat16
+        options = {"rtol": 2.0**-7 if is_cut else 0, "atol": 0}
+        torch.testing.assert_close(found.quantized.cpu(), quantized, **options)
         torch.testing.assert_close(found.loss.cpu().double(), 2 * errors, rtol=1e-5, atol=1e-7)
 
 
@@ -93,8 +95,11 @@ def test_hard_rows_have_the_tokens_of_the_definition(backend: Backend, make: Any
     codebooks = [first, make(1, 16, 5)[1], first / 2, first[:7]]
     _, indices, _ = by_hand(x, codebooks)
     rows, codes = on(backend, x, codebooks)
-    found = residual_quantize(rows, codes, backend=backend.name)
+    found = residual_quantize(rows, codes, backend=backend.name, reduction="none")
     assert torch.equal(found.indices.cpu(), indices)
+    if make is not data.beyond_float32:
+        want = reference.residual_quantize(x, codebooks, reduction="none")
+        torch.testing.assert_close(found.loss.cpu(), want.loss, equal_nan=True)
 
 
 @pytest.mark.once

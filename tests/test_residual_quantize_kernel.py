@@ -54,7 +54,7 @@ def quantize(
     x: Tensor,
     codebooks: Tensor,
     config: ResidualQuantizeConfig = MANY,
-    mask: Tensor | None = None,
+    depths: Tensor | None = None,
     bound: ScreenBound | None = None,
     group: int = GROUP,
 ) -> ResidualQuantized:
@@ -66,7 +66,7 @@ def quantize(
         planes,
         bound or screen_bound(planes, config.chain.block_k),
         error_bound(x.shape[1], torch.float32),
-        mask=None if mask is None else mask.to(DEVICE),
+        depths=None if depths is None else depths.to(DEVICE),
         config=config,
     )
     return ResidualQuantized(*(t.cpu() for t in out))
@@ -175,24 +175,31 @@ def test_rows_one_by_one_are_those_of_the_batch() -> None:
     "dtype",
     EXACT_DTYPES[:2] if INTERPRETED else EXACT_DTYPES,
 )
-def test_masked_rows_get_nothing_and_dtypes_are_kept(way: str, dtype: torch.dtype) -> None:
+def test_rows_have_as_many_levels_as_their_depth_and_dtypes_are_kept(
+    way: str, dtype: torch.dtype
+) -> None:
     x, codebooks = make_data("not_finite", 9, 33, 12, 2)
     # columns one after the other
     x = x.to(dtype).T.contiguous().T
-    mask = torch.arange(9) % 3 > 0
-    out = quantize(x, codebooks, WAYS[way], mask)
+    depths = torch.arange(9) % 3
+    out = quantize(x, codebooks, WAYS[way], depths)
     assert out.quantized.dtype == dtype
-    expect(ResidualQuantized(*(t[mask] for t in out)), x[mask], codebooks)
-    assert (out.indices[~mask] == -1).all()
-    assert (out.quantized[~mask] == 0).all()
-    assert (out.errors[~mask] == 0).all()
+    for depth in (1, 2):
+        rows = depths == depth
+        some = ResidualQuantized(*(t[rows] for t in out))
+        kept = ResidualQuantized(some[0], *(t[:, :depth] for t in some[1:]))
+        expect(kept, x[rows], codebooks[:depth])
+    is_left_out = torch.arange(2) >= depths[:, None]
+    assert (out.indices[is_left_out] == -1).all()
+    assert (out.quantized[depths == 0] == 0).all()
+    assert (out.errors[is_left_out] == 0).all()
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_bfloat16_rows_have_the_tokens_of_their_values(way: str) -> None:
     x, codebooks = make_data("gaussian", 3, 33, 12, 2)
     x = x.bfloat16()
-    out = quantize(x, codebooks, WAYS[way], torch.tensor([True, False, True]))
+    out = quantize(x, codebooks, WAYS[way], torch.tensor([2, 0, 2]))
     _, indices, _ = oracle.residual_quantize(x, codebooks)
     assert out.quantized.dtype == torch.bfloat16
     assert torch.equal(out.indices[::2], indices[::2])

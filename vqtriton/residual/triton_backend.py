@@ -11,7 +11,13 @@ from vqtriton import triton_backend
 from vqtriton.kernels.arguments import Pull
 from vqtriton.kernels.code_sums import CodeSumsConfig, segment_sums
 from vqtriton.kernels.residual_grad_x import residual_grad_x as residual_grad_x_kernel
+from vqtriton.kernels.residual_quantize import GROUP, config_for
+from vqtriton.kernels.residual_quantize import residual_quantize as residual_quantize_kernels
+from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture
+from vqtriton.planes import prepare_planes_with_kernels, screen_bound
 from vqtriton.residual import torch_backend
+from vqtriton.screening import error_bound
+from vqtriton.tensors import finite_rows
 
 # tensors of a codebook that was prepared
 PARTS = 5
@@ -25,9 +31,53 @@ def residual_quantize(
     prepared: Sequence[Tensor] = (),
     found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `vqtriton.residual.torch_backend`; one search a level."""
-    if found is not None:
+    """See `vqtriton.residual.torch_backend`; exact searches go through all levels in one launch."""
+    if found is not None or len(x) == 0:
         return torch_backend.residual_quantize(x, codebooks, depths, precision, found=found)
+    if precision == "exact":
+        quantized, indices, errors = _chain(x, codebooks, depths)
+    else:
+        quantized, indices, errors = _level_by_level(x, codebooks, depths, precision, prepared)
+    # an infinite x gives NaN, as a NaN does
+    is_wrong = ~finite_rows(x)[:, None] & (indices >= 0)
+    return quantized, indices, errors.masked_fill_(is_wrong, torch.nan)
+
+
+def _chain(
+    x: Tensor, codebooks: Sequence[Tensor], depths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    stacked = _in_one_tensor(codebooks)
+    lanes, vec = ACCUMULATOR_ORDER[architecture(x.device)]
+    planes = prepare_planes_with_kernels(stacked, group=GROUP, lanes=lanes, vec=vec)
+    config = config_for(x, planes.codes.shape[2])
+    bound = screen_bound(planes, config.chain.block_k, triton_backend.tensor_core(x.device))
+    own_bound = error_bound(x.shape[1], torch.float32)
+    return residual_quantize_kernels(
+        x, stacked, planes, bound, own_bound, depths=depths, config=config
+    )
+
+
+def _in_one_tensor(codebooks: Sequence[Tensor]) -> Tensor:
+    """[Q, K, D] float32; infinite where a level has fewer codes, as those are never chosen."""
+    size = max(codes.shape[0] for codes in codebooks)
+    if all(codes.shape[0] == size for codes in codebooks):
+        return torch.stack([codes.float() for codes in codebooks])
+    stacked = codebooks[0].new_full(
+        (len(codebooks), size, codebooks[0].shape[1]), torch.inf, dtype=torch.float32
+    )
+    for level, codes in zip(stacked, codebooks, strict=True):
+        level[: codes.shape[0]] = codes
+    return stacked
+
+
+def _level_by_level(
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    depths: Tensor | None,
+    precision: str,
+    prepared: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One search a level."""
     residual = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     quantized = torch.zeros_like(residual)
     indices, errors = [], []
