@@ -190,6 +190,8 @@ def residual_level_kernel(
             offs_d = (start_d + tl.arange(0, COPY_D)).to(tl.int64)[None, :]
             x_ptrs = x_ptr + rows[:, None] * stride_xn + offs_d * stride_xd
             x = tl.load(x_ptrs, mask=is_valid[:, None] & (offs_d < D), other=0.0).to(tl.float32)
+            # an infinite x is as wrong as a NaN, and its error shall say so
+            x = tl.where(tl.abs(x) < float("inf"), x, float("nan"))
             is_dim = tl.broadcast_to(offs_d < D, x.shape)
             tl.store(rows_ptr + (rows[:, None] * D + offs_d), x, mask=is_dim)
     else:

@@ -137,6 +137,8 @@ def residual_quantize_kernel(
         is_element = is_valid[:, None] & (offs_d < D)
         x_ptrs = x_ptr + offs_n[:, None] * stride_xn + offs_d * stride_xd
         x = tl.load(x_ptrs, mask=is_element, other=0.0).to(tl.float32)
+        # an infinite x is as wrong as a NaN, and its error shall say so
+        x = tl.where(tl.abs(x) < float("inf"), x, float("nan"))
         is_dim = tl.broadcast_to(offs_d < D, x.shape)
         tl.store(residual_ptr + (rows[:, None] * D + offs_d), x, mask=is_dim)
     tl.debug_barrier()
@@ -265,7 +267,7 @@ class ResidualQuantized(NamedTuple):
 
     quantized: Tensor  # [N, D] in the dtype of x, the sum of the codes
     indices: Tensor  # [N, Q] int64, -1 where a row has no level
-    errors: Tensor  # [N, Q] fp32, squared norms of what each level leaves, 0 where there is none
+    errors: Tensor  # [N, Q] fp32, squared norms of what each level leaves; 0 where there is none
 
 
 @dataclass(frozen=True)

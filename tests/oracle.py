@@ -66,6 +66,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Ten
     What is left after a level, and the sum of the codes, are float32.
     """
     left = x.detach().cpu().float().numpy()
+    is_wrong = ~np.isfinite(left).all(1)
     quantized, indices, errors = None, [], []
     with np.errstate(all="ignore"):
         for codebook in codebooks.detach().cpu().float():
@@ -73,5 +74,6 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Ten
             codes = codebook.numpy()[indices[-1].numpy()]
             quantized = codes if quantized is None else quantized + codes
             left = left - codes
-            errors.append(torch.from_numpy(np.square(left.astype(np.float64)).sum(1)))
+            squares = np.square(left.astype(np.float64)).sum(1)
+            errors.append(torch.from_numpy(np.where(is_wrong, np.nan, squares)))
     return torch.from_numpy(quantized).to(x.dtype), torch.stack(indices, 1), torch.stack(errors, 1)

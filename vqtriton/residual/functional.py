@@ -21,7 +21,7 @@ from vqtriton.functional import Function, PreparedCodebook, apply
 from vqtriton.reference import Quantized
 from vqtriton.residual import ops
 from vqtriton.residual.beam import search_beams
-from vqtriton.tensors import finite_rows, gather, parts_of, screen_dtype
+from vqtriton.tensors import finite_rows, gather, has_float64, parts_of, screen_dtype
 
 Codebooks = Sequence[Tensor | PreparedCodebook] | Tensor
 
@@ -179,17 +179,24 @@ def _reduced(
     reduction: str,
     dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each level, from squared errors [N, Q]; what their sums were multiplied by."""
+    """The loss of each level, from squared errors [N, Q]; what their sums were multiplied by.
+
+    The latter is empty where that follows from the shape.
+    """
     if reduction == "none":
         return errors * weight, errors.new_empty(0)
     # float64, so that a sum over millions of rows keeps the digits of float32
-    loss = errors.sum(0, dtype=torch.float64)
-    share = torch.ones_like(loss)
+    wide = torch.float64 if has_float64(errors.device) else errors.dtype
+    loss = errors.sum(0, dtype=wide)
     if reduction == "mean" and depths is None:
-        share = share / max(len(errors) * dim, 1)
-    elif reduction == "mean":
-        share = share / ((indices >= 0).sum(0) * dim).clamp(min=1)
-    return (loss * share * weight).to(errors.dtype), share.to(errors.dtype)
+        # a number costs no operation, but a compiler would take it for a constant
+        share = 1 / max(len(errors) * dim, 1)
+        told = errors.new_full((), share) if torch.compiler.is_compiling() else errors.new_empty(0)
+        return (loss * (share * weight)).to(errors.dtype), told
+    if reduction == "sum":
+        return (loss * weight).to(errors.dtype), errors.new_empty(0)
+    shares = 1 / ((indices >= 0).sum(0) * dim).clamp(min=1).to(wide)
+    return (loss * shares * weight).to(errors.dtype), shares.to(errors.dtype)
 
 
 def _parts(
@@ -273,6 +280,9 @@ class _ResidualQuantize(Function):
         x, codes, *_ = inputs
         ctx.sizes, *ctx.weights, ctx.reduction, ctx.frac, _, ctx.backend = inputs[4:]
         _, _, indices, share = output
+        ctx.share = 1.0
+        if ctx.reduction == "mean" and share.numel() == 0:
+            ctx.share /= max(x.numel(), 1)
         ctx.save_for_backward(x, codes, indices, share)
         ctx.mark_non_differentiable(indices, share)
         # no zeros for those
@@ -288,17 +298,17 @@ class _ResidualQuantize(Function):
         if grad_loss is None:
             dtype = screen_dtype(x, codes)
             grad_loss = torch.zeros(len(ctx.sizes), dtype=dtype, device=x.device)
-        elif ctx.reduction != "none":
+        elif share.numel():
             grad_loss = grad_loss * share
         commitment_weight, codebook_weight = ctx.weights
         grad_x = grad_codes = None
         if ctx.needs_input_grad[0]:
-            pulls = 2 * commitment_weight * _by_share(grad_loss, ctx.frac)
+            pulls = _by_share(2 * commitment_weight * ctx.share * grad_loss, ctx.frac)
             # later levels see codes as constants
             others = codes.detach(), indices, ctx.sizes, ctx.frac, ctx.backend
             grad_x = apply(_GradX, grad_quantized, pulls.expand(indices.shape), x, *others)
         if ctx.needs_input_grad[1]:
-            pulls = (2 * codebook_weight * grad_loss).expand(indices.shape)
+            pulls = (2 * codebook_weight * ctx.share * grad_loss).expand(indices.shape)
             grad_codes = apply(
                 _GradCodes, pulls, x.detach(), codes, indices, ctx.sizes, ctx.backend
             ).to(codes.dtype)

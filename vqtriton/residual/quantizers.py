@@ -323,8 +323,10 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             quantized = self.project_out(quantized)
             if mask is not None:
                 quantized = quantized.where(mask[..., None], 0)
-        indices = nn.functional.pad(found.indices, (0, levels.dropped), value=-1)
-        loss = nn.functional.pad(found.loss, (0, levels.dropped))
+        indices, loss = found.indices, found.loss
+        if levels.dropped:
+            indices = nn.functional.pad(indices, (0, levels.dropped), value=-1)
+            loss = nn.functional.pad(loss, (0, levels.dropped))
         return Quantized(quantized, indices, loss)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:

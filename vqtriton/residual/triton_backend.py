@@ -35,12 +35,8 @@ def residual_quantize(
     if found is not None or len(x) == 0:
         return torch_backend.residual_quantize(x, codebooks, depths, precision, found=found)
     if precision == "exact":
-        quantized, indices, errors = _chain(x, codebooks, depths)
-    else:
-        quantized, indices, errors = _level_by_level(x, codebooks, depths, precision, prepared)
-    # an infinite x gives NaN, as a NaN does
-    is_wrong = ~finite_rows(x)[:, None] & (indices >= 0)
-    return quantized, indices, errors.masked_fill_(is_wrong, torch.nan)
+        return _chain(x, codebooks, depths)
+    return _level_by_level(x, codebooks, depths, precision, prepared)
 
 
 def _chain(
@@ -59,8 +55,24 @@ def _chain(
 
 def _in_one_tensor(codebooks: Sequence[Tensor]) -> Tensor:
     """[Q, K, D] float32; infinite where a level has fewer codes, as those are never chosen."""
+    first, *others = codebooks
     size = max(codes.shape[0] for codes in codebooks)
     if all(codes.shape[0] == size for codes in codebooks):
+        step, start = first.numel(), first.storage_offset()
+        are_parts = (
+            first.dtype == torch.float32
+            and first.is_contiguous()
+            and first._base is not None
+            and all(
+                codes._base is first._base
+                and codes.stride() == first.stride()
+                and codes.storage_offset() == start + level * step
+                for level, codes in enumerate(others, 1)
+            )
+        )
+        if are_parts:
+            # as a step of all levels has them
+            return first.as_strided((len(codebooks), *first.shape), (step, *first.stride()))
         return torch.stack([codes.float() for codes in codebooks])
     stacked = codebooks[0].new_full(
         (len(codebooks), size, codebooks[0].shape[1]), torch.inf, dtype=torch.float32
@@ -91,7 +103,10 @@ def _level_by_level(
         quantized += codes
         indices.append(chosen)
         errors.append(error)
-    return quantized.to(x.dtype), torch.stack(indices, 1), torch.stack(errors, 1)
+    chosen = torch.stack(indices, 1)
+    # an infinite x gives NaN, as a NaN does
+    is_wrong = ~finite_rows(x)[:, None] & (chosen >= 0)
+    return quantized.to(x.dtype), chosen, torch.stack(errors, 1).masked_fill_(is_wrong, torch.nan)
 
 
 def residual_sums(
