@@ -328,7 +328,7 @@ def test_fifty_steps(name):
     # elements of codes differ by so much, of each level: by rounding, and in all
     noise = [torch.zeros(1, 1) for _ in first]
     allowed = [torch.zeros(1, 1) for _ in first]
-    num_tokens, num_split, largest_gap = 0, 0, 0.0
+    num_tokens = num_split = 0
     for step in range(STEPS):
         x = draw(step)
         vectors = ours.vectors(x), theirs.vectors(x)
@@ -395,8 +395,7 @@ def test_fifty_steps(name):
             smoothing = (factor - 1).abs() * mine.abs().amax(-1)
             allowed[level] = torch.maximum(allowed[level], bound + smoothing)
             before = before + allowed[level].max()
-            largest_gap = max(largest_gap, float((mine - other).abs().max()))
-    # few differ, and the codes have gone much further than they are apart
+    # few differ, and the codes have gone much further than rounding takes them
     assert num_split <= 1e-3 * num_tokens
-    way = min(float((ours.codes(q) - codes).abs().max()) for q, codes in enumerate(first))
-    assert largest_gap < 0.01 * way
+    for level, codes in enumerate(first):
+        assert (ours.codes(level) - codes).abs().max() > 1e3 * noise[level].max()
