@@ -306,7 +306,7 @@ def residual_quantize_config(target: str, inner: int) -> ResidualQuantizeConfig:
         chain = replace(chain, num_warps=4)
     if target == "sm_80":
         # each class costs registers, and twice as many lanes have classes there
-        chain = replace(chain, classes=2)
+        chain = replace(chain, block_k=128 if inner <= 64 else 64, classes=2)
     return ResidualQuantizeConfig(chain)
 
 
