@@ -171,7 +171,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, sources):
     packages = sources / "vqtriton"
     tuning = {
         f"vqtriton/{folder}/{file.name}"
-        for folder in ("clients", "tiles", "tuning")
+        for folder in ("clients", "residual", "tiles", "tuning")
         for file in (packages / folder).glob("*.py")
     }
     assert "vqtriton/kernels/nearest_code.py" in kernels
