@@ -88,7 +88,7 @@ class Chain:
         return encode
 
     def prepared(self) -> Callable[[Tensor], Tensor]:
-        prepared = [vqtriton.prepare_codebook(codes) for codes in self.codebooks]
+        prepared = vqtriton.prepare_codebooks(self.codebooks)
         return lambda x: vqtriton.residual_quantize(x, prepared).indices
 
     def farther(self, ours: Tensor, theirs: Tensor) -> tuple[int, int]:

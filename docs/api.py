@@ -28,7 +28,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     "The module": ("VectorQuantize", *(f"VectorQuantize.{name}" for name in METHODS)),
     "Residual quantizers": (
         *("ResidualVectorQuantize", *(f"ResidualVectorQuantize.{name}" for name in RESIDUAL)),
-        *("QuantizedLevels", "residual_quantize"),
+        *("QuantizedLevels", "residual_quantize", "prepare_codebooks", "PreparedCodebooks"),
         *("GroupedResidualVectorQuantize", "GroupedResidualVectorQuantize.forward"),
     ),
     "Functions": (

@@ -137,13 +137,16 @@ def test_tokens_depend_on_no_batch_and_no_later_level(backend: Backend) -> None:
 @on_every_backend
 def test_prepared_codebooks_give_the_same_tokens(backend: Backend) -> None:
     x, codebooks = on(backend, *chain())
-    prepared = [vqtriton.prepare_codebook(c, backend=backend.name) for c in codebooks]
-    for one, other in zip(
-        residual_quantize(x, prepared),
-        residual_quantize(x, codebooks, backend=backend.name),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+    prepared = vqtriton.prepare_codebooks(codebooks, backend=backend.name)
+    # copies
+    for codes in prepared.codebooks:
+        assert all(codes.data_ptr() != other.data_ptr() for other in codebooks)
+    for levels in (1, 3, LEVELS):
+        found = residual_quantize(x, prepared.first(levels))
+        want = residual_quantize(x, codebooks[:levels], backend=backend.name)
+        assert all(torch.equal(one, other) for one, other in zip(found, want, strict=True))
+    few = residual_quantize(x[:2], prepared)
+    assert torch.equal(few.indices, want.indices[:2])
 
 
 @pytest.mark.once
@@ -228,6 +231,7 @@ def test_ops_are_what_their_schemas_say() -> None:
     chain_of = x, torch.cat(codebooks), [len(codes) for codes in codebooks], found.indices
     for op, arguments in (
         (ops.residual_quantize, (x, codebooks, depths, "exact", [], None, "torch")),
+        (ops.residual_prepare, (codebooks, "torch")),
         (ops.residual_sums, (*chain_of, places, "torch")),
         (ops.residual_grad_x, (x, pulls, *chain_of, "torch")),
         (ops.residual_grad_codes, (pulls, *chain_of, "torch")),
@@ -361,9 +365,9 @@ X, CODEBOOKS = chain()
         ({"codebooks": CODEBOOKS[0]}, ValueError, r"codebooks has shape .*\[Q, K, D\]"),
         ({"codebooks": [*CODEBOOKS[:2], torch.zeros(3, 5)]}, ValueError, "codebook has 5 columns"),
         (
-            {"codebooks": [CODEBOOKS[0], vqtriton.prepare_codebook(CODEBOOKS[1])]},
-            TypeError,
-            "prepare all of them or none",
+            {"codebooks": vqtriton.prepare_codebooks(CODEBOOKS), "backend": "triton"},
+            ValueError,
+            "codebooks was prepared for 'torch'",
         ),
         ({"codebooks": [CODEBOOKS[0], CODEBOOKS[1].half()]}, TypeError, "codebooks have dtypes"),
         ({"depths": torch.zeros(60)}, TypeError, "depths is torch.float32"),

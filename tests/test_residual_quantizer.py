@@ -287,6 +287,30 @@ def test_what_is_frozen_stays() -> None:
         assert changed == {"0", "2", "3"}
 
 
+def test_a_frozen_quantizer_is_prepared_once_and_again_when_it_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vqtriton.residual import quantizers
+
+    rvq, x, calls = made().eval(), rows(20, DIM), []
+    prepare = quantizers.prepare_codebooks
+    monkeypatch.setattr(
+        quantizers, "prepare_codebooks", lambda *a, **k: calls.append(1) or prepare(*a, **k)
+    )
+    want = rvq(x)
+    assert not calls
+    rvq.frozen = True
+    for _ in range(2):
+        assert torch.equal(rvq(x).indices, want.indices)
+    assert torch.equal(rvq(x, num_quantizers=2).indices, want.indices[:, :2])
+    assert len(calls) == 1
+    rvq.layers[0].set_codebook(rows(SIZE, DIM, seed=8))
+    found = rvq(x).indices
+    assert len(calls) == 2
+    assert torch.equal(found, vqtriton.residual_quantize(x, rvq.codebooks).indices)
+    assert torch.equal(copy.deepcopy(rvq)(x).indices, found)
+
+
 def test_copies_and_states_go_on_as_one() -> None:
     for options in ({}, {"shared_codebook": True}, {"codebook_update": "gradient"}):
         rvq, x = made(threshold_ema_dead_code=0.1, **options), rows(60, DIM)

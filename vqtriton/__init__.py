@@ -27,7 +27,7 @@ from vqtriton.functional import (
 )
 from vqtriton.plain import PlainQuantizer
 from vqtriton.quantizers import VectorQuantize
-from vqtriton.residual.functional import residual_quantize
+from vqtriton.residual.functional import PreparedCodebooks, prepare_codebooks, residual_quantize
 from vqtriton.residual.grouped import GroupedResidualVectorQuantize, GroupedResidualVQ
 from vqtriton.residual.quantizers import QuantizedLevels, ResidualVectorQuantize, ResidualVQ
 from vqtriton.serialization import load, save
@@ -41,6 +41,7 @@ __all__ = [
     "Patched",
     "PlainQuantizer",
     "PreparedCodebook",
+    "PreparedCodebooks",
     "Projection",
     "QuantizedLevels",
     "ResidualVQ",
@@ -56,6 +57,7 @@ __all__ = [
     "nearest_codes",
     "patch",
     "prepare_codebook",
+    "prepare_codebooks",
     "reference",
     "residual_quantize",
     "save",

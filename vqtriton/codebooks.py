@@ -239,7 +239,7 @@ class Codebook(nn.Module):
         Others are not kept: a write through ``.data`` or by a graph leaves no trace. The torch
         backend searches the codes as they are sooner than it could compare them with older ones.
         """
-        if not self.frozen or not _is_plain(codebook):
+        if not self.frozen or not is_plain(codebook):
             return codebook
         if resolve_backend(self.backend, codebook.device) == "torch":
             return codebook
@@ -415,7 +415,7 @@ def warn_of_zeros() -> None:
 vars(warn_of_zeros)["_dynamo_marked_constant"] = True
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether its values are there and will be: not traced, transformed or captured."""
     return not (
         is_traced()

@@ -126,7 +126,7 @@ def _nearest_codes_fake(
     return x.new_empty(x.shape[0], k, dtype=torch.int64), distances
 
 
-def _prepare_codebook_fake(codebook: Tensor, metric: str, backend: str) -> list[Tensor]:
+def prepare_codebook_fake(codebook: Tensor, metric: str, backend: str) -> list[Tensor]:
     if resolve_backend(backend, codebook.device) == "torch":
         dtype, (size, dim) = screen_dtype(codebook, codebook), codebook.shape
         shapes = (size, dim), (size,), (dim,), (2,)
@@ -219,7 +219,7 @@ def _implementation(
     traced = TRACED.get(packet)
 
     def run(*args: Any) -> Any:
-        device = args[0].device
+        device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
         if not has_float64(device):
             return _on_cpu(run, changed, args)
         others = (*args[:place], *args[place + 1 :])
@@ -289,7 +289,7 @@ for _name, _fake in (
     ("nearest_code", _nearest_code_fake),
     ("nearest_code.prepared", _nearest_code_fake),
     ("nearest_codes", _nearest_codes_fake),
-    ("prepare_codebook", _prepare_codebook_fake),
+    ("prepare_codebook", prepare_codebook_fake),
     ("normalize_rows", _normalize_rows_fake),
     ("vector_quantize", _vector_quantize_fake),
     ("vector_quantize.prepared", _vector_quantize_fake),

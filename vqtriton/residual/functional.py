@@ -3,27 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vqtriton import dispatch
 from vqtriton.checks import (
     INTEGERS,
     MOST_CODES,
     REDUCTIONS,
     check_arguments,
+    check_codebook,
     check_mask,
     check_number,
+    check_options,
     check_weight,
 )
-from vqtriton.functional import Function, PreparedCodebook, apply
+from vqtriton.functional import Function, apply
 from vqtriton.reference import Quantized
 from vqtriton.residual import ops
 from vqtriton.residual.beam import search_beams
 from vqtriton.tensors import finite_rows, gather, has_float64, parts_of, screen_dtype
 
-Codebooks = Sequence[Tensor | PreparedCodebook] | Tensor
+
+class PreparedCodebooks(NamedTuple):
+    """Copies of the codebooks of all levels with the tensors that a search computes from them.
+
+    Made by `prepare_codebooks`; `residual_quantize` takes it in place of the codebooks.
+
+    Attributes:
+        codebooks: Q of [K, D], the copies.
+        tensors: what the backend computed from them; each backend has its own.
+        backend: "triton" or "torch", the backend that they were prepared for.
+
+    Example:
+        >>> prepared = vqtriton.prepare_codebooks(torch.randn(8, 512, 64))
+        >>> len(prepared.codebooks)
+        8
+    """
+
+    codebooks: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
+    backend: str
+
+    def first(self, num_levels: int) -> PreparedCodebooks:
+        """The first levels alone, without copies."""
+        if num_levels == len(self.codebooks):
+            return self
+        module = ops.module_for(self.backend, self.codebooks[0].device)
+        tensors = tuple(module.prepared_for(self.tensors, num_levels))
+        return PreparedCodebooks(self.codebooks[:num_levels], tensors, self.backend)
+
+
+Codebooks = Sequence[Tensor] | Tensor | PreparedCodebooks
+
+
+def prepare_codebooks(
+    codebooks: Sequence[Tensor] | Tensor, *, backend: str = "auto"
+) -> PreparedCodebooks:
+    """Does the codebooks' part of `residual_quantize` once, for many calls: for streams.
+
+    The codebooks are copied, so later changes of them do not reach the result. A
+    `ResidualVectorQuantize` that is frozen does this by itself in eval mode.
+
+    Args:
+        codebooks: see `residual_quantize`.
+        backend: see `nearest_code`. Calls with the result run on this backend.
+
+    Returns:
+        `PreparedCodebooks`.
+
+    Raises:
+        ValueError, TypeError: see `residual_quantize`.
+
+    Example:
+        >>> prepared = vqtriton.prepare_codebooks(torch.randn(8, 512, 64))
+        >>> for frame in torch.randn(3, 1, 64):
+        ...     tokens = vqtriton.residual_quantize(frame, prepared).indices  # [1, 8]
+    """
+    if isinstance(codebooks, PreparedCodebooks):
+        raise TypeError("codebooks is prepared already")
+    levels = _levels_of(codebooks)
+    for codes in levels:
+        check_codebook(codes, levels[0])
+    check_options("exact", backend, *levels)
+    backend = dispatch.resolve_backend(backend, levels[0].device)
+    copies = [c.detach().clone(memory_format=torch.contiguous_format) for c in levels]
+    return PreparedCodebooks(tuple(copies), tuple(ops.residual_prepare(copies, backend)), backend)
 
 
 def residual_quantize(
@@ -60,8 +127,8 @@ def residual_quantize(
 
     Args:
         x: vectors, [..., D].
-        codebooks: Q >= 1 codebooks, [K, D] each; K may differ. Or one tensor [Q, K, D]. Those that
-            `prepare_codebook` made (all or none) take less time and get no gradient.
+        codebooks: Q >= 1 codebooks, [K, D] each; K may differ. Or one tensor [Q, K, D]. Or what
+            `prepare_codebooks` made of them, which takes less time and gets no gradient.
         commitment_weight: β of each level.
         codebook_weight: use 0 where the codebooks learn by moving averages.
         reduction: see `vector_quantize`; of each level by itself.
@@ -203,6 +270,23 @@ def _parts(
     x: Tensor, codebooks: Codebooks, mask: Tensor | None, precision: str, backend: str
 ) -> tuple[Sequence[Tensor], list[Tensor], str]:
     """The codes of each level, what was prepared of all of them, and the backend."""
+    tensors: list[Tensor] = []
+    if isinstance(codebooks, PreparedCodebooks):
+        if backend not in ("auto", codebooks.backend):
+            raise ValueError(
+                f"backend is {backend!r}, but codebooks was prepared for {codebooks.backend!r}"
+            )
+        backend, tensors = codebooks.backend, list(codebooks.tensors)
+        codebooks = codebooks.codebooks
+    codes = _levels_of(codebooks)
+    for code in codes:
+        check_arguments(x, code, mask, precision=precision, backend=backend)
+    if len({code.dtype for code in codes}) > 1:
+        raise TypeError(f"codebooks have dtypes {[c.dtype for c in codes]}; they must be of one")
+    return codes, tensors, backend
+
+
+def _levels_of(codebooks: Sequence[Tensor] | Tensor) -> Sequence[Tensor]:
     if isinstance(codebooks, Tensor):
         if codebooks.ndim != 3:
             raise ValueError(
@@ -211,22 +295,7 @@ def _parts(
         codebooks = codebooks.unbind(0)
     if len(codebooks) == 0:
         raise ValueError("codebooks is empty; give one codebook for each level")
-    kept = [c for c in codebooks if isinstance(c, PreparedCodebook)]
-    if kept and len(kept) < len(codebooks):
-        raise TypeError("codebooks has some that were prepared; prepare all of them or none")
-    if kept and {c.metric for c in kept} != {"l2"}:
-        raise ValueError("codebooks must be prepared with metric='l2'")
-    if kept:
-        backends = {c.backend for c in kept}
-        if len(backends) > 1 or backend not in ("auto", *backends):
-            raise ValueError(f"backend is {backend!r}, but codebooks were prepared for {backends}")
-        (backend,) = backends
-    codes = [c.codebook if isinstance(c, PreparedCodebook) else c for c in codebooks]
-    for code in codes:
-        check_arguments(x, code, mask, precision=precision, backend=backend)
-    if len({code.dtype for code in codes}) > 1:
-        raise TypeError(f"codebooks have dtypes {[c.dtype for c in codes]}; they must be of one")
-    return codes, [tensor for c in kept for tensor in c.tensors], backend
+    return codebooks
 
 
 def _depths(

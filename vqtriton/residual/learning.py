@@ -17,6 +17,7 @@ from vqtriton.functional import nearest_code
 from vqtriton.kernels.arguments import Update
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.residual import ops
+from vqtriton.residual.functional import PreparedCodebooks
 from vqtriton.tensors import finite_rows, parts_of
 
 
@@ -36,12 +37,14 @@ class LearnedLevels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # marks of frozen codebooks, the codebooks, and what was prepared of them
+        self._prepared: tuple[Any, list[Tensor], PreparedCodebooks] | None = None
         # what the levels are views of: `_together`
         self._joined: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # what can be made again is not copied or pickled
-        return {**self.__dict__, "_joined": {}}
+        return {**self.__dict__, "_joined": {}, "_prepared": None}
 
     def _learns(self, layer: VectorQuantize, is_held: bool) -> bool:
         return self.training and not (is_held or layer.frozen) and layer._is_trainable()

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from vqtriton import dispatch
-from vqtriton.ops import register
+from vqtriton.ops import prepare_codebook_fake, register
 from vqtriton.tensors import screen_dtype
 
 SCHEMAS = (
     "residual_quantize(Tensor x, Tensor[] codebooks, Tensor? depths, str precision, "
     "Tensor[] prepared, Tensor? found, str backend) -> (Tensor, Tensor, Tensor)",
+    "residual_prepare(Tensor[] codebooks, str backend) -> Tensor[]",
     "residual_sums(Tensor x, Tensor codes, int[] sizes, Tensor indices, Tensor[] places, "
     "str backend) -> (Tensor, Tensor, Tensor[])",
     "residual_grad_x(Tensor grad_quantized, Tensor pulls, Tensor x, Tensor codes, int[] sizes, "
@@ -52,6 +53,16 @@ def _residual_quantize_fake(
     )
 
 
+def _residual_prepare_fake(codebooks: Sequence[Tensor], backend: str) -> list[Tensor]:
+    if dispatch.resolve_backend(backend, codebooks[0].device) == "torch":
+        made = [prepare_codebook_fake(codes, "l2", "torch") for codes in codebooks]
+        return [tensor for tensors in made for tensor in tensors]
+    size = max(codes.shape[0] for codes in codebooks)
+    stacked = codebooks[0].new_empty(len(codebooks), size, codebooks[0].shape[1]).float()
+    first, *_ = made = [prepare_codebook_fake(codes, "l2", backend) for codes in stacked]
+    return [stacked, *(first[i].expand(len(made), *first[i].shape[1:]).clone() for i in range(5))]
+
+
 def _residual_sums_fake(
     x: Tensor,
     codes: Tensor,
@@ -78,6 +89,7 @@ def _residual_grad_codes_fake(
 
 FAKES: tuple[Callable[..., Any], ...] = (
     _residual_quantize_fake,
+    _residual_prepare_fake,
     _residual_sums_fake,
     _residual_grad_x_fake,
     _residual_grad_codes_fake,
@@ -86,6 +98,7 @@ for _schema, _fake in zip(SCHEMAS, FAKES, strict=True):
     register(_schema, _fake, module_for)
 
 residual_quantize = torch.ops.vqtriton.residual_quantize.default
+residual_prepare = torch.ops.vqtriton.residual_prepare.default
 residual_sums = torch.ops.vqtriton.residual_sums.default
 residual_grad_x = torch.ops.vqtriton.residual_grad_x.default
 residual_grad_codes = torch.ops.vqtriton.residual_grad_codes.default

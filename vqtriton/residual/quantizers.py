@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vqtriton import distributed
 from vqtriton.checks import INTEGERS, MOST_CODES, check_mask, check_number
+from vqtriton.codebooks import is_plain
 from vqtriton.functional import (
-    PreparedCodebook,
     rotate,
     snapshot,
     straight_through,
@@ -21,7 +21,11 @@ from vqtriton.functional import (
 from vqtriton.layouts import Layout, mask_of_lengths, projections
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.reference import Quantized
-from vqtriton.residual.functional import quantize_levels
+from vqtriton.residual.functional import (
+    PreparedCodebooks,
+    prepare_codebooks,
+    quantize_levels,
+)
 from vqtriton.residual.learning import LearnedLevels, of_level
 
 # arguments of a `VectorQuantize` that each level is given
@@ -452,7 +456,7 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         ]
         together = self._together() if all(changing) else None
         joined: Tensor | None = None
-        searched: Sequence[Tensor | PreparedCodebook] = codebooks
+        searched: Sequence[Tensor] | PreparedCodebooks = codebooks
         needs_grad = is_gradient and not is_held and torch.is_grad_enabled()
         if any(changing) or (needs_grad and num_levels < len(layers)):
             joined = torch.cat([*codebooks]) if together is None else together[1].flatten(0, 1)
@@ -461,10 +465,12 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
                 joined = snapshot(joined)
             searched = codebooks = joined.split(list(self.codebook_sizes))
         elif not (any(learning) or needs_grad):
-            searched = self._kept(layers, codebooks)
+            searched = self._kept(codebooks)
         found = quantize_levels(
             rows,
-            searched[:num_levels],
+            searched.first(num_levels)
+            if isinstance(searched, PreparedCodebooks)
+            else searched[:num_levels],
             joined,
             commitment_weight=first.commitment_weight,
             codebook_weight=first.codebook_weight if is_gradient and not is_held else 0.0,
@@ -515,13 +521,23 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         found = Quantized(quantized, torch.stack(indices, -1), torch.stack(losses, -1))
         return self._routed(rows, (), found)
 
-    @staticmethod
-    def _kept(
-        layers: Sequence[VectorQuantize], codebooks: Sequence[Tensor]
-    ) -> Sequence[Tensor | PreparedCodebook]:
-        """The codebooks as they were prepared for an earlier inference, if all of them were."""
-        kept = [layer._kept(layer.codebook) for layer in layers]
-        return kept if all(isinstance(k, PreparedCodebook) for k in kept) else codebooks
+    def _kept(self, codebooks: Sequence[Tensor]) -> Sequence[Tensor] | PreparedCodebooks:
+        """Frozen codebooks as they were prepared for an earlier inference.
+
+        Others are not kept: a write through ``.data`` or by a graph leaves no trace.
+        """
+        if not self.frozen or not all(is_plain(codes) for codes in codebooks):
+            return codebooks
+        backend = self.layers[0].backend
+        marks = [(c.device, c.data_ptr(), c._version) for c in codebooks]
+        if self._prepared is not None and self._prepared[0] == (backend, marks):
+            return self._prepared[2]
+        # a later inference may want gradients, for which this one's tensors could not be saved
+        with torch.inference_mode(False), torch.no_grad():
+            prepared = prepare_codebooks(codebooks, backend=backend)
+        # with the tensors, so that no others can come to have their addresses
+        self._prepared = (backend, marks), [*codebooks], prepared
+        return prepared
 
 
 PARAMETERS = {

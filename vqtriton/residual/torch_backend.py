@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqtriton.tensors import finite_rows, gather, parts_of, screen_dtype
-from vqtriton.torch_backend import code_sums, nearest_code
+from vqtriton.torch_backend import code_sums, nearest_code, prepare_codebook
 
 # tensors of a codebook that was prepared
 PARTS = 4
@@ -58,6 +58,16 @@ def residual_quantize(
         is_wrong = ~finite_rows(x)
         errors.masked_fill_(is_wrong & (indices >= 0), torch.nan)
     return quantized.to(x.dtype), indices.T.contiguous(), errors.T.contiguous()
+
+
+def residual_prepare(codebooks: Sequence[Tensor]) -> list[Tensor]:
+    """What a search makes of each codebook, one after the other."""
+    return [tensor for codes in codebooks for tensor in prepare_codebook(codes)]
+
+
+def prepared_for(tensors: Sequence[Tensor], num_levels: int) -> Sequence[Tensor]:
+    """What `residual_prepare` made of the first levels."""
+    return tensors[: num_levels * PARTS]
 
 
 def residual_sums(

@@ -14,13 +14,10 @@ from vqtriton.kernels.residual_grad_x import residual_grad_x as residual_grad_x_
 from vqtriton.kernels.residual_quantize import GROUP, config_for
 from vqtriton.kernels.residual_quantize import residual_quantize as residual_quantize_kernels
 from vqtriton.kernels.screen_tiles import ACCUMULATOR_ORDER, architecture
-from vqtriton.planes import prepare_planes_with_kernels, screen_bound
+from vqtriton.planes import CodePlanes, planes_of, prepare_planes_with_kernels, screen_bound
 from vqtriton.residual import torch_backend
 from vqtriton.screening import error_bound
 from vqtriton.tensors import finite_rows
-
-# tensors of a codebook that was prepared
-PARTS = 5
 
 
 def residual_quantize(
@@ -35,16 +32,37 @@ def residual_quantize(
     if found is not None or len(x) == 0:
         return torch_backend.residual_quantize(x, codebooks, depths, precision, found=found)
     if precision == "exact":
-        return _chain(x, codebooks, depths)
-    return _level_by_level(x, codebooks, depths, precision, prepared)
+        return _chain(x, codebooks, depths, prepared)
+    return _level_by_level(x, codebooks, depths, precision)
+
+
+def residual_prepare(codebooks: Sequence[Tensor]) -> list[Tensor]:
+    """All codes, [Q, K, D], and their planes."""
+    stacked = _in_one_tensor(codebooks).clone()
+    return [stacked, *_planes(stacked).tensors]
+
+
+def prepared_for(tensors: Sequence[Tensor], num_levels: int) -> Sequence[Tensor]:
+    """See `vqtriton.residual.torch_backend`."""
+    return [tensor[:num_levels] for tensor in tensors]
+
+
+def _planes(stacked: Tensor, tensors: Sequence[Tensor] = ()) -> CodePlanes:
+    """Of all levels, for the device that they are on."""
+    lanes, vec = ACCUMULATOR_ORDER[architecture(stacked.device)]
+    if tensors:
+        return planes_of(tensors, stacked.shape[2], group=GROUP, lanes=lanes, vec=vec)
+    return prepare_planes_with_kernels(stacked, group=GROUP, lanes=lanes, vec=vec)
 
 
 def _chain(
-    x: Tensor, codebooks: Sequence[Tensor], depths: Tensor | None
+    x: Tensor,
+    codebooks: Sequence[Tensor],
+    depths: Tensor | None,
+    prepared: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stacked = _in_one_tensor(codebooks)
-    lanes, vec = ACCUMULATOR_ORDER[architecture(x.device)]
-    planes = prepare_planes_with_kernels(stacked, group=GROUP, lanes=lanes, vec=vec)
+    stacked, *tensors = prepared or [_in_one_tensor(codebooks)]
+    planes = _planes(stacked, tensors)
     config = config_for(x, planes.codes.shape[2])
     bound = screen_bound(planes, config.chain.block_k, triton_backend.tensor_core(x.device))
     own_bound = error_bound(x.shape[1], torch.float32)
@@ -87,7 +105,6 @@ def _level_by_level(
     codebooks: Sequence[Tensor],
     depths: Tensor | None,
     precision: str,
-    prepared: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One search a level."""
     residual = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -95,9 +112,8 @@ def _level_by_level(
     indices, errors = [], []
     for level, codebook in enumerate(codebooks):
         mask = None if depths is None else depths > level
-        tensors = prepared[level * PARTS : (level + 1) * PARTS]
         codes, error, chosen, _ = triton_backend.vector_quantize(
-            residual, codebook, mask, 1.0, 0.0, "none", precision, tensors
+            residual, codebook, mask, 1.0, 0.0, "none", precision
         )
         residual = residual - codes
         quantized += codes
