@@ -105,7 +105,7 @@ class VectorQuantize(LearnedCodebook, Layout):
             stored in ``codebook`` may have any length: with "ema" it is the mean of unit vectors.
         layernorm_after_project_in: a LayerNorm after ``project_in``.
         rotation_trick: give ``x`` the gradient that is rotated and scaled as the code is from
-            ``x`` (True), and not the one at the code as it is. docs/codebook.md compares them.
+            ``x`` (True), and not the one at the code as it is. docs/residual.md compares them.
         sync_codebook: add up the statistics of all ranks when `torch.distributed` is in use.
         precision: see `vqtriton.nearest_code`.
         backend: see `vqtriton.nearest_code`.
