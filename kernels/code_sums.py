@@ -371,8 +371,9 @@ def segment_sums(
     heads, num_rows, dim = x.shape
     num_segments, total = heads * codebook_size, heads * num_rows
     block_d = min(config.block_d, next_power_of_2(dim))
-    # offsets that are not known to be aligned take registers
-    elements = config.block_elements if row_unit(x) > 1 else config.block_elements // 2
+    # offsets that are not known to be aligned take registers, and so do codes that are subtracted
+    is_plain = row_unit(x) > 1 and chain is None
+    elements = config.block_elements if is_plain else config.block_elements // 2
     block_rows = min(64, max(1, elements // block_d))
     blocks_d = cdiv(dim, block_d)
     is_whole = dim <= config.block_d
