@@ -109,10 +109,8 @@ KERNELS: tuple[tuple[tuple[Record, ...], tuple[str, ...], tuple], ...] = (
     (
         (sass_kernels.record_residual_quantize,),
         ("residual_quantize", "residual_level"),
-        (
-            *((8, FLOAT32, "contiguous"), (128, FLOAT16, "strided")),
-            (1024, BFLOAT16, "contiguous"),
-        ),
+        # tests/test_sass.py compiles others
+        ((128, FLOAT16, "strided"), (1024, BFLOAT16, "contiguous")),
     ),
     (
         (record_planes,),
