@@ -166,6 +166,24 @@ def test_cosine_levels_average_unit_vectors() -> None:
         residual = residual - of_codes[chosen]
 
 
+def test_cosine_codes_that_are_parameters_are_revived() -> None:
+    vq = VectorQuantize(
+        4, 8, use_cosine_sim=True, codebook_update="gradient", threshold_ema_dead_code=0.5
+    )
+    x = rows(60, 4, requires_grad=True)
+    vq(x).loss.backward()
+    assert vq.codebook.grad.isfinite().all()
+
+
+def test_one_head_is_no_heads() -> None:
+    vq = VectorQuantize(4, 8, separate_codebook_per_head=True)
+    x = rows(60, 4)
+    assert vq.codebook.shape == (8, 4)
+    indices = vq(x).indices
+    assert indices.shape == (60,)
+    assert vq.get_codes_from_indices(indices).shape == (60, 4)
+
+
 def test_cosine_codes_follow_the_means_of_unit_vectors() -> None:
     vq = VectorQuantize(3, 2, use_cosine_sim=True, decay=0.5)
     before = rows(2, 3, seed=3)

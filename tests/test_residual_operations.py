@@ -67,7 +67,7 @@ def operations(levels: int, is_training: bool = True, **options: Any) -> Counter
 
 @pytest.mark.parametrize(
     ("options", "most"),
-    [({}, 10), ({"codebook_update": "gradient"}, 10), ({"is_training": False}, 7)],
+    [({}, 12), ({"codebook_update": "gradient"}, 10), ({"is_training": False}, 7)],
 )
 def test_no_level_asks_for_operations_of_its_own(options: dict[str, Any], most: int) -> None:
     few, many = (operations(levels, **options) for levels in (2, 32))

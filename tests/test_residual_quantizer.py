@@ -293,6 +293,7 @@ def test_a_frozen_quantizer_is_prepared_once_and_again_when_it_has_changed(
     from vqtriton.residual import quantizers
 
     rvq, x, calls = made().eval(), rows(20, DIM), []
+    monkeypatch.setattr(quantizers, "resolve_backend", lambda *arguments: "triton")
     prepare = quantizers.prepare_codebooks
     monkeypatch.setattr(
         quantizers, "prepare_codebooks", lambda *a, **k: calls.append(1) or prepare(*a, **k)
@@ -524,3 +525,92 @@ def test_a_step_holds_neither_distances_nor_all_residuals(update: str) -> None:
     # a block of scores is held as well, whatever the sizes are
     limit = 4 * (6 * n * d + 6 * n * q + 8 * q * k * d) + 2 * 4 * torch_backend.BLOCK_SCORES
     assert allocator_peak(step) < limit < 4 * min(q * n * d, q * n * k)
+
+
+def test_a_step_writes_into_the_tensors_that_others_hold() -> None:
+    rvq, x = made(decay=0.5), rows(60, DIM)
+    held = [t for layer in rvq.layers for t in (layer.codebook, layer.cluster_size)]
+    views = [t.detach() for t in held]
+    before = [t.clone() for t in views]
+    rvq(x)
+    for tensor, view, old in zip(held, views, before, strict=True):
+        assert torch.equal(tensor, view)
+        assert not torch.equal(tensor, old)
+    assert all(t.untyped_storage().nbytes() == 4 * t.numel() for t in held)
+
+
+def test_a_tensor_on_two_levels_learns_from_both() -> None:
+    rvq, codes = ResidualVectorQuantize(1, 1, 2, decay=0.5), torch.zeros(1, 1)
+    rvq.layers[0].codebook = rvq.layers[1].codebook = codes
+    rvq(torch.full((1, 1), 8.0))
+    assert codes.item() == 6
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_first_step_in_another_mode_is_a_step_like_others(mode: Any) -> None:
+    rvq, x = made(), rows(60, DIM)
+    other = copy.deepcopy(rvq)
+    with mode():
+        rvq(x)
+    other(x)
+    rvq(x)
+    other(x)
+    assert same(state(rvq), state(other))
+
+
+def test_a_step_in_a_transform_leaves_plain_tensors() -> None:
+    rvq, x = made(), rows(60, DIM)
+    torch.func.grad(lambda rows: rvq(rows).loss.sum())(x)
+    assert type(rvq.codebooks[0]) is Tensor
+    assert not torch._C._functorch.is_gradtrackingtensor(rvq.codebooks[0])
+    rvq(x)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_level_that_is_frozen_does_not_start(update: str) -> None:
+    rvq = ResidualVectorQuantize(DIM, SIZE, 3, kmeans_init=True, codebook_update=update)
+    rvq.layers[1].frozen = True
+    rvq(rows(100, DIM))
+    assert [bool(codes.any()) for codes in rvq.codebooks] == [True, False, True]
+
+
+def test_frozen_is_as_freeze_codebook() -> None:
+    rvq, x = made(codebook_update="gradient"), rows(60, DIM)
+    held = rvq(x, freeze_codebook=True).loss
+    rvq.frozen = True
+    assert torch.equal(rvq(x).loss, held)
+
+
+def test_a_frozen_quantizer_sees_writes_through_data() -> None:
+    rvq, x = made().eval(), rows(60, DIM)
+    rvq.frozen = True
+    rvq(x)
+    rvq.layers[0].codebook.data.copy_(rows(SIZE, DIM, seed=7))
+    found = rvq(x)
+    assert torch.equal(rvq.get_output_from_indices(found.indices), found.quantized)
+
+
+@pytest.mark.parametrize(
+    "options", [{"codebook_dim": 3}, {"use_cosine_sim": True}, {"rotation_trick": True}]
+)
+def test_no_gradient_comes_from_what_a_masked_vector_holds(options: dict[str, Any]) -> None:
+    for module in (made(**options), VectorQuantize(DIM, SIZE, **options)):
+        x = rows(3, 10, DIM)
+        x[0] = torch.nan
+        x.requires_grad_()
+        found = module(x, lens=torch.tensor([0, 10, 10]))
+        (found.quantized.sum() + found.loss.sum()).backward()
+        assert (x.grad[0] == 0).all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_a_single_vector_drops_levels_as_a_batch_does() -> None:
+    rvq = made(quantize_dropout=True, quantize_dropout_per_sample=True)
+    assert {int((rvq(rows(DIM)).indices >= 0).sum()) for _ in range(40)} == {1, 2, 3, 4}
+
+
+def test_tied_levels_are_saved_one_by_one(tmp_path: Path) -> None:
+    rvq, x = made(), rows(20, DIM)
+    rvq.layers[1].codebook = rvq.layers[0].codebook
+    vqtriton.save(rvq, tmp_path / "rvq")
+    assert torch.equal(vqtriton.load(tmp_path / "rvq")(x).indices, rvq.eval()(x).indices)

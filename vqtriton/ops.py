@@ -94,7 +94,7 @@ TRACED: dict[str, Callable[..., list[Traced]]] = {
 }
 
 
-def _refuse_backward() -> None:
+def refuse_backward() -> None:
     """In the ops of a step that learns, where a compiler has no way around it."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
@@ -106,7 +106,7 @@ def _refuse_backward() -> None:
 
 def _snapshot(tensor: Tensor) -> Tensor:
     """Of the codes that a step learns from."""
-    _refuse_backward()
+    refuse_backward()
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -228,7 +228,7 @@ def _implementation(
                 for traced_name in names:
                     trace.record(traced_name, x, size)
         if packet == "vector_quantize_update_":
-            _refuse_backward()
+            refuse_backward()
         with torch._C._AutoDispatchBelowAutograd():
             results = getattr(module_for(args[place], device), packet)(*others)
         if changed:

@@ -173,7 +173,7 @@ class VectorQuantize(LearnedCodebook, Layout):
         super().__init__(
             codebook_dim,
             codebook_size,
-            num_codebooks=heads if separate_codebook_per_head else 0,
+            num_codebooks=heads if separate_codebook_per_head and heads > 1 else 0,
             codebook_update=codebook_update,
             decay=decay,
             kmeans_init=kmeans_init,
@@ -287,10 +287,14 @@ class VectorQuantize(LearnedCodebook, Layout):
         vectors = self._channels_last(x)
         if lens is not None:
             mask = mask_of_lengths(lens, vectors, mask)
+        check_mask(mask, vectors)
+        options = self.rotation_trick, self.use_cosine_sim, self.project_in is not None
+        if mask is not None and any(options):
+            # whatever a masked vector holds, no gradient is to come from it
+            vectors = vectors.where(mask[..., None], 0)
         rows = self._project_in(vectors)
         of_rows = mask
         if mask is not None and self.heads > 1:
-            check_mask(mask, vectors)
             of_rows = mask[..., None].expand(rows.shape[:-1])
         is_held = freeze_codebook or self.frozen
         found = self._quantize(rows, of_rows, is_held)
@@ -349,11 +353,11 @@ class VectorQuantize(LearnedCodebook, Layout):
                 **options,
             )
         codebook = self.codebook.detach() if is_held else self.codebook
-        if self.use_cosine_sim:
-            codebook = normalize(codebook, self.backend)
         if changes:
             # backward needs the codes that were chosen from, not what the update makes of them
             codebook = snapshot(codebook)
+        if self.use_cosine_sim:
+            codebook = normalize(codebook, self.backend)
         is_kept = not (learns or (codebook.requires_grad and torch.is_grad_enabled()))
         found = self._by_head(vectors, codebook, mask, is_kept, options)
         if changes:

@@ -67,7 +67,7 @@ def save(vq: Quantizer, path: str | os.PathLike[str]) -> None:
     state, names = vq.state_dict(), _names(vq)
     # projections may have been cast
     tensors = {
-        name: state[name].detach().float().cpu().contiguous()
+        name: state[name].detach().float().cpu().contiguous().clone()
         for name in state
         if names.get(name, name) == name
     }
@@ -149,8 +149,12 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
 def _names(vq: torch.nn.Module) -> dict[str, str]:
     """The name of each tensor in a file, by its name in the state dict.
 
-    They differ for a codebook that levels share: it is written once.
+    They differ for a codebook that levels share: it is written once. Levels that somebody has tied
+    are written one by one, as they come back untied.
     """
+    part = vq.rvqs[0] if isinstance(vq, GroupedResidualVectorQuantize) else vq
+    if not getattr(part, "shared_codebook", False):
+        return {name: name for name in vq.state_dict()}
     first: dict[int, str] = {}
     state = vq.state_dict(keep_vars=True)
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}

@@ -607,6 +607,7 @@ def ema_update_(
         for head in range(len(codebook)):
             ema_update_(*(None if t is None else t[head] for t in update), rates)  # type: ignore
         return
+    counts = counts.to(cluster_size.dtype)
     # a batch in which no row counts is no step
     rate, threshold = rates.tolist()
     weight = rate if counts.any() else 0.0

@@ -65,7 +65,7 @@ def prepare_codebooks(
     """Does the codebooks' part of `residual_quantize` once, for many calls: for streams.
 
     The codebooks are copied, so later changes of them do not reach the result. A
-    `ResidualVectorQuantize` that is frozen does this by itself in eval mode.
+    `ResidualVectorQuantize` that is frozen does this by itself in eval mode, with the kernels.
 
     Args:
         codebooks: see `residual_quantize`.

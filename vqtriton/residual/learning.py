@@ -18,7 +18,7 @@ from vqtriton.kernels.arguments import Update
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.residual import ops
 from vqtriton.residual.functional import PreparedCodebooks
-from vqtriton.tensors import finite_rows, parts_of
+from vqtriton.tensors import finite_rows, is_traced, parts_of
 
 
 class LearnedLevels(nn.Module):
@@ -39,110 +39,91 @@ class LearnedLevels(nn.Module):
         super().__init__()
         # marks of frozen codebooks, the codebooks, and what was prepared of them
         self._prepared: tuple[Any, list[Tensor], PreparedCodebooks] | None = None
-        # what the levels are views of: `_together`
-        self._joined: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # what can be made again is not copied or pickled
-        return {**self.__dict__, "_joined": {}, "_prepared": None}
+        return {**self.__dict__, "_prepared": None}
 
     def _learns(self, layer: VectorQuantize, is_held: bool) -> bool:
         return self.training and not (is_held or layer.frozen) and layer._is_trainable()
 
-    def _start(self, rows: Tensor, mask: Tensor | None) -> None:
+    def _start(self, rows: Tensor, mask: Tensor | None, learning: Sequence[bool]) -> None:
         """Before a step: the same codebooks on every rank, from data if asked for."""
         if self.shared_codebook and self.layers[0]._revives:
             num_rows = self.num_quantizers * rows.numel() // self.codebook_dim
             self.layers[0]._check_threshold(num_rows)
         if all(layer._has_codes() for layer in self.layers):
-            for layer in self.layers:
-                layer._start(rows, mask)
+            for layer, learns in zip(self.layers, learning, strict=True):
+                if learns:
+                    layer._start(rows, mask)
         else:
-            start_levels(self, rows, mask)
+            start_levels(self, rows, mask, learning)
 
     @torch.no_grad()
-    def _start_levels(self, rows: Tensor, mask: Tensor | None) -> None:
+    def _start_levels(self, rows: Tensor, mask: Tensor | None, learning: Sequence[bool]) -> None:
         """Each level from what those before it leave of this batch."""
         first = self.layers[0]
         options = {"precision": first.precision, "backend": first.backend}
         check_arguments(rows, first.codebook, mask, **options)
         residual = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-        for layer in self.layers:
-            layer._start(residual, mask)
-            if not layer._has_codes():
-                # no row counts
-                return
+        for layer, learns in zip(self.layers, learning, strict=True):
+            if learns:
+                layer._start(residual, mask)
+                if not layer._has_codes():
+                    # no row counts
+                    return
             found = nearest_code(residual, layer.codebook, **options)
             residual = residual - layer.codebook[found]
 
-    @torch.no_grad()
-    def _together(self) -> tuple[Tensor, Tensor] | None:
-        """Cluster sizes [Q, K] and codes [Q, K, D] of all levels, which are views of these.
+    def _step_together(self) -> bool:
+        """Whether one op can make the step of all levels: their settings are one.
 
-        So a step of all levels is one launch. They become views in the first step, and again when
-        a level was moved elsewhere. None: their steps are not one, as their settings differ.
+        Ranks take the other way, so that all of them sum up the same numbers in the same order.
         """
         first, *others = layers = [*self.layers]
-        settings = [
+        settings = {
             (layer.codebook_size, layer.decay, layer.threshold_ema_dead_code) for layer in layers
-        ]
-        if (
-            self.shared_codebook
-            or torch.compiler.is_compiling()
-            or first.codebook_update != "ema"
-            or len(set(settings)) > 1
-            or any(layer._accumulates or layer._pending is not None for layer in layers)
-            or not all(_is_own(layer) for layer in layers)
-            or any(layer.codebook.device != first.codebook.device for layer in others)
-        ):
-            return None
-        names = ("cluster_size", "codebook")
-        found = []
-        for name in names:
-            tensors = [getattr(layer, name) for layer in layers]
-            joined = self._joined.get(name)
-            step = tensors[0].numel() * tensors[0].element_size()
-            if joined is None or any(
-                t.data_ptr() != joined.data_ptr() + q * step or not t.is_contiguous()
-                for q, t in enumerate(tensors)
-            ):
-                if first.codebook.is_cuda and torch.cuda.is_current_stream_capturing():
-                    # they would be in the memory of the graph
-                    return None
-                joined = torch.stack(tensors)
-                for tensor, part in zip(tensors, joined, strict=True):
-                    # the same tensor to whoever holds it, with other memory
-                    tensor.data = part
-                self._joined[name] = joined
-            found.append(joined)
-        return found[0], found[1]
+        }
+        return (
+            not self.shared_codebook
+            and first.codebook_update == "ema"
+            and len(settings) == 1
+            and not is_traced()
+            and distributed.place_among(first.sync_codebook)[1] == 1
+            and not any(layer._accumulates or layer._pending is not None for layer in layers)
+            and all(layer._owns_codebook() for layer in layers)
+            and all(layer.codebook.device == first.codebook.device for layer in others)
+            # two levels that are one tensor learn one after the other
+            and len({layer.codebook.data_ptr() for layer in layers}) == len(layers)
+            and len({layer.cluster_size.data_ptr() for layer in layers}) == len(layers)
+        )
 
     @torch.no_grad()
-    def _update_together(
-        self, rows: Tensor, codes: Tensor, indices: Tensor, together: tuple[Tensor, Tensor]
-    ) -> None:
-        """`_update`, with one op for all levels."""
-        first, shape = self.layers[0], together[1].shape
-        sync, backend = first.sync_codebook, first.backend
-        drawn = self._draw_places(rows, indices, self.codebook_sizes) if first._revives else []
+    def _update_together(self, rows: Tensor, codes: Tensor, indices: Tensor) -> None:
+        """`_update`, with one op for all levels, on copies that are then copied back."""
+        first, sizes = self.layers[0], self.codebook_sizes
+        shape = len(sizes), sizes[0], codes.shape[1]
+        drawn = self._draw_places(rows, indices, sizes) if first._revives else []
         places = [place for place, _ in drawn]
-        arguments = rows, codes, self.codebook_sizes, indices, places, backend
-        sums, counts, samples = ops.residual_sums(*arguments)
-        local = [counts.view(shape[:2]), sums.view(shape)]
+        sums, counts, samples = ops.residual_sums(
+            rows, codes, sizes, indices, places, first.backend
+        )
+        of_dead: list[Tensor | None] = [None, None]
         if drawn:
             kept = [is_kept for _, is_kept in drawn]
             shared = [
-                distributed.share_samples(*each, shape[1], sync=sync)
+                distributed.share_samples(*each, shape[1], sync=False)
                 for each in zip(samples, kept, strict=True)
             ]
-            local += [torch.stack(tensors) for tensors in zip(*shared, strict=True)]
-        totals = distributed.all_reduce(local, sync=sync)
-        samples, is_filled = totals[2:] or (None, None)
-        update = Update(*together, *totals[:2], samples, is_filled, first._rates_here())
-        base.ema_update_(*update, backend)
-        # whoever saved one of them for backward is to be told that it has changed
+            of_dead = [torch.stack(tensors) for tensors in zip(*shared, strict=True)]
+        cluster_size = torch.stack([layer.cluster_size for layer in self.layers])
+        codebooks = codes.view(shape).clone()
+        statistics = counts.view(shape[:2]), sums.view(shape).float()
+        update = Update(cluster_size, codebooks, *statistics, *of_dead, first._rates_here())
+        base.ema_update_(*update, first.backend)
         state = [t for layer in self.layers for t in (layer.codebook, layer.cluster_size)]
-        torch.autograd.graph.increment_version([t for t in state if not t.is_inference()])
+        pairs = zip(codebooks.unbind(0), cluster_size.unbind(0), strict=True)
+        torch._foreach_copy_(state, [tensor for pair in pairs for tensor in pair])
 
     def _draw_places(
         self, rows: Tensor, indices: Tensor, sizes: Sequence[int]
@@ -201,13 +182,6 @@ class LearnedLevels(nn.Module):
 
 # a start depends on data and happens once, so it is no part of a graph
 start_levels = _disable_dynamo(LearnedLevels._start_levels)
-
-
-def _is_own(layer: VectorQuantize) -> bool:
-    """Whether nobody else holds the memory of its codes."""
-    codes = layer.codebook
-    is_plain = type(codes) is Tensor and codes._base is None and not codes.is_inference()
-    return is_plain and layer._owns_codebook()
 
 
 def of_level(mask: Tensor | None, depths: Tensor | None, level: int) -> Tensor | None:

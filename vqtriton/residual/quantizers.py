@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from vqtriton import distributed
 from vqtriton.checks import INTEGERS, MOST_CODES, check_mask, check_number
 from vqtriton.codebooks import is_plain
+from vqtriton.dispatch import resolve_backend
 from vqtriton.functional import (
     rotate,
     snapshot,
     straight_through,
 )
 from vqtriton.layouts import Layout, mask_of_lengths, projections
+from vqtriton.ops import refuse_backward
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.reference import Quantized
 from vqtriton.residual.functional import (
@@ -319,8 +321,12 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         is_held: bool,
     ) -> Quantized:
         """`forward` for vectors [..., D], with the levels that `_levels` gives."""
+        cosine = self.layers[0].use_cosine_sim
+        if mask is not None and (self.rotation_trick or cosine or self.project_in is not None):
+            # whatever a masked vector holds, no gradient is to come from it
+            vectors = vectors.where(mask[..., None], 0)
         rows = vectors if self.project_in is None else self.project_in(vectors)
-        quantize = self._by_layers if self.layers[0].use_cosine_sim else self._at_once
+        quantize = self._by_layers if cosine else self._at_once
         found = quantize(rows, mask, levels, is_held)
         quantized = found.quantized
         if self.project_out is not None:
@@ -400,7 +406,9 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             return Levels(num_quantizers)
         if not (self.training and share > 0 and whole > 1):
             return Levels(whole)
-        size = vectors.shape[:1] if self.quantize_dropout_per_sample else (1,)
+        # a single vector is a batch of one
+        is_single = vectors.ndim == 1
+        size = vectors.shape[:1] if self.quantize_dropout_per_sample and not is_single else (1,)
         # of a batch on the CPU, as its number of levels is one of Python's; but ranks, which draw
         # other numbers, have to meet in all levels
         is_tensor = (
@@ -418,7 +426,8 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         if not is_tensor:
             return Levels(int(drawn), dropped=whole - int(drawn))
         shape = vectors.shape[:-1]
-        return Levels(whole, drawn.view(-1, *[1] * (len(shape) - 1)).expand(shape))
+        drawn = drawn[0] if is_single else drawn.view(-1, *[1] * (len(shape) - 1))
+        return Levels(whole, drawn.expand(shape))
 
     def _routed(self, rows: Tensor, codebooks: Sequence[Tensor], found: Quantized) -> Quantized:
         """With the gradient that ``rows`` get through the sum of codes; for subclasses as well."""
@@ -436,6 +445,7 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         """All levels in one op, and one step of all of them."""
         layers, (num_levels, depths, _) = [*self.layers], levels
         first = layers[0]
+        is_held = is_held or self.frozen
         is_gradient = first.codebook_update == "gradient"
         learning = [self._learns(layer, is_held) for layer in layers]
         changing = [
@@ -446,23 +456,24 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             if changes:
                 layer._check_writable()
         if any(learning):
-            self._start(rows, mask)
+            self._start(rows, mask, learning)
         for layer, learns in zip(layers, learning, strict=True):
-            if not learns:
+            if not (learns or any(learning)):
                 layer._look()
         codebooks: Sequence[Tensor] = [
             layer.codebook.detach() if is_held or layer.frozen else layer.codebook
             for layer in layers
         ]
-        together = self._together() if all(changing) else None
         joined: Tensor | None = None
         searched: Sequence[Tensor] | PreparedCodebooks = codebooks
         needs_grad = is_gradient and not is_held and torch.is_grad_enabled()
         if any(changing) or (needs_grad and num_levels < len(layers)):
-            joined = torch.cat([*codebooks]) if together is None else together[1].flatten(0, 1)
+            joined = torch.cat([*codebooks])
             if any(changing):
-                # backward needs the codes that were chosen from, not what the update makes of them
-                joined = snapshot(joined)
+                # backward needs the codes that were chosen from, not what the update makes of them:
+                # this copy, unless a compiler makes it later
+                joined = snapshot(joined) if torch.compiler.is_compiling() else joined
+                refuse_backward()
             searched = codebooks = joined.split(list(self.codebook_sizes))
         elif not (any(learning) or needs_grad):
             searched = self._kept(codebooks)
@@ -486,10 +497,10 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         if joined is not None and any(changing):
             flat = rows.detach().reshape(-1, self.codebook_dim)
             indices = found.indices.reshape(-1, num_levels)
-            if together is None or num_levels < len(layers):
-                self._update(flat, joined, indices, layers[:num_levels], changing[:num_levels])
+            if num_levels == len(layers) and all(changing) and self._step_together():
+                self._update_together(flat, joined, indices)
             else:
-                self._update_together(flat, joined, indices, together)
+                self._update(flat, joined, indices, layers[:num_levels], changing[:num_levels])
         return found
 
     def _by_layers(
@@ -522,13 +533,15 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         return self._routed(rows, (), found)
 
     def _kept(self, codebooks: Sequence[Tensor]) -> Sequence[Tensor] | PreparedCodebooks:
-        """Frozen codebooks as they were prepared for an earlier inference.
+        """Frozen codebooks as they were prepared for an earlier inference with the kernels.
 
         Others are not kept: a write through ``.data`` or by a graph leaves no trace.
         """
         if not self.frozen or not all(is_plain(codes) for codes in codebooks):
             return codebooks
         backend = self.layers[0].backend
+        if resolve_backend(backend, codebooks[0].device) == "torch":
+            return codebooks
         marks = [(c.device, c.data_ptr(), c._version) for c in codebooks]
         if self._prepared is not None and self._prepared[0] == (backend, marks):
             return self._prepared[2]
