@@ -33,12 +33,16 @@ PROGRAMS = [
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
 TEXTS = {name: Path(file).read_text(encoding="utf-8") for name, file in FILES.items()}
-# what is about the interpreter alone has no test for a GPU
-HAVE_KERNELS = {
+INTERPRETED = {
     name: FILES[name]
     for name, text in TEXTS.items()
     if re.search(r"mark\.(kernel|needs_kernels)\b", text)
-    and not re.search(r"^pytestmark = .*\bneeds_interpreter\b", text, re.M)
+}
+# what is about the interpreter alone has no test for a GPU
+HAVE_KERNELS = {
+    name: file
+    for name, file in INTERPRETED.items()
+    if not re.search(r"^pytestmark = .*\bneeds_interpreter\b", TEXTS[name], re.M)
 }
 KERNELS = ["-m", "kernel and not slow"]
 # seconds that a part has on a GPU; what is not done by then has failed
@@ -49,10 +53,14 @@ GROUPS = {
     "all": {
         "package": [*QUICK, *NO_PROGRAMS],
         "programs": [*QUICK, *PROGRAMS],
-        "interpreted": KERNELS,
+        "interpreted": [*KERNELS, *INTERPRETED.values()],
     },
     # with those that are slow
-    "ci": {"package": NO_PROGRAMS, "programs": PROGRAMS, "interpreted": KERNELS},
+    "ci": {
+        "package": NO_PROGRAMS,
+        "programs": PROGRAMS,
+        "interpreted": [*KERNELS, *INTERPRETED.values()],
+    },
     # a GPU has room for all of them at once
     "gpu": {name: [*ON_GPU, file] for name, file in (CHECKS | HAVE_KERNELS).items()},
     # a walk through its checks without one
