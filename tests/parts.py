@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +24,8 @@ FILES = {
     for path in sorted((ROOT / "tests").glob("test_*.py"))
 }
 # examples, benchmarks, and what compiles for GPUs: as much work as all the others
-PROGRAMS = [
-    file
-    for name, file in FILES.items()
-    if name.startswith(("train", "mnist", "tokens", "bench", "compile", "sass"))
-]
+OF_PROGRAMS = ("train", "mnist", "tokens", "bench", "compile", "sass", "search", "tuning", "fit")
+PROGRAMS = [file for name, file in FILES.items() if name.startswith(OF_PROGRAMS)]
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
 TEXTS = {name: Path(file).read_text(encoding="utf-8") for name, file in FILES.items()}
@@ -89,10 +85,8 @@ class Part:
         self.current = "starting"
         self.current_since = self.start = time.monotonic()
         self.other_lines: list[str] = []
-        # the longest part has a core to itself, and the other two share one
-        nice = ["nice", "-n", "5"] if name != "interpreted" and shutil.which("nice") else []
         self.process = subprocess.Popen(
-            [*nice, sys.executable, "-u", "-m", "pytest", "-v", *selection, *flags],
+            [sys.executable, "-u", "-m", "pytest", "-v", *selection, *flags],
             cwd=ROOT,
             env=os.environ | {"TRITON_INTERPRET": str(int(name == "interpreted"))},
             stdin=subprocess.DEVNULL,
