@@ -51,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # what the process of a version does
     parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--targets", nargs="+", default=TARGETS, help=argparse.SUPPRESS)
+    parser.add_argument("--dims", nargs="*", type=int, default=(), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rows:
-        print(dumped(compile_all(targets=options.targets)))
+        print(dumped(compile_all(targets=options.targets, dims=options.dims)))
         return 0
 
     rows: list[Row] = []
@@ -94,8 +95,10 @@ def where(name: str) -> str | None:
         return None
 
 
-def rows_of(name: str, path: str, targets: Sequence[str] = TARGETS) -> list[Row]:
-    """Compiles with another version.
+def rows_of(
+    name: str, path: str, targets: Sequence[str] = TARGETS, dims: Sequence[int] = ()
+) -> list[Row]:
+    """Compiles with another version; of ``dims``, unless there are none, these alone.
 
     Raises:
         RuntimeError: it does not, or the version is another.
@@ -103,6 +106,7 @@ def rows_of(name: str, path: str, targets: Sequence[str] = TARGETS) -> list[Row]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [path, env.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "bench.sass", "--rows", "--targets", *targets]
+    command += ["--dims", *map(str, dims)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"Triton {name} does not compile the kernels:\n{done.stderr}")
@@ -112,13 +116,18 @@ def rows_of(name: str, path: str, targets: Sequence[str] = TARGETS) -> list[Row]
     return rows
 
 
-def compile_all(kernels: Iterable[Kernel] = KERNELS, targets: Iterable[str] = TARGETS) -> list[Row]:
-    """Rows of the Triton that this process has."""
+def compile_all(
+    kernels: Iterable[Kernel] = KERNELS,
+    targets: Iterable[str] = TARGETS,
+    dims: Sequence[int] = (),
+) -> list[Row]:
+    """Rows of the Triton that this process has; of ``dims``, unless there are none, these alone."""
     return [
         compile_row(kernel, dim, config, launch, target)
         for kernel in kernels
         for target in targets
         for (dim, config), launch in kernel.launches(target).items()
+        if not dims or dim in dims
     ]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,20 +24,22 @@ FILES = {
     for path in sorted((ROOT / "tests").glob("test_*.py"))
 }
 # examples, benchmarks, and what compiles for GPUs: as much work as all the others
-PROGRAMS = [
-    file
-    for name, file in FILES.items()
-    if name.startswith(("train", "mnist", "tokens", "semantic", "bench", "compile", "sass"))
-]
+OF_PROGRAMS = ("train", "mnist", "tokens", "semantic", "bench", "compile", "sass", "search")
+OF_PROGRAMS += ("tuning", "fit")
+PROGRAMS = [file for name, file in FILES.items() if name.startswith(OF_PROGRAMS)]
 # the checks of a GPU; without one they run with tiny inputs
 CHECKS = {name: file for name, file in FILES.items() if name.startswith("gpu_")}
 TEXTS = {name: Path(file).read_text(encoding="utf-8") for name, file in FILES.items()}
-# what is about the interpreter alone has no test for a GPU
-HAVE_KERNELS = {
+INTERPRETED = {
     name: FILES[name]
     for name, text in TEXTS.items()
     if re.search(r"mark\.(kernel|needs_kernels)\b", text)
-    and not re.search(r"^pytestmark = .*\bneeds_interpreter\b", text, re.M)
+}
+# what is about the interpreter alone has no test for a GPU
+HAVE_KERNELS = {
+    name: file
+    for name, file in INTERPRETED.items()
+    if not re.search(r"^pytestmark = .*\bneeds_interpreter\b", TEXTS[name], re.M)
 }
 KERNELS = ["-m", "kernel and not slow"]
 # seconds that a part has on a GPU; what is not done by then has failed
@@ -49,10 +50,14 @@ GROUPS = {
     "all": {
         "package": [*QUICK, *NO_PROGRAMS],
         "programs": [*QUICK, *PROGRAMS],
-        "interpreted": KERNELS,
+        "interpreted": [*KERNELS, *INTERPRETED.values()],
     },
     # with those that are slow
-    "ci": {"package": NO_PROGRAMS, "programs": PROGRAMS, "interpreted": KERNELS},
+    "ci": {
+        "package": NO_PROGRAMS,
+        "programs": PROGRAMS,
+        "interpreted": [*KERNELS, *INTERPRETED.values()],
+    },
     # a GPU has room for all of them at once
     "gpu": {name: [*ON_GPU, file] for name, file in (CHECKS | HAVE_KERNELS).items()},
     # a walk through its checks without one
@@ -81,10 +86,8 @@ class Part:
         self.current = "starting"
         self.current_since = self.start = time.monotonic()
         self.other_lines: list[str] = []
-        # the longest part has a core to itself, and the other two share one
-        nice = ["nice", "-n", "5"] if name != "interpreted" and shutil.which("nice") else []
         self.process = subprocess.Popen(
-            [*nice, sys.executable, "-u", "-m", "pytest", "-v", *selection, *flags],
+            [sys.executable, "-u", "-m", "pytest", "-v", *selection, *flags],
             cwd=ROOT,
             env=os.environ | {"TRITON_INTERPRET": str(int(name == "interpreted"))},
             stdin=subprocess.DEVNULL,

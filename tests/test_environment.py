@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vqtriton import __version__
+from vqtriton.__main__ import main
 
 
 def run(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -47,7 +48,7 @@ def installed(package: str) -> str:
 
 
 def test_names_versions_and_backends(tmp_path):
-    lines = described(tmp_path, OMP_NUM_THREADS="1")
+    lines = described(tmp_path, OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
     assert lines["vqtriton"] == __version__
     assert lines["python"] == platform.python_version()
     for package in ("torch", "triton", "einops", "safetensors", "numpy"):
@@ -66,20 +67,26 @@ def test_names_versions_and_backends(tmp_path):
         assert lines["device"] == "cpu"
 
 
-@pytest.mark.parametrize("value", ["1", "0"])
-def test_says_whether_the_interpreter_is_on(value, tmp_path):
-    lines = described(tmp_path, TRITON_INTERPRET=value)
-    assert lines["triton interpreter"] == ("on" if value == "1" else "off")
-    can_run = value == "1" and lines["triton"] != "not installed"
+def test_says_whether_the_interpreter_is_on(tmp_path):
+    lines = described(tmp_path, TRITON_INTERPRET="1")
+    assert lines["triton interpreter"] == "on"
     # "auto" leaves it alone: it is for tests
-    kernels = "kernels can run" if can_run else "no kernels"
+    kernels = "no kernels" if lines["triton"] == "not installed" else "kernels can run"
     assert lines["backend on cpu"] == f"torch (auto); {kernels}"
 
 
 @pytest.mark.parametrize("arguments", [["environment"], [], ["env", "--all"]], ids=str)
-def test_bad_command_is_a_usage_error(arguments, tmp_path):
-    done = run(*arguments, cwd=tmp_path)
+def test_bad_command_is_a_usage_error(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vqtriton", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "usage: python -m vqtriton" in said.err
+    assert not said.out
+
+
+def test_its_exit_status_is_that_of_the_command(tmp_path):
+    done = run("environment", cwd=tmp_path)
     assert done.returncode == 2
-    assert "usage: python -m vqtriton" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not done.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from figures import leave_undrawn
 from PIL import Image
 from test_readme import ROOT, blocks
 
@@ -61,6 +62,7 @@ def folder(tmp_path) -> Path:
 def few_squares(monkeypatch):
     monkeypatch.setattr(image_folder, "MIN_SQUARES", 24)
     monkeypatch.setattr(trainer, "LOOK_EVERY", 3)
+    leave_undrawn(monkeypatch)
     # the trainer turns it off; other tests count on it
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
 

@@ -708,7 +708,7 @@ def test_what_is_left_out_of_a_table_is_of_no_use(folder, monkeypatch, capsys) -
 def test_what_cannot_win_is_not_timed(monkeypatch, capsys) -> None:
     """On a GPU: what spills or does not fit, and those that are predicted to be far behind."""
     gpu = torch.device("cuda")
-    default, *others = candidates_of(PROBLEM, "sm_90")
+    default, *others = candidates_of(PROBLEM, "sm_90")[:9]
     starved = replace(default, max_registers=32)
     monkeypatch.setattr(measure, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(measure, "MOST_TIMED", 3)
@@ -742,6 +742,9 @@ def test_tiles_that_are_tried_can_be_used(op) -> None:
     problem = PROBLEM._replace(op=op, dim=64)
     candidates = candidates_of(problem, "sm_90")
     few = candidates[:1] if op == "nearest_code" else candidates
+    if op == "code_sums":
+        # the rows of a chunk are no part of the programs
+        few = [one for one in candidates if one.least_chunk == candidates[0].least_chunk]
     assert [one.config for one in predict.usable(problem, "sm_90", few)] == few
 
 
