@@ -117,7 +117,7 @@ def not_finite(x_rows_ptr, end_d, stride_xd, D: tl.constexpr, BLOCK_D: tl.conste
 def group_costs(
     x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr,
-    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, IS_FUSED: tl.constexpr,
 ):  # fmt: skip
     """Of the codes from ``first`` on: the smallest is the best, inf what is not finite.
 
@@ -147,7 +147,11 @@ def group_costs(
             else:
                 # rounded once; centred, it would be rounded three times
                 difference = tl.fma(codes, -row_scale[None, :, None], x)
-                terms = tl.fma(difference, difference, terms)
+                if IS_FUSED:
+                    # where the compiler is not to fuse, but here may
+                    terms = tl.fma(difference, difference, terms)
+                else:
+                    terms += difference * difference
     cost = tl.sum(terms, 2)
     is_finite = cost < float("inf")
     if IS_DOT:
@@ -161,7 +165,7 @@ def group_costs(
 def nearest_of_group(
     x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
     D: tl.constexpr, IS_DOT: tl.constexpr, GROUP: tl.constexpr, IS_SMALL: tl.constexpr,
-    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, IS_FUSED: tl.constexpr,
 ):  # fmt: skip
     """The nearest code of each row among those from ``first`` on, by float32 distances.
 
@@ -171,7 +175,7 @@ def nearest_of_group(
     """
     cost = group_costs(
         x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
-        D, IS_DOT, GROUP, IS_SMALL, BLOCK_D, AHEAD,
+        D, IS_DOT, GROUP, IS_SMALL, BLOCK_D, AHEAD, IS_FUSED,
     )  # fmt: skip
     members = tl.arange(0, GROUP)[:, None]
     least = tl.min(cost, 0)
@@ -237,7 +241,7 @@ def finish_rows(
         first = tl.maximum(tl.minimum(first, num_codes - GROUP), 0)
         index, is_bad, cost, least, member = nearest_of_group(
             x_rows_ptr, codebook_ptr, first, row_scale, scale, num_codes, end_d, stride_xd,
-            D, IS_DOT, GROUP, IS_SMALL, FINISH_D, AHEAD,
+            D, IS_DOT, GROUP, IS_SMALL, FINISH_D, AHEAD, False,
         )  # fmt: skip
         is_valid = row_mask
         if HAS_MASK:

@@ -213,7 +213,7 @@ def residual_quantize_kernel(
         first = tl.maximum(tl.minimum(chosen * GROUP, K - GROUP), 0)
         index, is_bad, cost, least, member = nearest_of_group(
             x_rows_ptr, level_codebook_ptr, first, row_scale, scale, K, end_d, 1,
-            D, False, GROUP, IS_SMALL, FINISH_D, AHEAD,
+            D, False, GROUP, IS_SMALL, FINISH_D, AHEAD, True,
         )  # fmt: skip
         gap = cost_gap(least, least_of_others(cost, member), D, False)
         # rows that have no level leave zeros

@@ -36,7 +36,7 @@ def _costs_of_groups(
     first = tl.maximum(tl.minimum(own, K - GROUP), 0)
     cost = group_costs(
         x_rows_ptr, codebook_ptr, first, row_scale, None, K, end_d, 1,
-        D, False, GROUP, IS_SMALL, BLOCK_D, AHEAD,
+        D, False, GROUP, IS_SMALL, BLOCK_D, AHEAD, True,
     )  # fmt: skip
     is_own = (first[None, :] + tl.arange(0, GROUP)[:, None] >= own[None, :]) & is_group[None, :]
     return tl.where(is_own, cost, float("inf")), first
