@@ -472,8 +472,10 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             if any(changing):
                 # backward needs the codes that were chosen from, not what the update makes of them:
                 # this copy, unless a compiler makes it later
-                joined = snapshot(joined) if torch.compiler.is_compiling() else joined
-                refuse_backward()
+                if torch.compiler.is_compiling():
+                    joined = snapshot(joined)
+                else:
+                    refuse_backward()
             searched = codebooks = joined.split(list(self.codebook_sizes))
         elif not (any(learning) or needs_grad):
             searched = self._kept(codebooks)
