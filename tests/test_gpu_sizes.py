@@ -56,6 +56,7 @@ def test_a_new_batch_size_compiles_nothing() -> None:
         *("code_peaks_kernel", "draw_keys_kernel", "count_rows_kernel"),
         *("finish_parts_kernel", "reduce_losses_kernel", "normalize_rows_kernel"),
         *("rotate_grad_kernel", "residual_grad_x_kernel"),
+        *("residual_quantize_kernel", "residual_level_kernel"),
     }
 
 
