@@ -265,14 +265,16 @@ def test_makefile_installs_the_same_versions() -> None:
     assert tuple(listed[1].split()) == sass.VERSIONS
 
 
-# every kernel has it
+# nearly every kernel has it
 DIM = 64
 
 
 def test_kernels_are_what_they_were() -> None:
     """Compiled again, a part of them: `make sass` has all. A change that is meant: --store."""
     rows = sass.rows_of(triton.__version__, "", ["sm_90"], [DIM])
-    assert {row["kernel"] for row in rows} == {kernel.name for kernel in kernels.KERNELS}
+    have_dim = [k.name for k in kernels.KERNELS if DIM in dict(k.inputs)]
+    assert {row["kernel"] for row in rows} == set(have_dim)
+    assert len(have_dim) > 15
     assert sass.failures(rows) == []
     stored = [row for row in STORED if row["triton"] == triton.__version__]
     if not stored:
