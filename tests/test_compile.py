@@ -221,7 +221,8 @@ def is_compiled_for(case: str, target: str) -> bool:
     if ALL_TARGETS:
         return True
     if case.startswith(("screen_codes", "residual_quantize", *FINISHING)):
-        return case in NEAREST_TO_LIMITS or (target == "sm_90" and case in OTHER_PATHS)
+        is_path = target == "sm_90" or (target == "gfx942" and case.startswith("residual"))
+        return case in NEAREST_TO_LIMITS or (is_path and case in OTHER_PATHS)
     # what has no dot is compiled alike for all GPUs of a maker: the widest rows will do
     return target in ("sm_90", "gfx942") and ("-1024-" in case or "-4094-" in case)
 
@@ -254,7 +255,7 @@ def test_offsets_are_int64(case: str) -> None:
 
 RESCUES = [case for case in CASES if case.startswith("rescue_rows")]
 SCREENS = [case for case in CASES if case.startswith(("screen_codes", "residual_quantize"))]
-RESIDUALS = [case for case in CASES if case.startswith("residual")]
+RESIDUALS = [c for c in CASES if c.startswith(("residual_quantize", "residual_level"))]
 
 
 @pytest.mark.parametrize("case", RESCUES + SCREENS)

@@ -748,7 +748,7 @@ def test_killed_ten_times_at_random_moments(few_images, uninterrupted, tmp_path,
         for _ in range(10):
             process = context.Process(target=train, args=(out, "--resume"))
             process.start()
-            process.join(rng.uniform(0, 1))
+            process.join(rng.uniform(0, 0.3))
             process.kill()
             process.join()
             ends.append(process.exitcode)
