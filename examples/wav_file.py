@@ -45,7 +45,7 @@ def to_wav(samples: np.ndarray, rate: int) -> bytes:
     """A file of 16 bits PCM, of samples [T] in [-1, 1]; what is beyond is cut off."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
-        # channels, bytes of a sample, rate; the rest is what it is for PCM
+        # channels, bytes of a sample, rate; the other fields are those of uncompressed PCM
         writer.setparams((1, 2, rate, 0, "NONE", ""))
         writer.writeframes((samples.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
     return file.getvalue()

@@ -297,7 +297,7 @@ def judge(
         least_gap = tl.zeros_like(own_error) + bound_tiny
     # code − mean may overflow, though it does not in float64, where the scale was chosen
     own_error = tl.where(scale < 6.018531076210112e-36, float("inf"), own_error)
-    # there is no other group; the screen says 0
+    # with a single group the screen reports 0 for the others
     second = tl.where(num_codes <= GROUP, float("-inf"), second)
     # written so that a NaN or an infinite error leaves the row in doubt
     is_certain = (best - second > error + own_error) & (gap > least_gap)

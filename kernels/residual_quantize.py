@@ -178,13 +178,13 @@ def residual_quantize_kernel(
         tl.store(row_scale_ptr + rows, row_scale)
         tl.store(norm_ptr + rows, high + low + rest)
         best = tl.full((BLOCK_N, CLASSES), -2147483648, tl.int32)
-        # of each class, so that in the loop nothing passes from thread to thread
+        # each class keeps its own, so that threads exchange nothing inside the loop
         others = tl.full((BLOCK_N, CLASSES), -2147483648, tl.int32)
         tile = tl.zeros((BLOCK_N, CLASSES), tl.int32)
         # what the compiler cannot see: K is padded to whole tiles
         level_k = tl.multiple_of(level * padded_K, BLOCK_K)
         for start in range(0, padded_K, BLOCK_K):
-            # of the whole tile: else the loads do not know that they are aligned
+            # the start of the whole tile, so that the compiler sees aligned loads
             start_k = tl.multiple_of(tl.cast(start, tl.int64), BLOCK_K)
             scores = tile_scores(
                 planes, screened_rows_ptr, None, row_scale, ratio, codes_ptr + level_k * INNER,
@@ -267,7 +267,7 @@ class ResidualQuantized(NamedTuple):
 
     quantized: Tensor  # [N, D] in the dtype of x, the sum of the codes
     indices: Tensor  # [N, Q] int64, -1 where a row has no level
-    errors: Tensor  # [N, Q] fp32, squared norms of what each level leaves; 0 where there is none
+    errors: Tensor  # [N, Q] fp32, squared norms of the residuals; 0 where a row has no level
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ def _quantize_many(
     tiles = cdiv(num_rows, config.block_n)
     num_groups, num_classes = classes_of(planes, config)
     classes = planes.lanes * num_classes
-    # of float32, in loads of 16 bytes
+    # float32 values that the threads of a program load at once, 16 bytes each
     elements, width = 4 * 32 * config.num_warps, next_power_of_2(dim)
     pair_d = min(32, width)
 

@@ -209,7 +209,7 @@ def screen_codes_kernel(
     codes_ptr += head_k * INNER
     offset_ptr += head_k
     for start in range(first, last, BLOCK_K):
-        # of the whole tile: else the loads do not know that they are aligned
+        # the start of the whole tile, so that the compiler sees aligned loads
         start_k = tl.multiple_of(tl.cast(start, tl.int64), BLOCK_K)
         scores = tile_scores(
             planes, x_rows_ptr, mean_ptr, row_scale, ratio, codes_ptr, offset_ptr, start_k,

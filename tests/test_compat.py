@@ -131,7 +131,7 @@ def test_every_argument_is_on_the_page():
         kind = type(make())
         for function in (kind, kind.forward):
             names |= inspect.signature(function).parameters.keys()
-    # of ours, or a name for several
+    # an argument of vqtriton, or a name that stands for several
     names -= {"self", "precision", "backend", "not_here", "others", "options"}
     assert not [name for name in names if f"`{name}`" not in tables]
 

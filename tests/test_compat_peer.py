@@ -143,7 +143,7 @@ def test_eval(name):
     assert len(more) == len(other) - 3
     assert not loss.requires_grad
     if mine.requires_grad:
-        # of project_out, or a vector that came back as it was
+        # what project_out gives, or an input that was returned unchanged
         mine.sum().backward()
         assert x.grad is None or not x.grad[indices_of(indices)].any()
     codes, want = ours.get_codes_from_indices(indices), theirs.get_codes_from_indices(indices)

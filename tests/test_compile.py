@@ -188,7 +188,7 @@ class TtirIsMade(Exception):
 
 
 ALL_TARGETS = os.environ.get("ALL_TARGETS") == "1"
-# of those with a dot, for each target: what is nearest to its limits, registers or shared memory
+# cases with a dot that come nearest to the limits of a target: registers or shared memory
 NEAREST_TO_LIMITS = (
     "screen_codes-FINISH-128-rows-64-float16-strided",
     "screen_codes-FINISH-128-rows-128-float32-contiguous",

@@ -135,7 +135,7 @@ def test_cosine_codes_have_length_one_wherever_they_are_used() -> None:
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_a_training_step_looks_for_the_code_of_the_same_direction(update: str) -> None:
     vq, x = VectorQuantize(8, 16, use_cosine_sim=True, codebook_update=update), rows(64, 8)
-    # of lengths that a search by distance would not see past
+    # lengths differ so much that a search by distance would choose other codes
     codes = rows(16, 8, seed=1) * torch.logspace(-1, 1, 16)[:, None]
     vq.set_codebook(codes)
     quantized, indices, loss = vq(x)

@@ -76,7 +76,7 @@ def test_exact_when_every_row_is_in_doubt(
     x, codebook = data.gaussian(33, 400, dim)
     # no product with it may win, whatever its sign
     codebook[5, 0] = torch.inf
-    # of one tile: a list is full when the rivals of a second have come, and all of them count
+    # lists hold one tile: the rivals of a second tile fill them, and all rivals count
     rescue = dataclasses.replace(RESCUE, chunk_tiles=chunk_tiles, programs_per_processor=programs)
     out = search(x[None], codebook[None], NO_BOUND, rescue, metric == "dot")
     assert out.num_doubtful.tolist() == [33]

@@ -343,8 +343,8 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
         """The codes of each level, vectors last.
 
         Args:
-            indices: [..., q], of any integer dtype: those of the first q levels, q <= Q. -1 is no
-                code.
+            indices: [..., q], of any integer dtype: the tokens of the first q levels, q <= Q. -1
+                means that a vector has no code at this level.
 
         Returns:
             [q, ..., D] float32, before ``project_out``; zeros where the index is -1.
