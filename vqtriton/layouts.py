@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vqtriton.checks import INTEGERS
+from vqtriton.checks import INTEGERS, check_mask
 
 
 class Layout:
@@ -36,6 +36,16 @@ class Layout:
         if self._is_second and fits:
             return rearrange(x, "b d ... -> b ... d")
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be {layout} with D = {self.dim}")
+
+    def _vectors_of(
+        self, x: Tensor, mask: Tensor | None, lens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x with vectors last, and the mask [...] of those that count; None: all."""
+        vectors = self._channels_last(x)
+        if lens is not None:
+            mask = mask_of_lengths(lens, vectors, mask)
+        check_mask(mask, vectors)
+        return vectors, mask
 
     def _channels_back(self, x: Tensor) -> Tensor:
         return rearrange(x, "b ... d -> b d ...") if self._is_second else x

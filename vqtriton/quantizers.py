@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqtriton import dispatch
-from vqtriton.checks import INTEGERS, REDUCTIONS, check_mask, check_number
+from vqtriton.checks import INTEGERS, REDUCTIONS, check_number
 from vqtriton.functional import (
     PreparedCodebook,
     normalize,
@@ -19,7 +19,7 @@ from vqtriton.functional import (
     vector_quantize,
     vector_quantize_update_,
 )
-from vqtriton.layouts import Layout, mask_of_lengths, projections
+from vqtriton.layouts import Layout, projections
 from vqtriton.learning import LearnedCodebook
 from vqtriton.reference import Quantized
 from vqtriton.tensors import gather
@@ -284,10 +284,7 @@ class VectorQuantize(LearnedCodebook, Layout):
             >>> fmap, mask = torch.randn(2, 16, 7, 7), torch.rand(2, 7, 7) < 0.9
             >>> quantized, indices, loss = vq(fmap, mask=mask)  # [2, 16, 7, 7], [2, 7, 7], []
         """
-        vectors = self._channels_last(x)
-        if lens is not None:
-            mask = mask_of_lengths(lens, vectors, mask)
-        check_mask(mask, vectors)
+        vectors, mask = self._vectors_of(x, mask, lens)
         options = self.rotation_trick, self.use_cosine_sim, self.project_in is not None
         if mask is not None and any(options):
             # whatever a masked vector holds, no gradient is to come from it

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqtriton.checks import check_mask, check_number
-from vqtriton.layouts import Layout, mask_of_lengths
+from vqtriton.checks import check_number
+from vqtriton.layouts import Layout
 from vqtriton.reference import Quantized
 from vqtriton.residual.quantizers import QuantizedLevels, ResidualVectorQuantize
 
@@ -131,10 +131,7 @@ class GroupedResidualVectorQuantize(Layout, nn.Module):
             >>> rvq = vqtriton.GroupedResidualVectorQuantize(64, 128, 4, groups=2)
             >>> quantized, indices, loss = rvq(torch.randn(100, 64), num_quantizers=3)
         """
-        vectors = self._channels_last(x)
-        if lens is not None:
-            mask = mask_of_lengths(lens, vectors, mask)
-        check_mask(mask, vectors)
+        vectors, mask = self._vectors_of(x, mask, lens)
         levels = self.rvqs[0]._levels(vectors, num_quantizers)
         parts = vectors.chunk(self.groups, -1)
         found = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqtriton import distributed
-from vqtriton.checks import INTEGERS, MOST_CODES, check_mask, check_number
+from vqtriton.checks import INTEGERS, MOST_CODES, check_number
 from vqtriton.codebooks import is_plain
 from vqtriton.dispatch import resolve_backend
 from vqtriton.functional import (
@@ -19,7 +19,7 @@ from vqtriton.functional import (
     snapshot,
     straight_through,
 )
-from vqtriton.layouts import Layout, mask_of_lengths, projections
+from vqtriton.layouts import Layout, projections
 from vqtriton.ops import refuse_backward
 from vqtriton.quantizers import VectorQuantize
 from vqtriton.reference import Quantized
@@ -301,10 +301,7 @@ class ResidualVectorQuantize(Layout, LearnedLevels):
             >>> torch.equal(rvq.get_output_from_indices(indices), quantized)
             True
         """
-        vectors = self._channels_last(x)
-        if lens is not None:
-            mask = mask_of_lengths(lens, vectors, mask)
-        check_mask(mask, vectors)
+        vectors, mask = self._vectors_of(x, mask, lens)
         levels = self._levels(vectors, num_quantizers)
         quantized, indices, loss = self._quantize(vectors, mask, levels, freeze_codebook)
         quantized = self._channels_back(quantized)
