@@ -147,7 +147,12 @@ def told(name: str, found: list[tuple[float, float, float, int]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=NAMES, help="default: all")
-    for name in parser.parse_args().names:
+    names = parser.parse_args().names
+    print(
+        "| chain (K×D×Q), rows | vqtriton | ResidualVQ | addmm and argmin | prepared | peak MiB |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in names:
         case = CASES[name]
         shape = f"{case.codebook_size}×{case.dim}×{case.codebooks}"
         chain = Chain.of(name)
