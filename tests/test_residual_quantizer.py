@@ -118,6 +118,16 @@ def test_dead_codes_become_residuals_of_their_level() -> None:
     assert is_residual.sum() == SIZE - 1
 
 
+def test_dead_codes_become_no_vector_that_is_masked_or_not_finite() -> None:
+    rvq = made(threshold_ema_dead_code=8.0, decay=0.0)
+    x, mask = rows(300, DIM), torch.arange(300) % 2 > 0
+    x[~mask] += 1000
+    x[1] = torch.inf
+    rvq(x, mask=mask)
+    for codes in rvq.codebooks:
+        assert codes.abs().max() < 100
+
+
 def test_a_shared_codebook_learns_from_all_levels() -> None:
     rvq = made(shared_codebook=True, decay=0.5)
     assert len(set(rvq.layers)) == 1
@@ -169,8 +179,9 @@ def test_a_batch_that_drops_levels(update: str) -> None:
             assert all(p.grad is not None for p in rvq.parameters())
 
 
-def test_samples_that_drop_levels_by_themselves() -> None:
-    rvq = made(quantize_dropout=0.5, quantize_dropout_per_sample=True)
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}])
+def test_samples_that_drop_levels_by_themselves(options: dict[str, Any]) -> None:
+    rvq = made(quantize_dropout=0.5, quantize_dropout_per_sample=True, **options)
     whole = copy.deepcopy(rvq).eval()
     x = rows(64, 5, DIM)
     quantized, indices, _ = rvq(x)

@@ -123,13 +123,12 @@ def residual_grad_codes(
 ) -> Tensor:
     """-Σ pulls[:, q]·(residual after level q) over the finite rows of each code, [ΣK, D]."""
     residual = _residual_of(x, codes, pulls.dtype)
-    is_finite = finite_rows(x)
     grads = []
     for level, codebook in enumerate(parts_of(codes, sizes)):
         chosen = indices[:, level]
         residual.sub_(_codes(codebook, chosen, residual.dtype, True))
+        # what is not finite stays so, and is left out of the sums
         pulled = residual * -pulls[:, level, None]
-        chosen = chosen.where(is_finite, -1)
         total, _ = code_sums(pulled, chosen, len(codebook))
         grads.append(total)
     return torch.cat(grads).to(pulls.dtype)
