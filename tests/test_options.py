@@ -361,3 +361,19 @@ def test_a_compiled_step_is_that_of_eager(options: dict[str, Any]) -> None:
         results.append((quantized, indices, loss, grad, vq.codebook))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"codebook_dim": 3}, {"use_cosine_sim": True}, {"rotation_trick": True}, {"heads": 2}],
+)
+def test_a_mask_of_another_shape_is_refused(options: dict[str, Any]) -> None:
+    x = rows(2, 5, 8)
+    for module in (
+        VectorQuantize(8, 4, **options),
+        *([] if "heads" in options else [vqtriton.ResidualVectorQuantize(8, 4, 2, **options)]),
+    ):
+        with pytest.raises(ValueError, match="mask has shape"):
+            module(x, mask=torch.ones(1, 5, dtype=torch.bool))
+        with pytest.raises(TypeError, match=r"mask is a torch\.int64 tensor"):
+            module(x, mask=torch.ones(2, 5, dtype=torch.int64))
